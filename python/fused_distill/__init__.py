@@ -1,0 +1,1 @@
+"""Fused-kernel losses for distilling language models."""
