@@ -15,13 +15,14 @@ The same functions serve every floating dtype, eager and compiled, and are what 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import Enum
-from typing import NamedTuple
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ._settings import DistillStats, LossSettings
+from ._settings import DistillStats, LossSettings, RowResult
 
 # e^x - 1 - x is a polynomial for |x| below this, a plain difference above it (where it loses at most 3 bits).
 _SERIES_RADIUS = 0.5
@@ -44,15 +45,8 @@ class Divergence(Enum):
         return cls.FORWARD if beta == 0 else cls.REVERSE if beta == 1 else cls.MIXTURE
 
 
-class RowResult(NamedTuple):
-    """What one block of rows gives besides its logit gradient."""
-
-    loss: Tensor  # (n,) weight * (soft_weight * divergence + hard_weight * cross entropy)
-    stats: DistillStats | None  # of shape (n,)
-
-
 def row_divergence(
-    student_logits: Tensor,  # (n, V) as projected; overwritten by the gradient if write_grad
+    student_logits: Tensor,  # (n, V) as projected
     teacher_logits: Tensor,  # (n, V) as projected
     weight: Tensor,  # (n,) factor of each row's loss
     settings: LossSettings,
@@ -60,10 +54,12 @@ def row_divergence(
     student_bias: Tensor | None = None,  # (V,)
     teacher_bias: Tensor | None = None,  # (V,)
     labels: Tensor | None = None,  # (n,) int64, -100 where there is none; needed if settings.hard_weight != 0
-    write_grad: bool = False,
+    grad: Tensor | None = None,  # (n, V), may be student_logits itself: receives d(sum of losses) / d(student_logits)
     return_stats: bool = False,
+    block_rows: int | None = None,  # rows whose temporaries may be held at once; None: all
+    compiled: bool = False,
 ) -> RowResult:
-    """Per-row loss; with `write_grad`, student_logits becomes d(sum of losses) / d(student_logits)."""
+    """Loss, statistics and logit gradient of each row, a block of rows at a time."""
     numbers = torch.tensor(
         [
             settings.beta,
@@ -77,23 +73,42 @@ def row_divergence(
         ],
         dtype=student_logits.dtype,
     )
-    return _row_divergence(
-        student_logits,
-        teacher_logits,
-        weight,
-        numbers,
-        student_bias,
-        teacher_bias,
-        labels if settings.hard_weight != 0 else None,
-        Divergence.of(settings.beta),
-        settings.student_softcap is not None,
-        settings.teacher_softcap is not None,
-        write_grad,
-        return_stats,
+    row_divergence_block = _compiled_block() if compiled else _row_divergence_block
+    results = [
+        row_divergence_block(
+            student_logits[rows],
+            teacher_logits[rows],
+            weight[rows],
+            numbers,
+            student_bias,
+            teacher_bias,
+            None if labels is None or settings.hard_weight == 0 else labels[rows],
+            None if grad is None else grad[rows],
+            Divergence.of(settings.beta),
+            settings.student_softcap is not None,
+            settings.teacher_softcap is not None,
+            return_stats,
+        )
+        for rows in _blocks(len(student_logits), block_rows)
+    ]
+    losses, stats = zip(*results, strict=True)
+    return RowResult(
+        torch.cat(losses),
+        DistillStats(*map(torch.cat, zip(*stats, strict=True))) if return_stats else None,
     )
 
 
-def _row_divergence(
+def _blocks(n: int, block_rows: int | None) -> list[slice]:
+    block_rows = block_rows or max(n, 1)
+    return [slice(start, min(start + block_rows, n)) for start in range(0, n, block_rows)]
+
+
+@lru_cache
+def _compiled_block() -> Callable[..., RowResult]:
+    return torch.compile(_row_divergence_block, dynamic=True)
+
+
+def _row_divergence_block(
     student_logits: Tensor,
     teacher_logits: Tensor,
     weight: Tensor,
@@ -101,10 +116,10 @@ def _row_divergence(
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
+    grad_out: Tensor | None,
     divergence: Divergence,
     student_has_softcap: bool,
     teacher_has_softcap: bool,
-    write_grad: bool,
     return_stats: bool,
 ) -> RowResult:
     beta, inv_temperature, s_scale, t_scale, s_softcap, t_softcap, hard_weight, soft_weight = numbers.unbind()
@@ -156,8 +171,8 @@ def _row_divergence(
             reverse_kl=_kl_terms(p_s, d, gap).sum(-1),
             top1_agreement=((z_s == max_s) & (z_t == max_t)).any(-1),
         )
-    if write_grad:
-        student_logits.copy_(grad * dy_s * weight.unsqueeze(-1))
+    if grad_out is not None:
+        grad_out.copy_(grad * dy_s * weight.unsqueeze(-1))
     return RowResult(loss * weight, stats)
 
 

@@ -40,3 +40,10 @@ class DistillStats(NamedTuple):
         """Statistics of no token at all."""
         columns = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(4)]
         return cls(*columns, torch.zeros(shape, dtype=torch.bool, device=device))
+
+
+class RowResult(NamedTuple):
+    """What row arithmetic gives besides the logit gradient."""
+
+    loss: Tensor  # (n,) weight * (soft_weight * divergence + hard_weight * cross entropy)
+    stats: DistillStats | None  # of shape (n,)
