@@ -76,7 +76,8 @@ class Engine:
     settings: LossSettings
     backend: Backend
     vocab_size: int
-    needs_grad: tuple[bool, bool, bool]  # of hidden, weight, bias
+    needs_grad: tuple[bool, ...]  # of hidden, weight, bias
+    autocast_dtype: torch.dtype | None  # dtype of the products under autocast
     return_stats: bool
     workspace_bytes: int | None
 
@@ -106,6 +107,12 @@ class Engine:
         self, tensors: LossTensors, token_weight: Tensor | None
     ) -> tuple[Tensor, DistillStats | None, Gradients]:
         """Weighted losses of the counted tokens (n,), their statistics, and the gradients of the losses' sum."""
+        with torch.no_grad(), torch.autocast(tensors.student_hidden.device.type, enabled=False):
+            return self._run(tensors, token_weight)
+
+    def _run(
+        self, tensors: LossTensors, token_weight: Tensor | None
+    ) -> tuple[Tensor, DistillStats | None, Gradients]:
         plan = self.plan(tensors)
         hidden, index = tensors.student_hidden, tensors.index
         device, dtype = hidden.device, accumulation_dtype(tensors)
@@ -189,9 +196,17 @@ class Engine:
     def _heads(self, tensors: LossTensors) -> tuple[Head, Head]:
         t, dtype = tensors, accumulation_dtype(tensors)
         return (
-            Head.of(t.student_hidden, t.student_weight, t.student_bias, self.vocab_size, dtype),
-            Head.of(t.teacher_hidden, t.teacher_weight, t.teacher_bias, self.vocab_size, dtype),
+            self._head(t.student_hidden, t.student_weight, t.student_bias, dtype),
+            self._head(t.teacher_hidden, t.teacher_weight, t.teacher_bias, dtype),
         )
+
+    def _head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, accumulation: torch.dtype) -> Head:
+        """One model's head with the product dtype that suits its inputs, the autocast state and the device."""
+        dtype = self.autocast_dtype or torch.promote_types(hidden.dtype, weight.dtype)
+        if accumulation == torch.float64 or not _multiplies_into_float32(hidden.device, dtype):
+            dtype = accumulation
+        bias = None if bias is None else bias[: self.vocab_size].to(accumulation)
+        return Head(weight[: self.vocab_size], bias, dtype)
 
     def _separate_grad(self, student: Head, dtype: torch.dtype) -> bool:
         """Whether the logit gradient has a buffer of its own, not the student logits' place."""
@@ -209,21 +224,6 @@ class Head:
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,) in the accumulation dtype
     dtype: torch.dtype
-
-    @classmethod
-    def of(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int, accumulation: torch.dtype
-    ) -> Head:
-        """The head with the product dtype that suits its inputs, the autocast state and the device."""
-        device = hidden.device
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        else:
-            dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        if accumulation == torch.float64 or not _multiplies_into_float32(device, dtype):
-            dtype = accumulation
-        bias = None if bias is None else bias[:vocab_size].to(accumulation)
-        return cls(weight[:vocab_size], bias, dtype)
 
     @property
     def tile_bytes(self) -> int:
