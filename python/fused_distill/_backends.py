@@ -90,6 +90,6 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, n_logits
         raise ValueError(f"backend='triton' needs tensors on a CUDA or ROCm device, got student_hidden on {device}")
     if dtype != torch.float32:
         raise ValueError("backend='triton' computes in float32; use backend='torch' for float64 inputs")
-    from fused_distill_kernels import row_divergence as triton_row_divergence
+    from ._rows_triton import row_divergence as triton_row_divergence
 
     return Backend("triton", triton_row_divergence)

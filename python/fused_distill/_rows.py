@@ -63,6 +63,7 @@ def row_divergence(
     numbers = torch.tensor(
         [
             settings.beta,
+            1.0 - settings.beta,
             1.0 / settings.temperature,
             settings.student_logit_scale,
             settings.teacher_logit_scale,
@@ -112,7 +113,7 @@ def _row_divergence_block(
     student_logits: Tensor,
     teacher_logits: Tensor,
     weight: Tensor,
-    numbers: Tensor,  # (8,) in the logits' dtype, so that new values never mean a new compilation
+    numbers: Tensor,  # (9,) in the logits' dtype, so that new values never mean a new compilation
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
@@ -122,7 +123,9 @@ def _row_divergence_block(
     teacher_has_softcap: bool,
     return_stats: bool,
 ) -> RowResult:
-    beta, inv_temperature, s_scale, t_scale, s_softcap, t_softcap, hard_weight, soft_weight = numbers.unbind()
+    beta, not_beta, inv_temperature, s_scale, t_scale, s_softcap, t_softcap, hard_weight, soft_weight = (
+        numbers.unbind()
+    )
     y_s, dy_s = _transform(student_logits, student_bias, s_scale, s_softcap if student_has_softcap else None)
     y_t, _ = _transform(teacher_logits, teacher_bias, t_scale, t_softcap if teacher_has_softcap else None)
     z_s, z_t = y_s * inv_temperature, y_t * inv_temperature
@@ -143,10 +146,10 @@ def _row_divergence_block(
         soft = kl
         grad = _times(p_s, -d - kl.unsqueeze(-1))
     else:
-        u, v = _mixture_log_ratios(d, beta)
+        u, v = _mixture_log_ratios(d, beta, not_beta)
         kl = _kl_terms(p_s, u, beta * gap).sum(-1)
-        soft = beta * _kl_terms(p_t, v, (beta - 1) * gap).sum(-1) + (1 - beta) * kl
-        grad = (1 - beta) * _times(p_s, -u - kl.unsqueeze(-1))
+        soft = beta * _kl_terms(p_t, v, -not_beta * gap).sum(-1) + not_beta * kl
+        grad = not_beta * _times(p_s, -u - kl.unsqueeze(-1))
     loss = soft_weight * soft
     grad = grad * (inv_temperature * soft_weight)
 
@@ -225,10 +228,10 @@ def _series(x: Tensor) -> Tensor:
     return value
 
 
-def _mixture_log_ratios(d: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def _mixture_log_ratios(d: Tensor, beta: Tensor, not_beta: Tensor) -> tuple[Tensor, Tensor]:
     """log m - log p_s and log m - log p_t for m = beta p_t + (1 - beta) p_s."""
     teacher_leads = d > 0
-    toward_larger = torch.log1p(torch.where(teacher_leads, 1 - beta, beta) * torch.expm1(-d.abs()))
+    toward_larger = torch.log1p(torch.where(teacher_leads, not_beta, beta) * torch.expm1(-d.abs()))
     toward_smaller = toward_larger + d.abs()
     return (
         torch.where(teacher_leads, toward_smaller, toward_larger),
