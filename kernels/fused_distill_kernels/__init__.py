@@ -1,5 +1,5 @@
 """Triton kernels of fused-distill: raw tensors in, raw tensors out."""
 
-from .jsd_rows import jsd_rows
+from .divergence import jsd_rows
 
 __all__ = ["jsd_rows"]

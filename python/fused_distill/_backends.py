@@ -59,7 +59,9 @@ class _TorchRows:
             return rows(False)
         try:
             return rows(True)
-        except Exception as error:  # a missing or broken compiler shows in many types, before any block is written
+        except (
+            Exception
+        ) as error:  # a missing or broken compiler shows in many types, before any block is written
             _TorchRows.can_compile = False
             warnings.warn(
                 f"fused_distill: torch.compile failed ({type(error).__name__}), the row arithmetic runs eagerly "
@@ -87,7 +89,9 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, n_logits
     if find_spec("triton") is None:
         raise ImportError("backend='triton' needs Triton: pip install 'fused-distill[triton]'")
     if device.type != "cuda" and not interpreted:
-        raise ValueError(f"backend='triton' needs tensors on a CUDA or ROCm device, got student_hidden on {device}")
+        raise ValueError(
+            f"backend='triton' needs tensors on a CUDA or ROCm device, got student_hidden on {device}"
+        )
     if dtype != torch.float32:
         raise ValueError("backend='triton' computes in float32; use backend='torch' for float64 inputs")
     from ._rows_triton import row_divergence as triton_row_divergence

@@ -36,7 +36,9 @@ def check_options(**options: Unpack[LossOptions]) -> None:
     """Check every keyword that is given. Raises ValueError or TypeError naming it."""
     unknown = set(options) - set(LossOptions.__annotations__)
     if unknown:
-        raise TypeError(f"unknown option {sorted(unknown)[0]!r}; expected one of {sorted(LossOptions.__annotations__)}")
+        raise TypeError(
+            f"unknown option {sorted(unknown)[0]!r}; expected one of {sorted(LossOptions.__annotations__)}"
+        )
     beta = _number("beta", options.get("beta", 0.5))
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be between 0 (forward KL) and 1 (reverse KL), got {beta}")
@@ -60,7 +62,9 @@ def check_options(**options: Unpack[LossOptions]) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
     for name, allowed in (("reduction", REDUCTIONS), ("backend", BACKENDS)):
         if options.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {options.get(name)!r}")
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, allowed))}, got {options.get(name)!r}"
+            )
 
 
 def _number(name: str, value: object) -> float:
@@ -76,15 +80,21 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str) -> None:
     if normalizer is None:
         return
     if reduction != "mean":
-        raise ValueError(f'normalizer replaces the token count of reduction="mean", got reduction={reduction!r}')
+        raise ValueError(
+            f'normalizer replaces the token count of reduction="mean", got reduction={reduction!r}'
+        )
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+            raise ValueError(
+                f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
+            )
     elif not _number("normalizer", normalizer) > 0:
         raise ValueError(f"normalizer must be positive, got {normalizer}")
 
 
-def check_hidden_and_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
+def check_hidden_and_head(
+    model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, device: torch.device
+) -> None:
     """One model's tensors fit each other and lie on `device`."""
     for name, tensor in ((f"{model}_hidden", hidden), (f"{model}_weight", weight), (f"{model}_bias", bias)):
         if tensor is None and name.endswith("bias"):
@@ -126,7 +136,9 @@ def check_per_token(name: str, tensor: Tensor, shape: torch.Size, device: torch.
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     check_device(name, tensor, device)
     if tensor.shape != shape:
-        raise ValueError(f"{name} must have the shape of the tokens, {tuple(shape)}, got {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{name} must have the shape of the tokens, {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
 
 
 def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:

@@ -93,12 +93,18 @@ class Engine:
         logit_bytes = self.vocab_size * dtype.itemsize
         grad_bytes = self.vocab_size * student.dtype.itemsize if self._separate_grad(student, dtype) else 0
         head_bytes = tensors.student_weight.numel() * dtype.itemsize
-        bound = self.workspace_bytes or default_workspace_bytes(tensors.student_hidden.device.type, head_bytes)
+        bound = self.workspace_bytes or default_workspace_bytes(
+            tensors.student_hidden.device.type, head_bytes
+        )
         return plan_chunks(
             n_tokens,
             bound,
             fixed_bytes=student.tile_bytes + teacher.tile_bytes + 64 * len(tensors.student_hidden),
-            row_bytes=2 * logit_bytes + grad_bytes + self._hidden_bytes(tensors, dtype) + self.vocab_size // 64 + 256,
+            row_bytes=2 * logit_bytes
+            + grad_bytes
+            + self._hidden_bytes(tensors, dtype)
+            + self.vocab_size // 64
+            + 256,
             block_row_bytes=self.backend.block_tensors * logit_bytes,
             block_rows=self.backend.block_elements // self.vocab_size,
         )
@@ -185,7 +191,9 @@ class Engine:
         gradients = Gradients(
             torch.empty_like(tensors.student_hidden, dtype=dtype) if hidden else None,
             torch.empty_like(tensors.student_weight, dtype=dtype) if weight else None,
-            torch.zeros_like(tensors.student_bias, dtype=dtype) if bias and tensors.student_bias is not None else None,
+            torch.zeros_like(tensors.student_bias, dtype=dtype)
+            if bias and tensors.student_bias is not None
+            else None,
         )
         if gradients.hidden is not None and not fills_hidden:
             gradients.hidden.zero_()
@@ -228,7 +236,11 @@ class Head:
     @property
     def tile_bytes(self) -> int:
         """Temporary bytes of a converted tile, 0 where the weight already has the product dtype."""
-        return 0 if self.weight.dtype == self.dtype else self._tile_rows * self.weight.shape[1] * self.dtype.itemsize
+        return (
+            0
+            if self.weight.dtype == self.dtype
+            else self._tile_rows * self.weight.shape[1] * self.dtype.itemsize
+        )
 
     @property
     def _tile_rows(self) -> int:

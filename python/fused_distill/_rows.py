@@ -54,7 +54,8 @@ def row_divergence(
     student_bias: Tensor | None = None,  # (V,)
     teacher_bias: Tensor | None = None,  # (V,)
     labels: Tensor | None = None,  # (n,) int64, -100 where there is none; needed if settings.hard_weight != 0
-    grad: Tensor | None = None,  # (n, V), may be student_logits itself: receives d(sum of losses) / d(student_logits)
+    grad: Tensor
+    | None = None,  # (n, V), may be student_logits itself: receives d(sum of losses) / d(student_logits)
     return_stats: bool = False,
     block_rows: int | None = None,  # rows whose temporaries may be held at once; None: all
     compiled: bool = False,

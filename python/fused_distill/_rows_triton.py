@@ -36,7 +36,9 @@ def row_divergence(
         grad=grad,
         return_stats=return_stats,
     )
-    kl_student, kl_teacher, surprise, entropy_s, entropy_t, forward_kl, reverse_kl, shared_top = sums.unbind(-1)
+    kl_student, kl_teacher, surprise, entropy_s, entropy_t, forward_kl, reverse_kl, shared_top = sums.unbind(
+        -1
+    )
     if settings.beta == 0:
         soft = kl_teacher
     elif settings.beta == 1:
@@ -44,5 +46,7 @@ def row_divergence(
     else:
         soft = settings.beta * kl_teacher + (1 - settings.beta) * kl_student
     loss = weight * (settings.soft_weight * soft + settings.hard_weight * surprise)
-    stats = DistillStats(entropy_s, entropy_t, forward_kl, reverse_kl, shared_top > 0) if return_stats else None
+    stats = (
+        DistillStats(entropy_s, entropy_t, forward_kl, reverse_kl, shared_top > 0) if return_stats else None
+    )
     return RowResult(loss, stats)

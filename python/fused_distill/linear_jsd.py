@@ -162,7 +162,9 @@ def fused_linear_jsd(
         None if labels is None or hard_weight == 0 else labels.reshape(-1).long(),
         None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
     )
-    return _fused(tensors, settings, shape, n_columns, reduction, normalizer, workspace_bytes, backend, return_stats)
+    return _fused(
+        tensors, settings, shape, n_columns, reduction, normalizer, workspace_bytes, backend, return_stats
+    )
 
 
 @torch.compiler.disable
@@ -186,7 +188,9 @@ def _fused(
         choose_backend(backend, device, accumulation_dtype(tensors), n_tokens * n_columns),
         n_columns,
         needs_grad=tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs),
-        autocast_dtype=torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
+        autocast_dtype=torch.get_autocast_dtype(device.type)
+        if torch.is_autocast_enabled(device.type)
+        else None,
         return_stats=return_stats,
         workspace_bytes=workspace_bytes,
     )
@@ -217,8 +221,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "fused_linear_jsd cannot be differentiated twice (create_graph=True); "
-                "backend='reference' can"
+                "fused_linear_jsd cannot be differentiated twice (create_graph=True); backend='reference' can"
             )
         gradients, ctx.gradients = ctx.gradients, None
         scale = None if ctx.per_token else grad_loss

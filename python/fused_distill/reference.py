@@ -65,7 +65,9 @@ def linear_jsd(
     return (result, _stats(log_s.detach(), log_t, counted)) if return_stats else result
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     logits = scale * F.linear(hidden, weight, bias)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -97,7 +99,9 @@ def _stats(log_s: Tensor, log_t: Tensor, counted: Tensor) -> DistillStats:
         (top_s & top_t).any(-1),
     )
     zeros = DistillStats.zeros(tuple(counted.shape), log_s.dtype, log_s.device)
-    return DistillStats(*(zero.masked_scatter(counted, column) for zero, column in zip(zeros, columns, strict=True)))
+    return DistillStats(
+        *(zero.masked_scatter(counted, column) for zero, column in zip(zeros, columns, strict=True))
+    )
 
 
 def _entropy(log_p: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .device_math import kl_terms, load_logits, log1p, log_gap, mixture_log_ratios, signed_gap, times
 
-BLOCK = 4096
+BLOCK = 2048
 NUM_WARPS = 8
 
 FORWARD = tl.constexpr(0)
@@ -24,8 +24,10 @@ REVERSE = tl.constexpr(1)
 MIXTURE = tl.constexpr(2)
 
 # Partial sums of one tile, one row of the tables that the kernels hand on.
-STATISTICS = 7  # max_s, sum_s, max_t, sum_t, sum of signed gaps, max_y, sum_y
-SUMS = 8  # KL(s || m), KL(t || m), label surprise, entropy_s, entropy_t, forward KL, reverse KL, shared top token
+STATISTICS = tl.constexpr(7)  # max_s, sum_s, max_t, sum_t, sum of signed gaps, max_y, sum_y
+SUMS = tl.constexpr(
+    8
+)  # KL(s || m), KL(t || m), label surprise, entropy_s, entropy_t, forward KL, reverse KL, shared top token
 
 
 @triton.jit
@@ -139,6 +141,12 @@ def divergence_kernel(
     WRITE_GRAD one gradient element a column. For beta > 0 the gradient reads the sums that a first launch wrote.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    parts = statistics_ptr + row * (STATISTICS * n_tiles)
+    tiles = tl.arange(0, TILES)
+    max_s, sum_s = _combine(parts, n_tiles, tiles)
+    max_t, sum_t = _combine(parts + 2 * n_tiles, n_tiles, tiles)
+    log_ratio = _log_ratio(parts, n_tiles, tiles, max_s, sum_s, max_t, sum_t)
+
     columns = tile * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_columns
     y_s, slope = load_logits(
@@ -162,13 +170,8 @@ def divergence_kernel(
         HAS_TEACHER_SOFTCAP,
     )
     z_s, z_t = y_s * inv_temperature, y_t * inv_temperature
-
-    parts = statistics_ptr + row * (STATISTICS * n_tiles)
-    tiles = tl.arange(0, TILES)
-    max_s, sum_s = _combine(parts, n_tiles, tiles)
-    max_t, sum_t = _combine(parts + 2 * n_tiles, n_tiles, tiles)
     p_s, p_t = tl.exp(z_s - max_s) / sum_s, tl.exp(z_t - max_t) / sum_t
-    d = log_gap(z_s, z_t) - _log_ratio(parts, n_tiles, tiles, max_s, sum_s, max_t, sum_t)
+    d = log_gap(z_s, z_t) - log_ratio
     gap = signed_gap(p_s, p_t, d)
 
     sums = sums_ptr + row * (SUMS * n_tiles)
@@ -261,20 +264,24 @@ def jsd_rows(
     student_bias: Tensor | None,  # (V,) float32
     teacher_bias: Tensor | None,  # (V,) float32
     labels: Tensor | None,  # (n,) int64, -100 where there is none
-    grad: Tensor | None,  # (n, V) any float dtype, may be student_logits: receives the weighted logit gradient
+    grad: Tensor
+    | None,  # (n, V) any float dtype, may be student_logits: receives the weighted logit gradient
     return_stats: bool,
 ) -> Tensor:
     """Row sums (n, 8) in float32 in the order of SUMS; entries that were not asked for are 0."""
     n, n_columns = student_logits.shape
     n_tiles = triton.cdiv(n_columns, BLOCK)
-    statistics = student_logits.new_empty(n, STATISTICS, n_tiles)
-    sums = student_logits.new_zeros(n, SUMS, n_tiles)
+    statistics = student_logits.new_empty(n, STATISTICS.value, n_tiles)
+    sums = student_logits.new_zeros(n, SUMS.value, n_tiles)
     if n == 0:
         return sums.sum(-1)
     divergence = 0 if beta == 0 else 1 if beta == 1 else 2
     unused = student_logits
     logits = (student_logits, student_logits.stride(0), teacher_logits, teacher_logits.stride(0))
-    biases = (unused if student_bias is None else student_bias, unused if teacher_bias is None else teacher_bias)
+    biases = (
+        unused if student_bias is None else student_bias,
+        unused if teacher_bias is None else teacher_bias,
+    )
     transforms = (
         1.0 / temperature,
         student_logit_scale,

@@ -1,0 +1,37 @@
+# make demo | test | lint | bench | bench-gpu | report     ARGS="..." is passed on to the demo and the benchmarks
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+KERNEL_TESTS := tests/test_properties.py tests/test_near_identical.py tests/test_triton_rows.py
+
+.PHONY: demo test lint bench bench-gpu report docs-check clean
+
+demo: $(VENV)/installed-demo
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNEL_TESTS)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python bench/cpu.py $(ARGS)
+	$(BIN)/python bench/numerics.py
+
+bench-gpu: $(VENV)/installed-bench
+	$(BIN)/python bench/gpu.py $(ARGS)
+
+report: $(VENV)/installed-bench
+	$(BIN)/python bench/report.py
+
+clean:
+	rm -rf $(VENV) dist outputs
+
+$(VENV)/installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	touch $@
