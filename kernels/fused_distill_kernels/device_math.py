@@ -86,7 +86,7 @@ def mixture_log_ratios(d, beta, one_minus_beta):
 def load_logits(
     row_ptr, bias_ptr, columns, inside, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
-    """Logits (bias, scale, softcap applied) of one tile, -inf outside, and their derivative by the projection."""
+    """One tile of logits (bias, scale, softcap applied; -inf outside), and their slope by the projection."""
     x = tl.load(row_ptr + columns, mask=inside, other=0.0)
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask=inside, other=0.0)

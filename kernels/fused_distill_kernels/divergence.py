@@ -1,13 +1,16 @@
 """Row kernels of the generalized Jensen-Shannon divergence over a chunk of float32 logits.
 
-Every kernel runs on a grid of (rows, tiles): one program has one tile of BLOCK columns of one row of both models in
-registers, and reads what it needs of the row's other tiles as partial sums of the kernel before. Three kernels, hence
-two passes over the logits for beta = 0 and three for the rest:
+Both kernels run on a grid of (rows, tiles): one program has one tile of BLOCK columns of one row of both
+models in registers, and reads what it needs of the row's other tiles as partial sums of the launch before:
 
-    statistics   per tile: maximum and sum of exponentials of each model, and the sum of their differences
-    divergence   per tile: the divergence's terms, entropies; for beta = 0 also the gradient
-    gradient     the logit gradient, which for beta > 0 needs the row's KL(student || mixture) first
+    statistics_kernel               maximum and sum of exponentials of each model, sum of their differences
+    divergence_kernel, WANT_SUMS    the divergence's terms, entropies; for beta = 0 also the gradient
+    divergence_kernel, WRITE_GRAD   the gradient; for beta > 0 it needs the row's KL(student || mixture) first
+
+Hence two passes over the logits for beta = 0 and three for the rest.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -55,7 +58,7 @@ def statistics_kernel(
 ):
     """One tile's log-sum-exp parts. Reads 8 bytes a column, writes 28 bytes a tile.
 
-    The sum of e^z_t - e^z_s over the row gives the difference of the models' log-sum-exps without cancellation.
+    The sum of e^z_t - e^z_s over the row gives the difference of the log-sum-exps without cancellation.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
@@ -135,10 +138,10 @@ def divergence_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """One tile's terms of the divergence (WANT_SUMS) or its logit gradient (WRITE_GRAD), for beta = 0 both at once.
+    """One tile's terms of the divergence (WANT_SUMS) or its logit gradient (WRITE_GRAD), both for beta = 0.
 
-    Reads 8 bytes a column and 20 bytes for each of the row's tiles; writes 4 to 32 bytes of sums a tile, and with
-    WRITE_GRAD one gradient element a column. For beta > 0 the gradient reads the sums that a first launch wrote.
+    Reads 8 bytes a column and 20 bytes for each of the row's tiles; writes 4 to 32 bytes of sums a tile, and
+    with WRITE_GRAD one gradient element a column. For beta > 0 the gradient reads a first launch's sums.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     parts = statistics_ptr + row * (STATISTICS * n_tiles)
@@ -175,11 +178,8 @@ def divergence_kernel(
     gap = signed_gap(p_s, p_t, d)
 
     sums = sums_ptr + row * (SUMS * n_tiles)
-    if DIVERGENCE == FORWARD:
-        v = -d
-    elif DIVERGENCE == REVERSE:
-        u = d
-    else:
+    u, v = d, -d  # log m - log p_s, log m - log p_t
+    if DIVERGENCE == MIXTURE:
         u, v = mixture_log_ratios(d, beta, one_minus_beta)
     if WANT_SUMS:
         if DIVERGENCE != FORWARD:
@@ -301,7 +301,8 @@ def jsd_rows(
     grid = (n, n_tiles)
 
     def divergence_pass(want_sums: bool, write_grad: bool) -> None:
-        divergence_kernel[grid](
+        launch: Any = divergence_kernel[grid]
+        launch(
             *logits,
             *biases,
             statistics,

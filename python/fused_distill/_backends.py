@@ -64,8 +64,8 @@ class _TorchRows:
         ) as error:  # a missing or broken compiler shows in many types, before any block is written
             _TorchRows.can_compile = False
             warnings.warn(
-                f"fused_distill: torch.compile failed ({type(error).__name__}), the row arithmetic runs eagerly "
-                "and several times slower; a C++ compiler on the PATH mends this",
+                f"fused_distill: torch.compile failed ({type(error).__name__}), the row arithmetic runs "
+                "eagerly and several times slower; a C++ compiler on the PATH mends this",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -97,10 +97,9 @@ def check_hidden_and_head(
 ) -> None:
     """One model's tensors fit each other and lie on `device`."""
     for name, tensor in ((f"{model}_hidden", hidden), (f"{model}_weight", weight), (f"{model}_bias", bias)):
-        if tensor is None and name.endswith("bias"):
+        if tensor is None and tensor is bias:
             continue
-        check_float(name, tensor)
-        check_device(name, tensor, device)
+        check_device(name, check_float(name, tensor), device)
     if hidden.dim() < 1:
         raise ValueError(f"{model}_hidden must have shape (..., D), got a 0-d tensor")
     if weight.dim() != 2:
@@ -116,12 +115,13 @@ def check_hidden_and_head(
         raise ValueError(f"{model}_bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
 
 
-def check_float(name: str, tensor: object) -> None:
+def check_float(name: str, tensor: object) -> Tensor:
     """A floating-point tensor of a dtype that the library computes with."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    return tensor
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -172,7 +172,7 @@ def check_vocab_size(vocab_size: int | None, student_weight: Tensor, teacher_wei
         return least
     if vocab_size > least:
         raise ValueError(
-            f"vocab_size must not exceed either head, got {vocab_size} with student_weight {tuple(student_weight.shape)} "
-            f"and teacher_weight {tuple(teacher_weight.shape)}"
+            f"vocab_size must not exceed either head, got {vocab_size} with "
+            f"student_weight {tuple(student_weight.shape)} and teacher_weight {tuple(teacher_weight.shape)}"
         )
     return vocab_size

@@ -1,4 +1,4 @@
-"""The chunk loop that all backends share: project a chunk of tokens, do its row arithmetic, multiply its gradient out."""
+"""The chunk loop that all backends share: project, do the row arithmetic, multiply the gradient out."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Backend:
 
 
 class LossTensors(NamedTuple):
-    """Every tensor of one call, tokens flattened. `index` lists the counted tokens, None means all."""
+    """Every tensor of one call, tokens flattened. `counted` lists the tokens that count, None means all."""
 
     student_hidden: Tensor  # (N, Ds)
     student_weight: Tensor  # (Vs, Ds)
@@ -58,7 +58,7 @@ class LossTensors(NamedTuple):
     teacher_bias: Tensor | None  # (Vt,)
     token_weight: Tensor | None  # (N,)
     labels: Tensor | None  # (N,) int64
-    index: Tensor | None  # (n,) int64
+    counted: Tensor | None  # (n,) int64
 
 
 class Gradients(NamedTuple):
@@ -89,7 +89,7 @@ class Engine:
         """Chunk sizes that keep temporary memory, gradients aside, within workspace_bytes."""
         dtype = accumulation_dtype(tensors)
         student, teacher = self._heads(tensors)
-        n_tokens = len(tensors.student_hidden) if tensors.index is None else len(tensors.index)
+        n_tokens = len(tensors.student_hidden) if tensors.counted is None else len(tensors.counted)
         logit_bytes = self.vocab_size * dtype.itemsize
         grad_bytes = self.vocab_size * student.dtype.itemsize if self._separate_grad(student, dtype) else 0
         head_bytes = tensors.student_weight.numel() * dtype.itemsize
@@ -112,7 +112,7 @@ class Engine:
     def run(
         self, tensors: LossTensors, token_weight: Tensor | None
     ) -> tuple[Tensor, DistillStats | None, Gradients]:
-        """Weighted losses of the counted tokens (n,), their statistics, and the gradients of the losses' sum."""
+        """Weighted losses of the counted tokens (n,), their statistics, the gradients of the losses' sum."""
         with torch.no_grad(), torch.autocast(tensors.student_hidden.device.type, enabled=False):
             return self._run(tensors, token_weight)
 
@@ -120,7 +120,7 @@ class Engine:
         self, tensors: LossTensors, token_weight: Tensor | None
     ) -> tuple[Tensor, DistillStats | None, Gradients]:
         plan = self.plan(tensors)
-        hidden, index = tensors.student_hidden, tensors.index
+        hidden, counted = tensors.student_hidden, tensors.counted
         device, dtype = hidden.device, accumulation_dtype(tensors)
         student, teacher = self._heads(tensors)
         gradients = self._empty_gradients(tensors, plan.n_tokens, dtype)
@@ -138,7 +138,7 @@ class Engine:
 
         for chunk in plan.chunks():
             n = chunk.stop - chunk.start
-            tokens = chunk if index is None else index[chunk]
+            tokens = chunk if counted is None else counted[chunk]
             student_hidden = hidden[tokens].to(student.dtype)
             grad = grad_buffer[:n] if any(self.needs_grad) else None
             result = self.backend.step(
@@ -187,7 +187,7 @@ class Engine:
     def _empty_gradients(self, tensors: LossTensors, n_tokens: int, dtype: torch.dtype) -> Gradients:
         """Buffers that `_accumulate` fills; zeros where it will not write."""
         hidden, weight, bias = self.needs_grad
-        fills_hidden = tensors.index is None
+        fills_hidden = tensors.counted is None
         gradients = Gradients(
             torch.empty_like(tensors.student_hidden, dtype=dtype) if hidden else None,
             torch.empty_like(tensors.student_weight, dtype=dtype) if weight else None,
@@ -209,7 +209,7 @@ class Engine:
         )
 
     def _head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, accumulation: torch.dtype) -> Head:
-        """One model's head with the product dtype that suits its inputs, the autocast state and the device."""
+        """One model's head with the product dtype that suits its inputs, autocast and the device."""
         dtype = self.autocast_dtype or torch.promote_types(hidden.dtype, weight.dtype)
         if accumulation == torch.float64 or not _multiplies_into_float32(hidden.device, dtype):
             dtype = accumulation
@@ -227,7 +227,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Head:
-    """One model's output layer, its first vocab_size rows, multiplied in `dtype`, converted tile by tile if need be."""
+    """The compared rows of one output layer, multiplied in `dtype`, converted tile by tile if need be."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,) in the accumulation dtype
@@ -269,7 +269,7 @@ class Head:
 
 
 def accumulation_dtype(tensors: LossTensors) -> torch.dtype:
-    """float64 where any input is float64, else float32: the dtype of logits, losses and accumulated gradients."""
+    """The dtype of logits, losses and accumulated gradients: float64 where an input is, else float32."""
     inputs = (tensors.student_hidden, tensors.student_weight, tensors.teacher_hidden, tensors.teacher_weight)
     return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
 
@@ -278,7 +278,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Non
     """out = a @ b, or out += a @ b, never rounded to a's dtype on the way."""
     options = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if accumulate:
-        torch.addmm(out, a, b, out=out, **options)
+        torch.addmm(out, a, b, out=out, **options)  # pyright: ignore[reportCallIssue, reportArgumentType]
     else:
         torch.mm(a, b, out=out, **options)
 

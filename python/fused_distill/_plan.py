@@ -27,8 +27,8 @@ class ChunkPlan:
 def default_workspace_bytes(device_type: str, head_bytes: int) -> int:
     """1 GiB on an accelerator; on the CPU 256 MiB, or half the float32 student head where that is more.
 
-    Every chunk streams both heads through the caches, so chunks must grow with the hidden size to keep the matrix
-    products fast; a workspace in proportion to the head does that.
+    Every chunk streams both heads through the caches, so chunks must grow with the hidden size to keep the
+    matrix products fast; a workspace in proportion to the head does that.
     """
     return max(256 * _MIB, head_bytes // 2) if device_type == "cpu" else 1024 * _MIB
 
@@ -42,7 +42,7 @@ def plan_chunks(
     block_row_bytes: int,
     block_rows: int,
 ) -> ChunkPlan:
-    """The largest chunks that keep `fixed + rows * row_bytes + block_rows * block_row_bytes` within the bound.
+    """The largest chunks with fixed + rows * row_bytes + block_rows * block_row_bytes within the bound.
 
     Args:
         n_tokens: tokens to be covered.
@@ -58,7 +58,7 @@ def plan_chunks(
     least = fixed_bytes + row_bytes + block_row_bytes
     if workspace_bytes < least:
         raise ValueError(
-            f"workspace_bytes={workspace_bytes} is too small for one row of logits: it must be at least {least}"
+            f"workspace_bytes must be at least {least} to hold one token's logits, got {workspace_bytes}"
         )
     block = max(1, min(block_rows, n_tokens))
     while block > 1 and fixed_bytes + block * (row_bytes + block_row_bytes) > workspace_bytes:

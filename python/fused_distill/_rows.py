@@ -1,13 +1,13 @@
-"""Row arithmetic of the divergence in PyTorch: from a block of logits to losses, statistics and logit gradients.
+"""Row arithmetic of the divergence in PyTorch: from logits to losses, statistics and logit gradients.
 
 Nothing here cancels when the two models are close. With d = log p_t - log p_s,
 
-- d = (z_t - z_s) - c, where c = lse_t - lse_s = log1p(sum(e^z_t - e^z_s) / sum e^z_s): neither the difference of
-  close logits nor c is a difference of two large rounded numbers (`_log_ratio`);
+- d = (z_t - z_s) - c, where c = lse_t - lse_s = log1p(sum(e^z_t - e^z_s) / sum e^z_s): neither the
+  difference of close logits nor c is a difference of two large rounded numbers (`_log_ratio`);
 - p_t - p_s = sign(d) max(p_t, p_s) (1 - e^-|d|) (`_signed_gap`);
 - KL(p || m) = sum p (e^x - 1 - x) with x = log m - log p: every term is >= 0, and a Taylor polynomial gives
   e^x - 1 - x near 0 (`_kl_terms`);
-- log m - log p = log1p(k expm1(-|d|)) on the side where the argument stays in (-1, 0] (`_mixture_log_ratios`).
+- log m - log p = log1p(k expm1(-|d|)) on the side where that argument is in (-1, 0] (`_mixture_log_ratios`).
 
 The same functions serve every floating dtype, eager and compiled, and are what the Triton kernels compute.
 """

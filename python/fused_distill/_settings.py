@@ -38,8 +38,8 @@ class DistillStats(NamedTuple):
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> DistillStats:
         """Statistics of no token at all."""
-        columns = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(4)]
-        return cls(*columns, torch.zeros(shape, dtype=torch.bool, device=device))
+        a, b, c, d = torch.zeros(4, *shape, dtype=dtype, device=device)
+        return cls(a, b, c, d, torch.zeros(shape, dtype=torch.bool, device=device))
 
 
 class RowResult(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,26 +42,27 @@ def fused_linear_jsd(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Any:
-    """Divergence between the student's and the teacher's next-token distributions, without their logits in memory.
+    """Divergence between student's and teacher's next-token distributions, without their logits in memory.
 
-    With p_s and p_t the softmax of softcap(scale * (hidden @ weight.T + bias)) / temperature of either model, a
-    token's loss is `soft_weight * D(p_t, p_s) + hard_weight * cross_entropy(label)` with
+    With p_s and p_t the softmax of softcap(scale * (hidden @ weight.T + bias)) / temperature of either model,
+    a token's loss is `soft_weight * D(p_t, p_s) + hard_weight * cross_entropy(label)` with
 
         D = KL(p_t || p_s)                                                    beta = 0, forward KL
         D = KL(p_s || p_t)                                                    beta = 1, reverse KL
         D = beta KL(p_t || m) + (1 - beta) KL(p_s || m),  m = beta p_t + (1 - beta) p_s     between them
 
     (Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649). Nothing is
-    multiplied by temperature^2. The gradient is computed in the forward pass, chunk by chunk; the backward pass
-    scales it. Gradients go to student_hidden, student_weight and student_bias, to those that require them.
-    Logits, losses and accumulated gradients are float32 (float64 where an input is float64).
+    multiplied by temperature^2. The gradient is computed in the forward pass, chunk by chunk; the
+    backward pass scales it. Gradients go to those of student_hidden, student_weight and student_bias that
+    require them. Logits, losses and accumulated gradients are float32 (float64 where an input is float64).
 
     Args:
         student_hidden: (..., Ds) last hidden states of the student, one per token.
         student_weight: (Vs, Ds) the student's output embedding.
         teacher_hidden: (..., Dt) the teacher's at the same tokens; Dt may differ from Ds.
         teacher_weight: (Vt, Dt); Vt may differ from Vs, see vocab_size.
-        mask: (...) bool, True where the token counts. Other tokens cost nothing, whatever they hold. None: all count.
+        mask: (...) bool, True where the token counts. Other tokens cost nothing, whatever they hold.
+            None: all count.
         student_bias: (Vs,) bias of the student's output layer.
         teacher_bias: (Vt,) bias of the teacher's output layer.
         beta: in [0, 1], see above.
@@ -71,16 +72,16 @@ def fused_linear_jsd(
         student_softcap: the student's logits become softcap * tanh(logits / softcap). None: no softcap.
         teacher_softcap: the same for the teacher.
         token_weight: (...) multiplies each token's loss; no gradient goes to it.
-        labels: (...) token ids below vocab_size for the cross entropy, taken at temperature 1; -100: no label.
+        labels: (...) token ids below vocab_size for the cross entropy at temperature 1; -100: no label.
         hard_weight: >= 0, weight of the cross entropy.
         soft_weight: >= 0, weight of the divergence.
         vocab_size: only the first vocab_size columns are compared (and count for the cross entropy).
             None: min(Vs, Vt).
-        reduction: "mean" over counted tokens, "sum", or "none". "none" gives the shape (...), 0 where masked, and
-            projects again in the backward pass, as its gradient is not known before.
+        reduction: "mean" over counted tokens, "sum", or "none". "none" gives the shape (...), 0 where masked,
+            and computes everything again in the backward pass, as its gradient is not known before.
         normalizer: > 0, number or 0-d tensor that replaces the token count in "mean" (gradient accumulation).
         workspace_bytes: bound on temporary memory beyond the gradients, which are accumulated in float32.
-            None: 1 GiB on a GPU; on the CPU 256 MiB, or half the size of a float32 student head where that is more.
+            None: 1 GiB on a GPU; on the CPU 256 MiB, or half a float32 student head where that is more.
         backend: "auto" ("triton" on a CUDA or ROCm device, else "torch"), "triton", "torch" or "reference".
         return_stats: also return a `DistillStats` of the counted tokens.
 
@@ -162,7 +163,7 @@ def fused_linear_jsd(
         None if labels is None or hard_weight == 0 else labels.reshape(-1).long(),
         None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
     )
-    return _fused(
+    return _fused(  # pyright: ignore[reportCallIssue]
         tensors, settings, shape, n_columns, reduction, normalizer, workspace_bytes, backend, return_stats
     )
 
@@ -180,7 +181,7 @@ def _fused(
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, DistillStats]:
     """The chunked way, for checked and flattened tensors."""
-    n_tokens = len(tensors.student_hidden) if tensors.index is None else len(tensors.index)
+    n_tokens = len(tensors.student_hidden) if tensors.counted is None else len(tensors.counted)
     inputs = (tensors.student_hidden, tensors.student_weight, tensors.student_bias)
     device = tensors.student_hidden.device
     engine = Engine(
@@ -194,7 +195,7 @@ def _fused(
         return_stats=return_stats,
         workspace_bytes=workspace_bytes,
     )
-    loss, *columns = _FusedLoss.apply(engine, reduction == "none", *tensors)
+    loss, *columns = cast("tuple[Tensor, ...]", _FusedLoss.apply(engine, reduction == "none", *tensors))
     if reduction == "none":
         loss = loss.reshape(shape)
     elif reduction == "mean":
@@ -218,11 +219,12 @@ class _FusedLoss(torch.autograd.Function):
         return _to_all_tokens(loss, tensors) if per_token else loss.sum(), *columns
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fused_linear_jsd cannot be differentiated twice (create_graph=True); backend='reference' can"
             )
+        grad_loss = grad_outputs[0]
         gradients, ctx.gradients = ctx.gradients, None
         scale = None if ctx.per_token else grad_loss
         if gradients is None:  # reduction "none", or a second backward pass through a retained graph
@@ -236,7 +238,7 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _finish(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """The accumulated gradient times scale in the input's dtype, in one pass and in place where the dtype allows."""
+    """The accumulated gradient times scale in the input's dtype, in place where the dtype allows."""
     if gradient is None or dtype is None:
         return None
     if scale is None:
@@ -247,9 +249,9 @@ def _finish(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype | 
 
 def _to_all_tokens(column: Tensor, tensors: LossTensors) -> Tensor:
     """(n,) values of the counted tokens as (N,), 0 elsewhere."""
-    if tensors.index is None:
+    if tensors.counted is None:
         return column
-    return column.new_zeros(len(tensors.student_hidden)).index_copy_(0, tensors.index, column)
+    return column.new_zeros(len(tensors.student_hidden)).index_copy_(0, tensors.counted, column)
 
 
 class FusedLinearJSDLoss(nn.Module):
@@ -257,7 +259,7 @@ class FusedLinearJSDLoss(nn.Module):
 
     Example:
         >>> loss_fn = FusedLinearJSDLoss(beta=0.5, temperature=0.9)
-        >>> loss = loss_fn(student_hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight, mask=mask)
+        >>> loss = loss_fn(student_hidden, student_head, teacher_hidden, teacher_head, mask=completion_mask)
 
     Raises:
         ValueError, TypeError: an option that does not fit, by name.

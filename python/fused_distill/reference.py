@@ -40,7 +40,7 @@ def linear_jsd(
     backend: str = "reference",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    """`fused_linear_jsd` by definition, unchecked; workspace_bytes and backend are there for the signature only."""
+    """`fused_linear_jsd` by definition, unchecked; workspace_bytes and backend do nothing here."""
     del workspace_bytes, backend
     shape = student_hidden.shape[:-1]
     counted = torch.ones(shape, dtype=torch.bool, device=student_hidden.device) if mask is None else mask
