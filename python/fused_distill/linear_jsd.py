@@ -81,7 +81,7 @@ def fused_linear_jsd(
             and computes everything again in the backward pass, as its gradient is not known before.
         normalizer: > 0, number or 0-d tensor that replaces the token count in "mean" (gradient accumulation).
         workspace_bytes: bound on temporary memory beyond the gradients, which are accumulated in float32.
-            None: 1 GiB on a GPU; on the CPU 256 MiB, or half a float32 student head where that is more.
+            None: 1 GiB on a GPU; on the CPU 256 MiB, or the size of a float32 student head if more.
         backend: "auto" ("triton" on a CUDA or ROCm device, else "torch"), "triton", "torch" or "reference".
         return_stats: also return a `DistillStats` of the counted tokens.
 
@@ -163,8 +163,8 @@ def fused_linear_jsd(
         None if labels is None or hard_weight == 0 else labels.reshape(-1).long(),
         None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
     )
-    return _fused(  # pyright: ignore[reportCallIssue]
-        tensors, settings, shape, n_columns, reduction, normalizer, workspace_bytes, backend, return_stats
+    return _fused(
+        tensors, settings, shape, n_columns, reduction, normalizer, workspace_bytes, backend, return_stats  # pyright: ignore
     )
 
 

@@ -1,0 +1,126 @@
+"""Random calls of the loss: what hypothesis draws, and how a backend and the float64 oracle answer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from fused_distill import DistillStats, fused_linear_jsd, reference
+from hypothesis import strategies as st
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKEND = "triton" if INTERPRETED else "torch"
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Answer(NamedTuple):
+    """Loss, statistics and gradients of student_hidden, student_weight, student_bias."""
+
+    loss: Tensor
+    stats: DistillStats
+    grads: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: the four main tensors, the keywords with tensors, the keywords without."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same numbers in another floating dtype."""
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(dtype) if t.is_floating_point() else t
+
+        a, b, c, d = map(cast, self.tensors)
+        return replace(self, tensors=(a, b, c, d), per_token={k: cast(t) for k, t in self.per_token.items()})
+
+    def with_options(self, **options: Any) -> Case:
+        """The same call with other keywords."""
+        return replace(self, options={**self.options, **options})
+
+    def answer(self, backend: str) -> Answer:
+        """What a backend gives, "reference" included."""
+        hs, ws, ht, wt = self.tensors
+        leaves = {"hidden": hs.clone().requires_grad_(), "weight": ws.clone().requires_grad_()}
+        per_token = dict(self.per_token)
+        if "student_bias" in per_token:
+            leaves["bias"] = per_token["student_bias"] = per_token["student_bias"].clone().requires_grad_()
+        call = reference.linear_jsd if backend == "reference" else fused_linear_jsd
+        result: Any = call(
+            leaves["hidden"],
+            leaves["weight"],
+            ht,
+            wt,
+            **per_token,
+            **{**self.options, "backend": backend, "return_stats": True},
+        )
+        loss, stats = result
+        # Different factors per token, so that reduction="none" shows a mixed-up gradient.
+        factors = torch.arange(1, loss.numel() + 1, dtype=loss.dtype).reshape(loss.shape)
+        grads = torch.autograd.grad((loss * factors).sum(), list(leaves.values()))
+        return Answer(loss.detach(), stats, grads)
+
+    def oracle(self) -> Answer:
+        """The reference in float64."""
+        return self.to(torch.float64).answer("reference")
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Case:
+    """Any call that the public function accepts, logits of ordinary size."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(dtypes))
+    shape = draw(st.sampled_from([(1,), (7,), (2, 5), (3, 1, 4), (70,)] if not INTERPRETED else [(1,), (2, 3)]))
+    # 2048 is a tile of the kernels: less than one, exactly one, one and a bit.
+    vocab = draw(st.one_of(st.integers(1, 40), st.sampled_from([127, 1000, 2047, 2048, 2049, 3000])))
+    student_rows, teacher_rows = (vocab + draw(st.sampled_from([0, 1, 9])) for _ in range(2))
+    ds, dt = draw(st.integers(1, 33)), draw(st.integers(1, 33))
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size, generator=generator)).to(dtype)
+
+    spread = draw(st.sampled_from([0.3, 1.0, 3.0]))
+    tensors = (
+        randn(*shape, ds),
+        randn(student_rows, ds, scale=spread / ds**0.5),
+        randn(*shape, dt),
+        randn(teacher_rows, dt, scale=spread / dt**0.5),
+    )
+    per_token: dict[str, Tensor] = {}
+    options: dict[str, Any] = {
+        "beta": draw(st.sampled_from([0.0, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0])),
+        "temperature": draw(st.sampled_from([1.0, 0.7, 2.5])),
+        "student_logit_scale": draw(st.sampled_from([1.0, 0.25])),
+        "teacher_logit_scale": draw(st.sampled_from([1.0, 1.5])),
+        "student_softcap": draw(st.sampled_from([None, 5.0])),
+        "teacher_softcap": draw(st.sampled_from([None, 30.0])),
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "vocab_size": draw(st.sampled_from([None, vocab])),
+    }
+    compared = options["vocab_size"] or min(student_rows, teacher_rows)
+    if options["reduction"] == "mean" and draw(st.booleans()):
+        options["normalizer"] = 17.0
+    if draw(st.booleans()):
+        per_token["mask"] = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    if draw(st.booleans()):
+        per_token["student_bias"] = randn(student_rows)
+    if draw(st.booleans()):
+        per_token["teacher_bias"] = randn(teacher_rows)
+    if draw(st.booleans()):
+        per_token["token_weight"] = torch.rand(shape, generator=generator).to(dtype)
+    if draw(st.booleans()):
+        labels = torch.randint(0, compared, shape, generator=generator)
+        absent = torch.rand(shape, generator=generator) < 0.3
+        per_token["labels"] = labels.masked_fill(absent, -100)
+        options |= {"hard_weight": 0.6, "soft_weight": 0.4}
+    if draw(st.booleans()):
+        rows = 24 * compared * dtype.itemsize + 4096
+        options["workspace_bytes"] = 64 * 1024 + 24 * rows
+    return Case(tensors, per_token, options)

@@ -1,0 +1,256 @@
+"""What holds for every call, on the backend under test: "torch", or "triton" in the interpreter's process."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import BACKEND, HALF, INTERPRETED, Case, cases
+from fused_distill import fused_linear_jsd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+EXAMPLES = 12 if INTERPRETED else 80
+FEW_EXAMPLES = 5 if INTERPRETED else 25
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+
+with_examples = settings(max_examples=EXAMPLES)
+with_few_examples = settings(max_examples=FEW_EXAMPLES)
+
+
+def assert_close(got: Tensor | None, want: Tensor | None, relative: float, absolute: float = 1e-6) -> None:
+    """Distance in norm, relative to the norm, with a floor for values that are nearly 0."""
+    assert (got is None) == (want is None)
+    if got is None or want is None:
+        return
+    assert got.shape == want.shape
+    error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
+    assert error <= relative * size + absolute, f"relative error {error / max(size, 1e-300):.2e}, size {size:.2e}"
+
+
+def call(case: Case, **options: object) -> Tensor:
+    loss = fused_linear_jsd(*case.tensors, **case.per_token, **{**case.options, "backend": BACKEND, **options})  # pyright: ignore[reportArgumentType]
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+@with_examples
+@given(cases())
+def test_float32_is_as_exact_as_three_times_the_float32_reference(case: Case) -> None:
+    got, want, naive = case.answer(BACKEND), case.oracle(), case.answer("reference")
+    for mine, true, plain in zip((got.loss, *got.grads), (want.loss, *want.grads), (naive.loss, *naive.grads), strict=True):
+        assert mine is not None and true is not None and plain is not None
+        allowed = 3 * (plain.double() - true).norm().item() + 20 * FLOAT32_EPS * true.norm().item() + 4 * FLOAT32_EPS
+        assert (mine.double() - true).norm().item() <= allowed
+
+
+@with_examples
+@given(cases())
+def test_statistics_equal_the_oracle(case: Case) -> None:
+    got, want = case.answer(BACKEND).stats, case.oracle().stats
+    for mine, true in zip(got[:4], want[:4], strict=True):
+        assert_close(mine, true, 1e-5, 1e-5)
+    assert got.top1_agreement.dtype == torch.bool
+    assert (got.top1_agreement == want.top1_agreement).double().mean() > 0.9  # near ties may fall either way
+
+
+@with_few_examples
+@given(cases(dtypes=HALF))
+def test_half_inputs_are_rounded_once_at_the_end(case: Case) -> None:
+    got, want = case.answer(BACKEND), case.oracle()
+    assert_close(got.loss, want.loss, 1e-5, 1e-5)
+    for mine, true in zip(got.grads, want.grads, strict=True):
+        assert mine is not None and true is not None
+        rounded = true.to(mine.dtype).double()
+        allowed = (rounded - true).norm().item() * 1.1 + 1e-5 * true.norm().item() + 1e-6
+        assert (mine.double() - true).norm().item() <= allowed
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels compute in float32")
+@with_few_examples
+@given(cases(dtypes=(torch.float64,)))
+def test_float64_inputs_are_computed_in_float64(case: Case) -> None:
+    got, want = case.answer(BACKEND), case.oracle()
+    for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
+        assert mine is not None and mine.dtype == torch.float64
+        assert_close(mine, true, 1e-10, 1e-12)
+
+
+@with_few_examples
+@given(cases())
+def test_the_divergence_is_never_negative(case: Case) -> None:
+    case = Case(case.tensors, {k: t for k, t in case.per_token.items() if k != "labels"}, case.options)
+    assert (call(case.with_options(hard_weight=0.0)) >= 0).all()
+
+
+@with_few_examples
+@given(cases(), st.sampled_from(BETAS))
+def test_identical_models_give_exactly_nothing(case: Case, beta: float) -> None:
+    hs, ws, *_ = case.tensors
+    options = {"beta": beta, "temperature": case.options["temperature"], "reduction": case.options["reduction"]}
+    got = Case((hs, ws, hs, ws), {}, options).answer(BACKEND)
+    assert (got.loss == 0).all()
+    assert all(g is not None and (g == 0).all() for g in got.grads)
+
+
+@with_few_examples
+@given(cases())
+def test_chunking_changes_nothing_but_rounding(case: Case) -> None:
+    whole = case.with_options(workspace_bytes=1 << 30).answer(BACKEND)
+    vocab = min(len(case.tensors[1]), len(case.tensors[3]))
+    parts = case.with_options(workspace_bytes=100 * vocab + (64 << 10) + 160 * vocab * 2).answer(BACKEND)
+    for a, b in zip((whole.loss, *whole.grads), (parts.loss, *parts.grads), strict=True):
+        assert_close(a, b, 1e-5)
+
+
+@with_few_examples
+@given(cases())
+def test_a_split_batch_with_one_normalizer_sums_to_the_whole(case: Case) -> None:
+    hs, ws, ht, wt = case.tensors
+    flat = {k: t if k.endswith("bias") else t.flatten() for k, t in case.per_token.items()}
+    hs, ht = hs.flatten(0, -2), ht.flatten(0, -2)
+    options = {**case.options, "reduction": "mean", "normalizer": torch.tensor(5.0)}
+    half = len(hs) // 2
+
+    def part(rows: slice) -> Tensor:
+        per_token = {k: t if k.endswith("bias") else t[rows] for k, t in flat.items()}
+        return call(Case((hs[rows], ws, ht[rows], wt), per_token, options))
+
+    assert_close(part(slice(0, half)) + part(slice(half, None)), part(slice(None)), 1e-5)
+
+
+@with_few_examples
+@given(cases())
+def test_masked_tokens_may_hold_nan(case: Case) -> None:
+    hs, ws, ht, wt = (t.clone() for t in case.tensors)
+    mask = torch.arange(hs[..., 0].numel()).reshape(hs.shape[:-1]) % 2 == 0
+    clean = Case((hs, ws, ht, wt), {**case.per_token, "mask": mask}, case.options).answer(BACKEND)
+    hs[~mask], ht[~mask] = math.nan, math.nan
+    dirty = Case((hs, ws, ht, wt), {**case.per_token, "mask": mask}, case.options).answer(BACKEND)
+    assert torch.equal(clean.loss, dirty.loss)
+    for a, b in zip(clean.grads, dirty.grads, strict=True):
+        assert a is not None and b is not None and torch.equal(a, b)
+
+
+@with_few_examples
+@given(cases())
+def test_masking_equals_leaving_out(case: Case) -> None:
+    hs, ws, ht, wt = case.tensors
+    mask = torch.arange(hs[..., 0].numel()).reshape(hs.shape[:-1]) % 3 != 1
+    kept = {k: t if k.endswith("bias") else t[mask] for k, t in case.per_token.items() if k != "mask"}
+    masked = call(Case(case.tensors, {**case.per_token, "mask": mask}, {**case.options, "reduction": "sum", "normalizer": None}))
+    packed = call(Case((hs[mask], ws, ht[mask], wt), kept, {**case.options, "reduction": "sum", "normalizer": None}))
+    assert_close(masked, packed, 1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("how", ["empty", "masked"])
+def test_no_token_at_all_gives_zero_and_zero_gradients(beta: float, how: str) -> None:
+    n = 0 if how == "empty" else 3
+    tensors = (torch.randn(n, 4), torch.randn(9, 4), torch.randn(n, 5), torch.randn(9, 5))
+    mask = torch.zeros(n, dtype=torch.bool)
+    got = Case(tensors, {"mask": mask} if how == "masked" else {}, {"beta": beta}).answer(BACKEND)
+    assert got.loss == 0
+    assert all(g is not None and (g == 0).all() for g in got.grads)
+
+
+@with_few_examples
+@given(cases())
+def test_order_of_the_vocabulary_does_not_matter(case: Case) -> None:
+    hs, ws, ht, wt = case.tensors
+    vocab = min(len(ws), len(wt))
+    order = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))
+    options = {"beta": case.options["beta"], "temperature": case.options["temperature"]}
+    plain = call(Case((hs, ws[:vocab], ht, wt[:vocab]), {}, options))
+    assert_close(call(Case((hs, ws[order], ht, wt[order]), {}, options)), plain, 1e-5)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_constant_added_to_all_logits_does_not_matter(beta: float) -> None:
+    tensors = (torch.randn(5, 8), torch.randn(50, 8), torch.randn(5, 8), torch.randn(50, 8))
+    plain = call(Case(tensors, {}, {"beta": beta}))
+    moved = call(Case(tensors, {"student_bias": torch.full((50,), 64.0)}, {"beta": beta}))
+    assert_close(moved, plain, 1e-4)
+
+
+def logits_case(student: Tensor, teacher: Tensor, beta: float) -> Case:
+    """A case whose logits are exactly these: an identity head."""
+    head = torch.eye(student.shape[1])
+    return Case((student, head, teacher, head), {}, {"beta": beta})
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("size", [1e4, 1e3, 100.0])
+def test_logits_of_any_size_equal_the_oracle(beta: float, size: float) -> None:
+    student = torch.tensor([[size, -size, 0.0, 1.0], [-size, -size, size, size], [0.0, size, 1.0, -size]])
+    teacher = torch.tensor([[-size, size, 0.0, 1.0], [-size, -size, size, size - 1], [0.0, size, 2.0, -size]])
+    got, want = logits_case(student, teacher, beta).answer(BACKEND), logits_case(student, teacher, beta).oracle()
+    for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
+        assert_close(mine, true, 1e-5)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_tokens_that_both_models_forbid_do_not_count(beta: float) -> None:
+    hs, ws, ht, wt = torch.randn(5, 8), torch.randn(50, 8), torch.randn(5, 6), torch.randn(50, 6)
+    forbidden = torch.zeros(50)
+    forbidden[::3] = -math.inf
+    allowed = forbidden == 0
+    biases = {"student_bias": forbidden, "teacher_bias": forbidden}
+    got = Case((hs, ws, ht, wt), biases, {"beta": beta}).answer(BACKEND)
+    want = Case((hs, ws[allowed], ht, wt[allowed]), {}, {"beta": beta}).answer(BACKEND)
+    assert_close(got.loss, want.loss, 1e-6)
+    assert_close(got.grads[0], want.grads[0], 1e-5)
+    for mine, true in zip(got.stats[:4], want.stats[:4], strict=True):
+        assert_close(mine, true, 1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9])
+def test_tokens_that_the_teacher_alone_forbids_equal_the_oracle(beta: float) -> None:
+    bias = torch.zeros(50)
+    bias[::3] = -math.inf
+    case = Case(
+        (torch.randn(5, 8), torch.randn(50, 8), torch.randn(5, 6), torch.randn(50, 6)), {"teacher_bias": bias}, {"beta": beta}
+    )
+    got, want = case.answer(BACKEND), case.oracle()
+    assert got.loss.isfinite()
+    for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
+        assert_close(mine, true, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("beta", "expected"),
+    [
+        (0.0, 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.75)),
+        (1.0, 0.25 * math.log(0.25 / 0.75) + 0.75 * math.log(0.75 / 0.25)),
+        (0.5, 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)),
+    ],
+)
+def test_two_tokens_with_known_probabilities(beta: float, expected: float) -> None:
+    student, teacher = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[math.log(3.0), 0.0]])
+    assert call(logits_case(student, teacher, beta)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_hot_teacher_against_a_uniform_student_is_log_v() -> None:
+    teacher = torch.full((1, 64), -1e4)
+    teacher[0, 5] = 0.0
+    assert call(logits_case(torch.zeros(1, 64), teacher, 0.0)).item() == pytest.approx(math.log(64), rel=1e-6)
+
+
+def test_frozen_weight_gets_no_gradient_and_the_hidden_gradient_is_the_same() -> None:
+    hs, ws, ht, wt = torch.randn(5, 8), torch.randn(50, 8), torch.randn(5, 6), torch.randn(50, 6)
+    trained = Case((hs, ws, ht, wt)).answer(BACKEND).grads[0]
+    hs.requires_grad_()
+    fused_linear_jsd(hs, ws, ht, wt, backend=BACKEND).backward()
+    assert ws.grad is None
+    assert hs.grad is not None and trained is not None and torch.equal(hs.grad, trained)
+
+
+def test_strided_inputs_equal_contiguous_ones() -> None:
+    tensors = (torch.randn(8, 6).T, torch.randn(8, 50).T, torch.randn(6, 12)[:, ::2], torch.randn(100, 6)[::2])
+    hs, ws, ht, wt = (t.contiguous() for t in tensors)
+    got, want = Case(tensors).answer(BACKEND), Case((hs, ws, ht, wt)).answer(BACKEND)
+    for a, b in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
+        assert_close(a, b, 1e-6)
