@@ -1,0 +1,152 @@
+"""The loss inside PyTorch: gradcheck, autocast, inference, compilation, checkpointing, repeated backward passes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from fused_distill import _backends, fused_linear_jsd
+from fused_distill._rows import row_divergence
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def tensors(dtype: torch.dtype = torch.float32, n: int = 6, vocab: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    return randn(n, 8).requires_grad_(), randn(vocab, 8).requires_grad_(), randn(n, 5), randn(vocab, 5)
+
+
+def gradients(loss: Tensor, *leaves: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, leaves, **options)
+
+
+def assert_same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("extras", [False, True])
+def test_gradcheck(beta: float, reduction: str, extras: bool) -> None:
+    hs, ws, ht, wt = tensors(torch.float64, n=3, vocab=7)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    options: dict[str, Any] = {"beta": beta, "reduction": reduction}
+    if extras:
+        options |= {"student_softcap": 3.0, "temperature": 0.8, "labels": torch.tensor([1, -100, 6]), "hard_weight": 0.5}
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fused_linear_jsd(hidden, weight, ht, wt, student_bias=bias, backend="torch", **options)
+
+    assert torch.autograd.gradcheck(loss, (hs, ws, bias))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_backward_pass_through_a_retained_graph_gives_the_same(reduction: str) -> None:
+    hs, ws, ht, wt = tensors()
+    loss = fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum()
+    assert_same(gradients(loss, hs, ws, retain_graph=True), gradients(loss, hs, ws))
+
+
+def test_differentiating_twice_is_refused() -> None:
+    hs, ws, ht, wt = tensors()
+    with pytest.raises(RuntimeError, match="fused_linear_jsd cannot be differentiated twice"):
+        gradients(fused_linear_jsd(hs, ws, ht, wt), hs, create_graph=True)
+
+
+def test_scaled_loss_scales_the_gradients() -> None:
+    hs, ws, ht, wt = tensors()
+    plain = gradients(fused_linear_jsd(hs, ws, ht, wt), hs, ws)
+    scaled = gradients(1024 * fused_linear_jsd(hs, ws, ht, wt), hs, ws)
+    assert_same(scaled, tuple(1024 * g for g in plain))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_value_without_gradients(mode: Any) -> None:
+    hs, ws, ht, wt = tensors()
+    want = fused_linear_jsd(hs, ws, ht, wt)
+    with mode():
+        got = fused_linear_jsd(hs, ws, ht, wt)
+    assert not got.requires_grad
+    assert torch.equal(got, want.detach())
+
+
+def test_statistics_carry_no_gradient() -> None:
+    hs, ws, ht, wt = tensors()
+    _, stats = fused_linear_jsd(hs, ws, ht, wt, return_stats=True)
+    assert not any(column.requires_grad for column in stats)
+
+
+def test_autocast_keeps_dtypes_and_stays_close() -> None:
+    hs, ws, ht, wt = tensors()
+    want = fused_linear_jsd(hs, ws, ht, wt)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fused_linear_jsd(hs, ws, ht, wt)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(want.item(), rel=1e-2)
+    assert all(g.dtype == torch.float32 for g in gradients(got, hs, ws))
+
+
+def test_bfloat16_hidden_states_with_a_float32_head_equal_float32() -> None:
+    hs, ws, ht, wt = tensors()
+    rounded = hs.detach().bfloat16()
+    want = fused_linear_jsd(rounded.float(), ws, ht, wt)
+    assert fused_linear_jsd(rounded, ws, ht, wt).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_inside_a_compiled_caller() -> None:
+    hs, ws, ht, wt = tensors()
+
+    def caller(hidden: Tensor) -> Tensor:
+        return 2 * fused_linear_jsd(hidden * 1.5, ws, ht, wt, beta=0.3)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(caller, backend="aot_eager")
+        got = gradients(compiled(hs), hs, ws)
+    assert_same(got, gradients(caller(hs), hs, ws))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_under_gradient_checkpointing(use_reentrant: bool) -> None:
+    hs, ws, ht, wt = tensors()
+    loss = checkpoint(lambda hidden: fused_linear_jsd(hidden, ws, ht, wt), hs, use_reentrant=use_reentrant)
+    assert isinstance(loss, Tensor)
+    assert_same(gradients_by_backward(loss, hs), gradients(fused_linear_jsd(hs, ws, ht, wt), hs))
+
+
+def gradients_by_backward(loss: Tensor, leaf: Tensor) -> tuple[Tensor]:
+    loss.backward()
+    assert leaf.grad is not None
+    return (leaf.grad,)
+
+
+def test_large_problems_are_compiled_and_equal_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    hs, ws, ht, wt = tensors()
+    eager = gradients(fused_linear_jsd(hs, ws, ht, wt), hs, ws)
+    monkeypatch.setattr(_backends, "_COMPILE_MIN_LOGITS", 1)
+    assert_same(gradients(fused_linear_jsd(hs, ws, ht, wt), hs, ws), eager)
+    assert _backends._TorchRows.can_compile
+
+
+def test_a_missing_compiler_warns_once_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*args: object, compiled: bool, **options: object) -> Any:
+        if compiled:
+            raise RuntimeError("no C++ compiler")
+        return row_divergence(*args, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(_backends, "row_divergence", no_compiler)
+    monkeypatch.setattr(_backends, "_COMPILE_MIN_LOGITS", 1)
+    monkeypatch.setattr(_backends._TorchRows, "can_compile", True)
+    hs, ws, ht, wt = tensors()
+    with pytest.warns(RuntimeWarning, match="torch.compile failed"):
+        first = fused_linear_jsd(hs, ws, ht, wt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(first, fused_linear_jsd(hs, ws, ht, wt))
