@@ -77,7 +77,9 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -
     """Any call that the public function accepts, logits of ordinary size."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes))
-    shape = draw(st.sampled_from([(1,), (7,), (2, 5), (3, 1, 4), (70,)] if not INTERPRETED else [(1,), (2, 3)]))
+    shape = draw(
+        st.sampled_from([(1,), (7,), (2, 5), (3, 1, 4), (70,)] if not INTERPRETED else [(1,), (2, 3)])
+    )
     # 2048 is a tile of the kernels: less than one, exactly one, one and a bit.
     vocab = draw(st.one_of(st.integers(1, 40), st.sampled_from([127, 1000, 2047, 2048, 2049, 3000])))
     student_rows, teacher_rows = (vocab + draw(st.sampled_from([0, 1, 9])) for _ in range(2))

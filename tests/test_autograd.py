@@ -1,4 +1,4 @@
-"""The loss inside PyTorch: gradcheck, autocast, inference, compilation, checkpointing, repeated backward passes."""
+"""The loss inside PyTorch: gradcheck, autocast, inference, compilation, checkpointing, repeated backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def tensors(dtype: torch.dtype = torch.float32, n: int = 6, vocab: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(
+    dtype: torch.dtype = torch.float32, n: int = 6, vocab: int = 40
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int) -> Tensor:
@@ -39,7 +41,12 @@ def test_gradcheck(beta: float, reduction: str, extras: bool) -> None:
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
     options: dict[str, Any] = {"beta": beta, "reduction": reduction}
     if extras:
-        options |= {"student_softcap": 3.0, "temperature": 0.8, "labels": torch.tensor([1, -100, 6]), "hard_weight": 0.5}
+        options |= {
+            "student_softcap": 3.0,
+            "temperature": 0.8,
+            "labels": torch.tensor([1, -100, 6]),
+            "hard_weight": 0.5,
+        }
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return fused_linear_jsd(hidden, weight, ht, wt, student_bias=bias, backend="torch", **options)

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 from fused_distill_kernels import divergence as rows  # noqa: E402
-from fused_distill_kernels.divergence import BLOCK, NUM_WARPS, divergence_kernel, statistics_kernel  # noqa: E402
+from fused_distill_kernels.divergence import BLOCK, divergence_kernel, num_warps, statistics_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -51,7 +51,9 @@ def compile_kernel(kernel, target: GPUTarget, grad_dtype: str = "bf16", **consta
     source = ASTSource(
         kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes
     )
-    return triton.compile(source, target=target, options={"num_warps": NUM_WARPS})
+    return triton.compile(
+        source, target=target, options={"num_warps": num_warps(bool(constants.get("WANT_STATS", False)))}
+    )
 
 
 def resources(compiled, target: GPUTarget, tmp_path: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Close models, where naive float32 has no correct digit: the row arithmetic against float64 on the same logits."""
+"""Close models, where naive float32 has no correct digit: row arithmetic against float64 on the same logits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fused_distill._settings import LossSettings
 from torch import Tensor
 
 if INTERPRETED:
-    from fused_distill._rows_triton import row_divergence as tested_rows
+    from fused_distill._rows_triton import row_divergence as rows_under_test
 else:
-    tested_rows = row_divergence
+    rows_under_test = row_divergence
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 # Relative error allowed at each distance between the models.
@@ -29,7 +29,9 @@ def close_logits(noise: float, rows: int = 2, vocab: int = 32000) -> tuple[Tenso
     return teacher + noise * torch.randn(rows, vocab, generator=generator), teacher
 
 
-def loss_and_grad(rows: Any, student: Tensor, teacher: Tensor, beta: float, **options: Any) -> tuple[Tensor, Tensor]:
+def loss_and_grad(
+    rows: Any, student: Tensor, teacher: Tensor, beta: float, **options: Any
+) -> tuple[Tensor, Tensor]:
     grad = torch.empty_like(student)
     weight = torch.ones(len(student), dtype=student.dtype)
     result = rows(student, teacher, weight, LossSettings(beta=beta), grad=grad, **options)
@@ -44,7 +46,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("noise", ALLOWED)
 def test_close_models_keep_their_digits(noise: float, beta: float) -> None:
     student, teacher = close_logits(noise)
-    loss, grad = loss_and_grad(tested_rows, student, teacher, beta)
+    loss, grad = loss_and_grad(rows_under_test, student, teacher, beta)
     true_loss, true_grad = loss_and_grad(row_divergence, student.double(), teacher.double(), beta)
     assert relative_error(loss, true_loss) < ALLOWED[noise]
     assert relative_error(grad, true_grad) < ALLOWED[noise]
@@ -87,18 +89,22 @@ def test_compiled_rows_keep_the_same_digits(beta: float) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="about the projections, which every backend shares")
 @pytest.mark.parametrize("beta", BETAS)
 def test_bfloat16_inputs_are_not_rounded_to_bfloat16_logits(beta: float) -> None:
-    # linkedin/Liger-Kernel issue 1432 at a quarter of its sizes: logits rounded to bfloat16 cost 4 to 23 % there.
+    # After linkedin/Liger-Kernel issue 1432, at a quarter of its sizes and with logits of size 8.
     generator = torch.Generator().manual_seed(0)
     hs, ht = (torch.randn(64, 1024, generator=generator).bfloat16() for _ in range(2))
-    ws, wt = (torch.randn(8000, 1024, generator=generator).div(32).bfloat16() for _ in range(2))
+    ws, wt = (torch.randn(8000, 1024, generator=generator).div(4).bfloat16() for _ in range(2))
     hs.requires_grad_()
     fused_linear_jsd(hs, ws, ht, wt, beta=beta).backward()
     exact = hs.detach().double().requires_grad_()
     fused_linear_jsd(exact, ws.double(), ht.double(), wt.double(), beta=beta).backward()
-    assert hs.grad is not None and exact.grad is not None
+    assert hs.grad is not None
+    assert exact.grad is not None
     assert relative_error(hs.grad, exact.grad) < 2**-8
 
-    student, teacher = (hs.detach() @ ws.T).float(), (ht @ wt.T).float()  # rounded, as a bfloat16 head gives them
+    student, teacher = (
+        (hs.detach() @ ws.T).float(),
+        (ht @ wt.T).float(),
+    )  # rounded, as a bfloat16 head gives them
     _, grad = loss_and_grad(row_divergence, student, teacher, beta)
     rounded = grad.double() @ ws.double() / len(hs)
-    assert relative_error(rounded, exact.grad) > 2 * relative_error(hs.grad, exact.grad)
+    assert relative_error(rounded, exact.grad) > 4 * relative_error(hs.grad, exact.grad)

@@ -28,11 +28,15 @@ def assert_close(got: Tensor | None, want: Tensor | None, relative: float, absol
         return
     assert got.shape == want.shape
     error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
-    assert error <= relative * size + absolute, f"relative error {error / max(size, 1e-300):.2e}, size {size:.2e}"
+    assert error <= relative * size + absolute, (
+        f"relative error {error / max(size, 1e-300):.2e}, size {size:.2e}"
+    )
 
 
 def call(case: Case, **options: object) -> Tensor:
-    loss = fused_linear_jsd(*case.tensors, **case.per_token, **{**case.options, "backend": BACKEND, **options})  # pyright: ignore[reportArgumentType]
+    loss = fused_linear_jsd(
+        *case.tensors, **case.per_token, **{**case.options, "backend": BACKEND, **options}
+    )  # pyright: ignore[reportArgumentType]
     assert isinstance(loss, Tensor)
     return loss
 
@@ -41,9 +45,17 @@ def call(case: Case, **options: object) -> Tensor:
 @given(cases())
 def test_float32_is_as_exact_as_three_times_the_float32_reference(case: Case) -> None:
     got, want, naive = case.answer(BACKEND), case.oracle(), case.answer("reference")
-    for mine, true, plain in zip((got.loss, *got.grads), (want.loss, *want.grads), (naive.loss, *naive.grads), strict=True):
-        assert mine is not None and true is not None and plain is not None
-        allowed = 3 * (plain.double() - true).norm().item() + 20 * FLOAT32_EPS * true.norm().item() + 4 * FLOAT32_EPS
+    for mine, true, plain in zip(
+        (got.loss, *got.grads), (want.loss, *want.grads), (naive.loss, *naive.grads), strict=True
+    ):
+        assert mine is not None
+        assert true is not None
+        assert plain is not None
+        allowed = (
+            3 * (plain.double() - true).norm().item()
+            + 20 * FLOAT32_EPS * true.norm().item()
+            + 4 * FLOAT32_EPS
+        )
         assert (mine.double() - true).norm().item() <= allowed
 
 
@@ -63,7 +75,8 @@ def test_half_inputs_are_rounded_once_at_the_end(case: Case) -> None:
     got, want = case.answer(BACKEND), case.oracle()
     assert_close(got.loss, want.loss, 1e-5, 1e-5)
     for mine, true in zip(got.grads, want.grads, strict=True):
-        assert mine is not None and true is not None
+        assert mine is not None
+        assert true is not None
         rounded = true.to(mine.dtype).double()
         allowed = (rounded - true).norm().item() * 1.1 + 1e-5 * true.norm().item() + 1e-6
         assert (mine.double() - true).norm().item() <= allowed
@@ -75,7 +88,8 @@ def test_half_inputs_are_rounded_once_at_the_end(case: Case) -> None:
 def test_float64_inputs_are_computed_in_float64(case: Case) -> None:
     got, want = case.answer(BACKEND), case.oracle()
     for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
-        assert mine is not None and mine.dtype == torch.float64
+        assert mine is not None
+        assert mine.dtype == torch.float64
         assert_close(mine, true, 1e-10, 1e-12)
 
 
@@ -90,7 +104,11 @@ def test_the_divergence_is_never_negative(case: Case) -> None:
 @given(cases(), st.sampled_from(BETAS))
 def test_identical_models_give_exactly_nothing(case: Case, beta: float) -> None:
     hs, ws, *_ = case.tensors
-    options = {"beta": beta, "temperature": case.options["temperature"], "reduction": case.options["reduction"]}
+    options = {
+        "beta": beta,
+        "temperature": case.options["temperature"],
+        "reduction": case.options["reduction"],
+    }
     got = Case((hs, ws, hs, ws), {}, options).answer(BACKEND)
     assert (got.loss == 0).all()
     assert all(g is not None and (g == 0).all() for g in got.grads)
@@ -132,7 +150,9 @@ def test_masked_tokens_may_hold_nan(case: Case) -> None:
     dirty = Case((hs, ws, ht, wt), {**case.per_token, "mask": mask}, case.options).answer(BACKEND)
     assert torch.equal(clean.loss, dirty.loss)
     for a, b in zip(clean.grads, dirty.grads, strict=True):
-        assert a is not None and b is not None and torch.equal(a, b)
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
 
 
 @with_few_examples
@@ -141,8 +161,16 @@ def test_masking_equals_leaving_out(case: Case) -> None:
     hs, ws, ht, wt = case.tensors
     mask = torch.arange(hs[..., 0].numel()).reshape(hs.shape[:-1]) % 3 != 1
     kept = {k: t if k.endswith("bias") else t[mask] for k, t in case.per_token.items() if k != "mask"}
-    masked = call(Case(case.tensors, {**case.per_token, "mask": mask}, {**case.options, "reduction": "sum", "normalizer": None}))
-    packed = call(Case((hs[mask], ws, ht[mask], wt), kept, {**case.options, "reduction": "sum", "normalizer": None}))
+    masked = call(
+        Case(
+            case.tensors,
+            {**case.per_token, "mask": mask},
+            {**case.options, "reduction": "sum", "normalizer": None},
+        )
+    )
+    packed = call(
+        Case((hs[mask], ws, ht[mask], wt), kept, {**case.options, "reduction": "sum", "normalizer": None})
+    )
     assert_close(masked, packed, 1e-6)
 
 
@@ -187,7 +215,10 @@ def logits_case(student: Tensor, teacher: Tensor, beta: float) -> Case:
 def test_logits_of_any_size_equal_the_oracle(beta: float, size: float) -> None:
     student = torch.tensor([[size, -size, 0.0, 1.0], [-size, -size, size, size], [0.0, size, 1.0, -size]])
     teacher = torch.tensor([[-size, size, 0.0, 1.0], [-size, -size, size, size - 1], [0.0, size, 2.0, -size]])
-    got, want = logits_case(student, teacher, beta).answer(BACKEND), logits_case(student, teacher, beta).oracle()
+    got, want = (
+        logits_case(student, teacher, beta).answer(BACKEND),
+        logits_case(student, teacher, beta).oracle(),
+    )
     for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
         assert_close(mine, true, 1e-5)
 
@@ -212,7 +243,9 @@ def test_tokens_that_the_teacher_alone_forbids_equal_the_oracle(beta: float) -> 
     bias = torch.zeros(50)
     bias[::3] = -math.inf
     case = Case(
-        (torch.randn(5, 8), torch.randn(50, 8), torch.randn(5, 6), torch.randn(50, 6)), {"teacher_bias": bias}, {"beta": beta}
+        (torch.randn(5, 8), torch.randn(50, 8), torch.randn(5, 6), torch.randn(50, 6)),
+        {"teacher_bias": bias},
+        {"beta": beta},
     )
     got, want = case.answer(BACKEND), case.oracle()
     assert got.loss.isfinite()
@@ -245,11 +278,18 @@ def test_frozen_weight_gets_no_gradient_and_the_hidden_gradient_is_the_same() ->
     hs.requires_grad_()
     fused_linear_jsd(hs, ws, ht, wt, backend=BACKEND).backward()
     assert ws.grad is None
-    assert hs.grad is not None and trained is not None and torch.equal(hs.grad, trained)
+    assert hs.grad is not None
+    assert trained is not None
+    assert torch.equal(hs.grad, trained)
 
 
 def test_strided_inputs_equal_contiguous_ones() -> None:
-    tensors = (torch.randn(8, 6).T, torch.randn(8, 50).T, torch.randn(6, 12)[:, ::2], torch.randn(100, 6)[::2])
+    tensors = (
+        torch.randn(8, 6).T,
+        torch.randn(8, 50).T,
+        torch.randn(6, 12)[:, ::2],
+        torch.randn(100, 6)[::2],
+    )
     hs, ws, ht, wt = (t.contiguous() for t in tensors)
     got, want = Case(tensors).answer(BACKEND), Case((hs, ws, ht, wt)).answer(BACKEND)
     for a, b in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):

@@ -20,7 +20,12 @@ from torch import Tensor
 from .device_math import kl_terms, load_logits, log1p, log_gap, mixture_log_ratios, signed_gap, times
 
 BLOCK = 2048
-NUM_WARPS = 8
+
+
+def num_warps(want_stats: bool) -> int:
+    """Eight columns a thread; four where statistics are wanted, whose longer live ranges would spill."""
+    return 16 if want_stats else 8
+
 
 FORWARD = tl.constexpr(0)
 REVERSE = tl.constexpr(1)
@@ -178,6 +183,14 @@ def divergence_kernel(
     gap = signed_gap(p_s, p_t, d)
 
     sums = sums_ptr + row * (SUMS * n_tiles)
+    if WANT_STATS:
+        shared_top = tl.where(inside & (z_s == max_s) & (z_t == max_t), 1.0, 0.0)
+        tl.store(sums + 3 * n_tiles + tile, tl.sum(times(p_s, tl.log(sum_s) - (z_s - max_s)), 0))
+        tl.store(sums + 4 * n_tiles + tile, tl.sum(times(p_t, tl.log(sum_t) - (z_t - max_t)), 0))
+        tl.store(sums + 5 * n_tiles + tile, tl.sum(kl_terms(p_t, -d, -gap), 0))
+        tl.store(sums + 6 * n_tiles + tile, tl.sum(kl_terms(p_s, d, gap), 0))
+        tl.store(sums + 7 * n_tiles + tile, tl.max(shared_top, 0))
+
     u, v = d, -d  # log m - log p_s, log m - log p_t
     if DIVERGENCE == MIXTURE:
         u, v = mixture_log_ratios(d, beta, one_minus_beta)
@@ -186,13 +199,6 @@ def divergence_kernel(
             tl.store(sums + tile, tl.sum(kl_terms(p_s, u, beta * gap), 0))
         if DIVERGENCE != REVERSE:
             tl.store(sums + n_tiles + tile, tl.sum(kl_terms(p_t, v, -one_minus_beta * gap), 0))
-    if WANT_STATS:
-        shared_top = tl.where(inside & (z_s == max_s) & (z_t == max_t), 1.0, 0.0)
-        tl.store(sums + 3 * n_tiles + tile, tl.sum(times(p_s, tl.log(sum_s) - (z_s - max_s)), 0))
-        tl.store(sums + 4 * n_tiles + tile, tl.sum(times(p_t, tl.log(sum_t) - (z_t - max_t)), 0))
-        tl.store(sums + 5 * n_tiles + tile, tl.sum(kl_terms(p_t, -d, -gap), 0))
-        tl.store(sums + 6 * n_tiles + tile, tl.sum(kl_terms(p_s, d, gap), 0))
-        tl.store(sums + 7 * n_tiles + tile, tl.max(shared_top, 0))
 
     residual = p_s * 0.0
     if HAS_LABELS:
@@ -296,7 +302,6 @@ def jsd_rows(
         "HAS_TEACHER_SOFTCAP": teacher_softcap is not None,
         "HAS_LABELS": labels is not None,
         "BLOCK": BLOCK,
-        "num_warps": NUM_WARPS,
     }
     grid = (n, n_tiles)
 
@@ -323,11 +328,15 @@ def jsd_rows(
             WANT_STATS=want_sums and return_stats,
             WRITE_GRAD=write_grad,
             TILES=triton.next_power_of_2(n_tiles),
+            num_warps=num_warps(want_sums and return_stats),
             **flags,
         )
 
     with torch.cuda.device_of(student_logits):
-        statistics_kernel[grid](*logits, *biases, statistics, n_columns, n_tiles, *transforms, **flags)
+        statistics_launch: Any = statistics_kernel[grid]
+        statistics_launch(
+            *logits, *biases, statistics, n_columns, n_tiles, *transforms, **flags, num_warps=num_warps(False)
+        )
         one_pass = grad is not None and divergence == 0
         divergence_pass(want_sums=True, write_grad=one_pass)
         if grad is not None and not one_pass:

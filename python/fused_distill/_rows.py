@@ -212,7 +212,7 @@ def _log_ratio(
 
 def _signed_gap(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
     """b - a for positive a and b, given log(b / a)."""
-    return torch.where(log_ratio > 0, -b, a) * torch.expm1(-log_ratio.abs())
+    return torch.where(log_ratio > 0, -b, a) * _expm1(-log_ratio.abs())
 
 
 def _kl_terms(p: Tensor, x: Tensor, gap: Tensor) -> Tensor:
@@ -229,10 +229,15 @@ def _series(x: Tensor) -> Tensor:
     return value
 
 
+def _expm1(x: Tensor) -> Tensor:
+    """e^x - 1 for x <= 0. (torch.expm1 is exact when eager, but compiled for the CPU it is exp(x) - 1.)"""
+    return torch.where(x > -_SERIES_RADIUS, x + x * x * _series(x), torch.exp(x) - 1)
+
+
 def _mixture_log_ratios(d: Tensor, beta: Tensor, not_beta: Tensor) -> tuple[Tensor, Tensor]:
     """log m - log p_s and log m - log p_t for m = beta p_t + (1 - beta) p_s."""
     teacher_leads = d > 0
-    toward_larger = torch.log1p(torch.where(teacher_leads, not_beta, beta) * torch.expm1(-d.abs()))
+    toward_larger = torch.log1p(torch.where(teacher_leads, not_beta, beta) * _expm1(-d.abs()))
     toward_smaller = toward_larger + d.abs()
     return (
         torch.where(teacher_leads, toward_smaller, toward_larger),

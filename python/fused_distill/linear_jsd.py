@@ -163,8 +163,9 @@ def fused_linear_jsd(
         None if labels is None or hard_weight == 0 else labels.reshape(-1).long(),
         None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
     )
-    return _fused(
-        tensors, settings, shape, n_columns, reduction, normalizer, workspace_bytes, backend, return_stats  # pyright: ignore
+    fused: Any = _fused
+    return fused(
+        tensors, settings, shape, n_columns, reduction, normalizer, workspace_bytes, backend, return_stats
     )
 
 
