@@ -1,4 +1,4 @@
-"""Close models, where naive float32 has no correct digit: row arithmetic against float64 on the same logits."""
+"""Close models, where naive float32 has no correct digit: rows against float64 on the same logits."""
 
 from __future__ import annotations
 
