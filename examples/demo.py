@@ -3,8 +3,9 @@
 Each step the student writes completions of some prompts, teacher and student score them, and the loss
 compares their next-token distributions at every completion token (Agarwal et al.,
 https://arxiv.org/abs/2306.13649). Only hidden states leave the models: `fused_linear_jsd` applies both heads.
+A student that lost two thirds of its layers writes noise, so the teacher writes the first third of the steps.
 
-    python examples/demo.py [--steps 60] [--beta 0.5] [--teacher PATH] [--student PATH] [--output DIR]
+    python examples/demo.py [--steps 45] [--beta 0.5] [--teacher PATH] [--student PATH] [--output DIR]
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 KEEP_EVERY = 3  # layers of the teacher that the default student keeps: 0, 3, 6, ...
 HELD_OUT = 16  # prompts, the last of the file
-BATCH, NEW_TOKENS, LEARNING_RATE, EVALUATE_EVERY = 8, 32, 2e-4, 20
+BATCH, NEW_TOKENS, LEARNING_RATE, EVALUATE_EVERY = 8, 32, 2e-4, 15
 
 console = Console()
 
@@ -46,7 +47,7 @@ class Rollout:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="On-policy distillation of a small real model.")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=45, help="optimizer steps")
     parser.add_argument(
         "--beta", type=float, default=0.5, help="0 forward KL, 1 reverse KL, between them JSD"
     )
@@ -160,15 +161,8 @@ def divergence(
 
 
 @torch.no_grad()
-def held_out_kl(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    seed: int,
-) -> float:
-    """Reverse KL, nats per token, on completions that the student samples of prompts it never trains on."""
-    rollout = generate(student, tokenizer, prompts, seed)
+def reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel, rollout: Rollout) -> float:
+    """KL(student || teacher), nats per completion token."""
     return divergence(student, teacher, rollout, beta=1.0)[0].item()
 
 
@@ -185,11 +179,17 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def plot(path: Path, training: list[float], held_out: dict[int, float]) -> None:
+def shown(kl: dict[str, float]) -> str:
+    return ", ".join(f"{writer} {value:.3f}" for writer, value in kl.items())
+
+
+def plot(path: Path, training: list[float], held_out: dict[int, dict[str, float]]) -> None:
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot(range(1, len(training) + 1), training, color="0.6", label="training rollouts")
-    axes.plot(list(held_out), list(held_out.values()), "o-", color="C0", label="held-out prompts")
+    for writer in ("student", "teacher"):
+        values = [kl[writer] for kl in held_out.values()]
+        axes.plot(list(held_out), values, "o-", label=f"held-out prompts, {writer} writes")
     axes.set(xlabel="optimizer step", ylabel="reverse KL(student || teacher), nats per token", ylim=(0, None))
     axes.legend(frameon=False)
     figure.tight_layout()
@@ -213,18 +213,28 @@ def main() -> None:
     train, test = prompts[:-HELD_OUT], prompts[-HELD_OUT:]
     before = complete(student, tokenizer, test[0])
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    held_out = {0: held_out_kl(student, teacher, tokenizer, test, args.seed)}
-    console.print(
-        f"{'step':>5} {'loss':>8} {'reverse KL':>11} {'tokens/s':>9} {'memory':>8}   held-out reverse KL"
-    )
-    console.print(f"{0:5d} {'':>8} {'':>11} {'':>9} {memory_gb():5.1f} GB   {held_out[0]:.3f}")
+    teacher_texts = generate(teacher, tokenizer, test, args.seed)
+
+    def evaluate() -> dict[str, float]:
+        """Held-out reverse KL on what the student writes, and on fixed texts of the teacher."""
+        own_texts = generate(student, tokenizer, test, args.seed)
+        return {
+            "student": reverse_kl(student, teacher, own_texts),
+            "teacher": reverse_kl(student, teacher, teacher_texts),
+        }
+
+    held_out = {0: evaluate()}
+    console.print(" step  writer      loss  reverse KL  tokens/s   memory   held-out reverse KL on texts of")
+    console.print(f"    0  {'':35} {memory_gb():5.1f} GB   {shown(held_out[0])}")
     training: list[float] = []
     columns = [TextColumn("distilling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
         for step in progress.track(range(1, args.steps + 1)):
             step_started = time.perf_counter()
             batch = [train[(step * BATCH + i) % len(train)] for i in range(BATCH)]
-            rollout = generate(student, tokenizer, batch, seed=args.seed + step)
+            writer = "teacher" if step <= args.steps // 3 else "student"
+            model = teacher if writer == "teacher" else student
+            rollout = generate(model, tokenizer, batch, seed=args.seed + step)
             loss, stats = divergence(student, teacher, rollout, args.beta)
             optimizer.zero_grad()
             loss.backward()
@@ -234,10 +244,10 @@ def main() -> None:
             count = int(rollout.completion.sum())
             training.append(stats.reverse_kl.sum().item() / max(count, 1))
             rate = count / (time.perf_counter() - step_started)
-            line = f"{step:5d} {loss.item():8.4f} {training[-1]:11.4f} {rate:9.1f} {memory_gb():5.1f} GB"
+            line = f"{step:5d}  {writer} {loss.item():8.4f} {training[-1]:11.4f} {rate:9.1f}  {memory_gb():5.1f} GB"
             if step % EVALUATE_EVERY == 0 or step == args.steps:
-                held_out[step] = held_out_kl(student, teacher, tokenizer, test, args.seed)
-                line += f"   {held_out[step]:.3f}"
+                held_out[step] = evaluate()
+                line += f"   {shown(held_out[step])}"
             console.print(line)
 
     student.save_pretrained(args.output / "student")
@@ -259,7 +269,8 @@ def main() -> None:
         console.rule(who)
         console.print(text, markup=False)
     console.rule()
-    console.print(f"held-out reverse KL {held_out[0]:.3f} -> {held_out[args.steps]:.3f} nats per token")
+    console.print("held-out reverse KL, nats per token, on texts of")
+    console.print(f"{shown(held_out[0])}  ->  {shown(held_out[args.steps])}")
     console.print(f"plot, metrics and student are in {args.output}")
 
 
