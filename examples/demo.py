@@ -27,11 +27,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 KEEP_EVERY = 3  # layers of the teacher that the default student keeps: 0, 3, 6, ...
 HELD_OUT = 16  # prompts, the last of the file
 BATCH, NEW_TOKENS, LEARNING_RATE, EVALUATE_EVERY = 8, 32, 2e-4, 15
+
+# What transformers' Auto classes return depends on the checkpoint.
+Model = Any
+Tokenizer = Any
 
 console = Console()
 
@@ -92,11 +96,11 @@ def packaged_gemma() -> Path:
     return target
 
 
-def load(name: str | Path, device: str) -> PreTrainedModel:
+def load(name: str | Path, device: str) -> Model:
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
 
 
-def thinned(teacher: PreTrainedModel) -> PreTrainedModel:
+def thinned(teacher: Model) -> Model:
     """A copy of the teacher with every KEEP_EVERY-th layer."""
     student = copy.deepcopy(teacher)
     layers = student.get_decoder().layers[::KEEP_EVERY]
@@ -112,13 +116,11 @@ def thinned(teacher: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int
-) -> Rollout:
+def generate(model: Model, tokenizer: Tokenizer, prompts: list[str], seed: int) -> Rollout:
     """Sample one completion of each prompt."""
     torch.manual_seed(seed)
-    inputs: Any = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-    tokens = model.generate(  # pyright: ignore[reportCallIssue]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    tokens = model.generate(
         **inputs,
         max_new_tokens=NEW_TOKENS,
         do_sample=True,
@@ -136,14 +138,13 @@ def generate(
     return Rollout(tokens, attention, completion[:, 1:])
 
 
-def divergence(
-    student: PreTrainedModel, teacher: PreTrainedModel, rollout: Rollout, beta: float
-) -> tuple[Tensor, DistillStats]:
+def divergence(student: Model, teacher: Model, rollout: Rollout, beta: float) -> tuple[Tensor, DistillStats]:
     """Mean divergence over the completion tokens. The hidden state at a token predicts the next one."""
 
-    def hidden_states(model: PreTrainedModel) -> Tensor:
-        decoder: Any = model.get_decoder()
-        return decoder(input_ids=rollout.tokens, attention_mask=rollout.attention).last_hidden_state[:, :-1]
+    def hidden_states(model: Model) -> Tensor:
+        return model.get_decoder()(
+            input_ids=rollout.tokens, attention_mask=rollout.attention
+        ).last_hidden_state[:, :-1]
 
     with torch.no_grad():
         teacher_hidden = hidden_states(teacher)
@@ -161,12 +162,12 @@ def divergence(
 
 
 @torch.no_grad()
-def reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel, rollout: Rollout) -> float:
+def reverse_kl(student: Model, teacher: Model, rollout: Rollout) -> float:
     """KL(student || teacher), nats per completion token."""
     return divergence(student, teacher, rollout, beta=1.0)[0].item()
 
 
-def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def complete(model: Model, tokenizer: Tokenizer, prompt: str) -> str:
     rollout = generate(model, tokenizer, [prompt], seed=0)
     return tokenizer.decode(rollout.tokens[0], skip_special_tokens=True)
 
@@ -244,7 +245,8 @@ def main() -> None:
             count = int(rollout.completion.sum())
             training.append(stats.reverse_kl.sum().item() / max(count, 1))
             rate = count / (time.perf_counter() - step_started)
-            line = f"{step:5d}  {writer} {loss.item():8.4f} {training[-1]:11.4f} {rate:9.1f}  {memory_gb():5.1f} GB"
+            line = f"{step:5d}  {writer} {loss.item():8.4f} {training[-1]:11.4f} {rate:9.1f}"
+            line += f"  {memory_gb():5.1f} GB"
             if step % EVALUATE_EVERY == 0 or step == args.steps:
                 held_out[step] = evaluate()
                 line += f"   {shown(held_out[step])}"
