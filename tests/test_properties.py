@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from cases import BACKEND, HALF, INTERPRETED, Case, cases
-from fused_distill import fused_linear_jsd
+from fused_distill import _engine, fused_linear_jsd
+from fused_distill._plan import ChunkPlan, plan_chunks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -97,19 +100,24 @@ def test_float64_inputs_are_computed_in_float64(case: Case) -> None:
 @given(cases())
 def test_the_divergence_is_never_negative(case: Case) -> None:
     case = Case(case.tensors, {k: t for k, t in case.per_token.items() if k != "labels"}, case.options)
-    assert (call(case.with_options(hard_weight=0.0)) >= 0).all()
+    per_token = case.with_options(hard_weight=0.0, reduction="none", normalizer=None)
+    assert (call(per_token) >= 0).all()
 
 
 @with_few_examples
-@given(cases(), st.sampled_from(BETAS))
+@given(cases(dtypes=(torch.float32, *HALF)), st.sampled_from(BETAS))
 def test_identical_models_give_exactly_nothing(case: Case, beta: float) -> None:
     hs, ws, *_ = case.tensors
     options = {
         "beta": beta,
         "temperature": case.options["temperature"],
         "reduction": case.options["reduction"],
+        "student_softcap": case.options["student_softcap"],
+        "teacher_softcap": case.options["student_softcap"],
     }
-    got = Case((hs, ws, hs, ws), {}, options).answer(BACKEND)
+    bias = case.per_token.get("student_bias")
+    per_token = {} if bias is None else {"student_bias": bias, "teacher_bias": bias}
+    got = Case((hs, ws, hs, ws), per_token, options).answer(BACKEND)
     assert (got.loss == 0).all()
     assert all(g is not None and (g == 0).all() for g in got.grads)
 
@@ -118,10 +126,24 @@ def test_identical_models_give_exactly_nothing(case: Case, beta: float) -> None:
 @given(cases())
 def test_chunking_changes_nothing_but_rounding(case: Case) -> None:
     whole = case.with_options(workspace_bytes=1 << 30).answer(BACKEND)
-    vocab = min(len(case.tensors[1]), len(case.tensors[3]))
-    parts = case.with_options(workspace_bytes=100 * vocab + (64 << 10) + 160 * vocab * 2).answer(BACKEND)
+    parts = case.with_options(workspace_bytes=case.least_workspace()).answer(BACKEND)
     for a, b in zip((whole.loss, *whole.grads), (parts.loss, *parts.grads), strict=True):
         assert_close(a, b, 1e-5)
+
+
+def test_the_least_workspace_takes_one_token_at_a_time() -> None:
+    # Guards the tests above: they see many chunks only while this holds.
+    case = Case((torch.randn(7, 8), torch.randn(50, 8), torch.randn(7, 6), torch.randn(50, 6)))
+    plans: list[ChunkPlan] = []
+
+    def spy(*args: Any, **options: Any) -> ChunkPlan:
+        plans.append(plan_chunks(*args, **options))
+        return plans[-1]
+
+    least = case.least_workspace()
+    with mock.patch.object(_engine, "plan_chunks", spy):
+        case.with_options(workspace_bytes=least).answer(BACKEND)
+    assert [len(list(plan.chunks())) for plan in plans] == [7]
 
 
 @with_few_examples
@@ -196,6 +218,19 @@ def test_order_of_the_vocabulary_does_not_matter(case: Case) -> None:
     assert_close(call(Case((hs, ws[order], ht, wt[order]), {}, options)), plain, 1e-5)
 
 
+@with_few_examples
+@given(cases())
+def test_order_of_the_tokens_does_not_matter(case: Case) -> None:
+    hs, ws, ht, wt = case.tensors
+    flat = {k: t if k.endswith("bias") else t.flatten() for k, t in case.per_token.items()}
+    hs, ht = hs.flatten(0, -2), ht.flatten(0, -2)
+    order = torch.randperm(len(hs), generator=torch.Generator().manual_seed(0))
+    mixed = {k: t if k.endswith("bias") else t[order] for k, t in flat.items()}
+    options = {**case.options, "reduction": "none", "normalizer": None}
+    plain = call(Case((hs, ws, ht, wt), flat, options))
+    assert_close(call(Case((hs[order], ws, ht[order], wt), mixed, options)), plain[order], 1e-5)
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_constant_added_to_all_logits_does_not_matter(beta: float) -> None:
     tensors = (torch.randn(5, 8), torch.randn(50, 8), torch.randn(5, 8), torch.randn(50, 8))
@@ -251,6 +286,33 @@ def test_tokens_that_the_teacher_alone_forbids_equal_the_oracle(beta: float) -> 
     assert got.loss.isfinite()
     for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
         assert_close(mine, true, 1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9, 1.0])
+def test_tokens_that_the_student_alone_forbids_equal_very_unlikely_ones(beta: float) -> None:
+    # Not beta 0, whose loss is infinite there.
+    tensors = (torch.randn(5, 8), torch.randn(50, 8), torch.randn(5, 6), torch.randn(50, 6))
+    forbidden, unlikely = torch.zeros(50), torch.zeros(50)
+    forbidden[::3], unlikely[::3] = -math.inf, -1e4
+    got = Case(tensors, {"student_bias": forbidden}, {"beta": beta}).answer(BACKEND)
+    want = Case(tensors, {"student_bias": unlikely}, {"beta": beta}).answer(BACKEND)
+    assert got.loss.isfinite()
+    for mine, other in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
+        assert_close(mine, other, 1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_models_with_nothing_in_common_reach_the_largest_divergence(beta: float) -> None:
+    student, teacher = torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]])
+    entropy = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+    assert call(logits_case(student, teacher, beta)).item() == pytest.approx(entropy, rel=1e-6)
+
+
+def test_entropies_of_uniform_models_are_log_v() -> None:
+    stats = logits_case(torch.zeros(2, 64), torch.ones(2, 64), 0.5).answer(BACKEND).stats
+    for entropy in (stats.student_entropy, stats.teacher_entropy):
+        assert entropy.tolist() == pytest.approx([math.log(64)] * 2, rel=1e-6)
+    assert stats.top1_agreement.all()
 
 
 @pytest.mark.parametrize(
