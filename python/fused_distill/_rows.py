@@ -14,6 +14,7 @@ The same functions serve every floating dtype, eager and compiled, and are what 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from enum import Enum
@@ -101,8 +102,10 @@ def row_divergence(
 
 
 def _blocks(n: int, block_rows: int | None) -> list[slice]:
-    block_rows = block_rows or max(n, 1)
-    return [slice(start, min(start + block_rows, n)) for start in range(0, n, block_rows)]
+    """Blocks of nearly equal size: a last block of a single row would be compiled anew."""
+    count = math.ceil(n / (block_rows or max(n, 1)))
+    edges = [n * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 @lru_cache
