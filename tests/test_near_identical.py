@@ -102,7 +102,7 @@ def input_grads(loss: Any, tensors: tuple[Tensor, ...], dtype: torch.dtype, beta
 
 
 # Spread 32 is the issue's own. Between the ends of beta such models are saturated: see the next test.
-LIGER_1432 = [(16.0, beta) for beta in BETAS] + [(32.0, 0.0), (32.0, 1.0)]
+LIGER_1432 = [(32.0, 0.0), (16.0, 0.1), (16.0, 0.5), (16.0, 0.9), (32.0, 1.0)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="about the projections, which every backend shares")
@@ -122,8 +122,8 @@ def test_bfloat16_inputs_are_not_rounded_to_bfloat16_logits(spread: float, beta:
 @pytest.mark.skipif(INTERPRETED, reason="about the projections, which every backend shares")
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_saturated_models_are_as_exact_as_three_times_the_float32_reference(beta: float) -> None:
-    # Both models are all but one-hot on different tokens: the gradient, 1e-7 in norm, is a difference of terms
-    # of size 1 in ours as in the reference, and float32 keeps hardly a digit of it.
+    # Both models are all but one-hot on different tokens: the gradient, 1e-7 in norm, is a difference of
+    # terms of size 1 in ours as in the reference, and float32 keeps hardly a digit of it.
     tensors = bfloat16_case(32.0)
     exact = input_grads(fused_linear_jsd, tensors, torch.float64, beta)
     naive = input_grads(reference.linear_jsd, tensors, torch.float32, beta)

@@ -90,3 +90,88 @@ def test_a_call_stays_within_its_workspace(workspace_bytes: int, masked: bool, d
     assert loss.isfinite()
     assert memory.peak > gradient_bytes + workspace_bytes // 8  # the measurement sees the logits
     assert memory.peak <= gradient_bytes + workspace_bytes
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "labels": {"labels": torch.arange(300), "hard_weight": 0.5},
+    "softcaps and biases": {
+        "student_softcap": 5.0,
+        "teacher_softcap": 30.0,
+        "student_bias": torch.zeros(3000, requires_grad=True),
+        "teacher_bias": torch.zeros(3000),
+    },
+    "no statistics": {"return_stats": False},
+    "forward KL": {"beta": 0.0},
+    "reverse KL": {"beta": 1.0},
+    "each token's loss": {"reduction": "none"},
+    "fewer columns": {"vocab_size": 1700},
+    "token weights": {"token_weight": torch.rand(300)},
+}
+VARIANTS["everything"] = {
+    k: v for name in ("labels", "softcaps and biases", "token weights") for k, v in VARIANTS[name].items()
+}
+VARIANTS["everything in bfloat16"] = {**VARIANTS["everything"], "dtype": torch.bfloat16}
+VARIANTS["everything in float64"] = {**VARIANTS["everything"], "dtype": torch.float64}
+
+
+@pytest.mark.parametrize("workspace_bytes", [4 << 20, 16 << 20])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_call_stays_within_its_workspace(variant: str, workspace_bytes: int) -> None:
+    options: dict[str, Any] = {"return_stats": True, "workspace_bytes": workspace_bytes, **VARIANTS[variant]}
+    dtype = options.pop("dtype", torch.float32)
+    n, vocab, ds, dt = 300, 3000, 16, 24
+    hs, ws, ht, wt = (torch.randn(size).to(dtype) for size in ((n, ds), (vocab, ds), (n, dt), (vocab, dt)))
+    leaves = [hs.requires_grad_(), ws.requires_grad_()]
+    if "student_bias" in options:
+        leaves.append(options["student_bias"])
+    gc.collect()
+    with PeakMemory(
+        [hs, ws, ht, wt, *(v for v in options.values() if isinstance(v, torch.Tensor))]
+    ) as memory:
+        result = fused_linear_jsd(hs, ws, ht, wt, backend="torch", **options)
+        loss = (result[0] if options["return_stats"] else result).sum()
+        torch.autograd.grad(loss, leaves)
+    accumulated = 8 if dtype == torch.float64 else 4
+    returned = 0 if accumulated == dtype.itemsize else dtype.itemsize  # the gradients as the caller gets them
+    # Loss and statistics of all tokens once more: what `return_stats` and "none" hand out.
+    per_token = 8 * 8 * n
+    gradient_bytes = (accumulated + returned) * sum(leaf.numel() for leaf in leaves)
+    allowed = gradient_bytes + per_token + workspace_bytes
+    assert memory.peak <= allowed, (
+        f"{(memory.peak - allowed) / workspace_bytes:.1%} of the workspace too much"
+    )
+
+
+def test_the_least_workspace_that_the_error_names_will_do() -> None:
+    tensors = [torch.randn(size) for size in ((9, 4), (50, 4), (9, 5), (50, 5))]
+    with pytest.raises(ValueError, match=r"workspace_bytes must be at least \d+ ") as error:
+        fused_linear_jsd(*tensors, workspace_bytes=1, backend="torch")
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    want = fused_linear_jsd(*tensors, backend="torch")
+    torch.testing.assert_close(fused_linear_jsd(*tensors, workspace_bytes=least, backend="torch"), want)
+    with pytest.raises(ValueError, match=f"at least {least} "):
+        fused_linear_jsd(*tensors, workspace_bytes=least - 1, backend="torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_workspace_that_serves_the_loss_serves_its_backward_pass(dtype: torch.dtype) -> None:
+    # reduction="none" plans twice, and only the second plan has gradients.
+    hs, ws, ht, wt = (torch.randn(size).to(dtype) for size in ((9, 4), (50, 4), (9, 5), (50, 5)))
+    hs.requires_grad_()
+    with pytest.raises(ValueError, match="at least") as error:
+        fused_linear_jsd(hs, ws, ht, wt, workspace_bytes=1, reduction="none", backend="torch")
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    loss = fused_linear_jsd(hs, ws, ht, wt, workspace_bytes=least, reduction="none", backend="torch")
+    assert torch.autograd.grad(loss.sum(), hs)[0].isfinite().all()
+
+
+def test_the_measurement_sees_temporaries_and_their_end() -> None:
+    with PeakMemory([]) as memory:
+        a = torch.ones(1000)
+        b = (a + 1) * 2  # three live for a moment
+        del a
+        b[10:].add_(1)  # a view and an update in place cost nothing
+        c = b + 1
+    assert c.shape == b.shape
+    assert memory.peak == 12000
+    assert memory.live == 8000
