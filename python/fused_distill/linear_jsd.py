@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -163,13 +164,12 @@ def fused_linear_jsd(
         None if labels is None or hard_weight == 0 else labels.reshape(-1).long(),
         None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
     )
-    fused: Any = _fused
+    fused = _opaque_fused() if torch.compiler.is_compiling() else _fused
     return fused(
         tensors, settings, shape, n_columns, reduction, normalizer, workspace_bytes, backend, return_stats
     )
 
 
-@torch.compiler.disable
 def _fused(
     tensors: LossTensors,
     settings: LossSettings,
@@ -204,6 +204,12 @@ def _fused(
     return (loss, DistillStats(*(c.reshape(shape) for c in columns))) if return_stats else loss
 
 
+@lru_cache
+def _opaque_fused() -> Any:
+    """`_fused` as a graph break for compiled callers; made late, as it imports the whole compiler."""
+    return torch.compiler.disable(_fused)
+
+
 class _FusedLoss(torch.autograd.Function):
     """Sum of the tokens' losses with its gradient computed on the way, or each token's loss without."""
 
@@ -214,7 +220,8 @@ class _FusedLoss(torch.autograd.Function):
         loss, stats, gradients = run.run(tensors, tensors.token_weight)
         ctx.engine, ctx.per_token, ctx.gradients = engine, per_token, None if per_token else gradients
         ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:3])
+        ctx.constants = inputs[3:]  # not saved: a teacher run in inference mode gives tensors that cannot be
         columns = () if stats is None else tuple(_to_all_tokens(c, tensors) for c in stats)
         ctx.mark_non_differentiable(*columns)
         return _to_all_tokens(loss, tensors) if per_token else loss.sum(), *columns
@@ -229,7 +236,7 @@ class _FusedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         scale = None if ctx.per_token else grad_loss
         if gradients is None:  # reduction "none", or a second backward pass through a retained graph
-            tensors = LossTensors(*ctx.saved_tensors)
+            tensors = LossTensors(*ctx.saved_tensors, *ctx.constants)
             weight = tensors.token_weight
             if ctx.per_token:
                 weight = grad_loss if weight is None else grad_loss * weight
