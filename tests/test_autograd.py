@@ -134,14 +134,6 @@ def gradients_by_backward(loss: Tensor, leaf: Tensor) -> tuple[Tensor]:
     return (leaf.grad,)
 
 
-def test_large_problems_are_compiled_and_equal_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    hs, ws, ht, wt = tensors()
-    eager = gradients(fused_linear_jsd(hs, ws, ht, wt), hs, ws)
-    monkeypatch.setattr(_backends, "_COMPILE_MIN_LOGITS", 1)
-    assert_same(gradients(fused_linear_jsd(hs, ws, ht, wt), hs, ws), eager)
-    assert _backends._TorchRows.can_compile
-
-
 def test_a_missing_compiler_warns_once_and_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(*args: object, compiled: bool, **options: object) -> Any:
         if compiled:

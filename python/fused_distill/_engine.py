@@ -132,7 +132,7 @@ class Engine:
         rows = min(plan.rows, plan.n_tokens)
         student_buffer = torch.empty(rows, self.vocab_size, dtype=dtype, device=device)
         teacher_buffer = torch.empty_like(student_buffer)
-        grad_buffer = student_buffer
+        grad_buffer = None
         if self._separate_grad(student, dtype):
             grad_buffer = torch.empty_like(student_buffer, dtype=student.dtype)
 
@@ -140,11 +140,14 @@ class Engine:
             n = chunk.stop - chunk.start
             tokens = chunk if counted is None else counted[chunk]
             student_hidden = hidden[tokens].to(student.dtype)
-            grad = grad_buffer[:n] if any(self.needs_grad) else None
+            student_logits = student.project(student_hidden, student_buffer[:n])
+            grad = None
+            if any(self.needs_grad):
+                grad = student_logits if grad_buffer is None else grad_buffer[:n]
             result = self.backend.step(
-                student.project(student_hidden, student_buffer[:n]),
+                student_logits,
                 teacher.project(tensors.teacher_hidden[tokens].to(teacher.dtype), teacher_buffer[:n]),
-                token_weight[tokens].to(dtype),
+                token_weight[tokens].to(dtype).contiguous(),  # one layout is one compilation
                 self.settings,
                 student_bias=student.bias,
                 teacher_bias=teacher.bias,

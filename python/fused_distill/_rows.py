@@ -25,13 +25,6 @@ from torch import Tensor
 
 from ._settings import DistillStats, LossSettings, RowResult
 
-# e^x - 1 - x is a polynomial for |x| below this, a plain difference above it (where it loses at most 3 bits).
-_SERIES_RADIUS = 0.5
-_TAYLOR = {
-    dtype: [1 / math.factorial(k + 2) for k in range(terms)]
-    for dtype, terms in ((torch.float32, 8), (torch.float64, 14))
-}
-
 
 class Divergence(Enum):
     """The three shapes of the generalized Jensen-Shannon divergence."""
@@ -55,13 +48,16 @@ def row_divergence(
     student_bias: Tensor | None = None,  # (V,)
     teacher_bias: Tensor | None = None,  # (V,)
     labels: Tensor | None = None,  # (n,) int64, -100 where there is none; needed if settings.hard_weight != 0
-    grad: Tensor
-    | None = None,  # (n, V), may be student_logits itself: receives d(sum of losses) / d(student_logits)
+    grad: Tensor | None = None,  # (n, V) receives d(sum of losses) / d(student_logits); see below
     return_stats: bool = False,
     block_rows: int | None = None,  # rows whose temporaries may be held at once; None: all
     compiled: bool = False,
 ) -> RowResult:
-    """Loss, statistics and logit gradient of each row, a block of rows at a time."""
+    """Loss, statistics and logit gradient of each row, a block of rows at a time.
+
+    `grad` may be the object student_logits, to be overwritten, but no other view of the same memory:
+    torch.compile computes nonsense for arguments that overlap when their offsets change.
+    """
     numbers = torch.tensor(
         [
             settings.beta,
@@ -77,23 +73,25 @@ def row_divergence(
         dtype=student_logits.dtype,
     )
     row_divergence_block = _compiled_block() if compiled else _row_divergence_block
-    results = [
-        row_divergence_block(
-            student_logits[rows],
+    results: list[RowResult] = []
+    for rows in _blocks(len(student_logits), block_rows):
+        student_block = student_logits[rows]
+        grad_block = None if grad is None else student_block if grad is student_logits else grad[rows]
+        result = row_divergence_block(
+            student_block,
             teacher_logits[rows],
             weight[rows],
             numbers,
             student_bias,
             teacher_bias,
             None if labels is None or settings.hard_weight == 0 else labels[rows],
-            None if grad is None else grad[rows],
+            grad_block,
             Divergence.of(settings.beta),
             settings.student_softcap is not None,
             settings.teacher_softcap is not None,
             return_stats,
         )
-        for rows in _blocks(len(student_logits), block_rows)
-    ]
+        results.append(result)
     losses, stats = zip(*results, strict=True)
     return RowResult(
         torch.cat(losses),
@@ -221,20 +219,29 @@ def _signed_gap(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
 def _kl_terms(p: Tensor, x: Tensor, gap: Tensor) -> Tensor:
     """p (e^x - 1 - x), the terms of KL(p || m) with x = log m - log p and gap = m - p. Never negative."""
     near = p * (x * x) * _series(x)
-    return torch.where(x.abs() < _SERIES_RADIUS, near, (gap - _times(p, x)).clamp_min(0.0))
+    return torch.where(_series_serves(x), near, (gap - _times(p, x)).clamp_min(0.0))
+
+
+# The constants below are literals: torch.compile(dynamic=True) takes a global float for an argument.
+
+
+def _series_serves(x: Tensor) -> Tensor:
+    """Where `_series` is exact enough; elsewhere the plain difference loses at most 3 bits."""
+    return x.abs() < 0.5
 
 
 def _series(x: Tensor) -> Tensor:
-    """(e^x - 1 - x) / x^2 for |x| < _SERIES_RADIUS to the precision of x's dtype."""
-    value = torch.full_like(x, _TAYLOR[x.dtype][-1])
-    for coefficient in reversed(_TAYLOR[x.dtype][:-1]):
-        value = value * x + coefficient
+    """(e^x - 1 - x) / x^2 near 0 to the precision of x's dtype, by its Taylor polynomial."""
+    terms = 14 if x.dtype == torch.float64 else 8
+    value = torch.full_like(x, 1 / math.factorial(terms + 1))
+    for k in range(terms, 1, -1):
+        value = value * x + 1 / math.factorial(k)
     return value
 
 
 def _expm1(x: Tensor) -> Tensor:
     """e^x - 1 for x <= 0. (torch.expm1 is exact when eager, but compiled for the CPU it is exp(x) - 1.)"""
-    return torch.where(x > -_SERIES_RADIUS, x + x * x * _series(x), torch.exp(x) - 1)
+    return torch.where(_series_serves(x), x + x * x * _series(x), torch.exp(x) - 1)
 
 
 def _mixture_log_ratios(d: Tensor, beta: Tensor, not_beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from ._settings import DistillStats, LossSettings, RowResult
 def row_divergence(
     student_logits: Tensor,  # (n, V) float32
     teacher_logits: Tensor,  # (n, V) float32
-    weight: Tensor,  # (n,) float32
+    weight: Tensor,  # (n,) float32, contiguous
     settings: LossSettings,
     *,
     student_bias: Tensor | None = None,
@@ -28,7 +28,7 @@ def row_divergence(
     sums = jsd_rows(
         student_logits,
         teacher_logits,
-        weight.contiguous(),
+        weight,
         **asdict(settings),
         student_bias=student_bias,
         teacher_bias=teacher_bias,
