@@ -1,0 +1,54 @@
+"""Time and memory of a loss with both gradients on a GPU, bfloat16, beside peers and the bare products.
+
+    python bench/gpu.py [--output FILE] [--small] [-k EXPRESSION]
+
+Ours and the floor come first, so that a run that is cut short still says how far from the floor we are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from providers import FLOOR, Case
+from suite import SMALL, Suite, main
+from suite import suite as suite
+
+DIMENSIONS, TOKENS, VOCAB = [(1024, 4096), (2048, 4096), (4096, 4096)], [1024, 8192, 32768], 151936
+DEVICE = "cuda"
+if SMALL in os.environ:
+    DIMENSIONS, TOKENS, VOCAB = [(16, 32)], [8, 24], 300
+    DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+SHAPES = [
+    Case(tokens, VOCAB, student_dim, teacher_dim, dtype="bfloat16", device=DEVICE)
+    for student_dim, teacher_dim in DIMENSIONS
+    for tokens in TOKENS
+]
+
+
+def rows(providers: list[str], betas: tuple[float, ...]) -> list[tuple[str, Case]]:
+    return [
+        (provider, replace(shape, beta=beta)) for provider in providers for beta in betas for shape in SHAPES
+    ]
+
+
+ROWS = [
+    *rows([FLOOR], (0.5,)),
+    *rows(["fused-distill, triton"], (0.5, 0.0, 1.0)),
+    *rows(["Liger chunked", "Liger Triton", "TRL", "naive"], (0.5, 0.0, 1.0)),
+    *rows(["fused-distill, torch"], (0.5,)),
+]
+
+
+@pytest.mark.parametrize(("provider", "case"), ROWS, ids=lambda value: getattr(value, "label", str(value)))
+def test_gpu(suite: Suite, benchmark: Any, provider: str, case: Case) -> None:
+    suite.measure(benchmark, provider, case, rounds=3 if case.tokens > 8192 else 5)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__file__, "cuda"))

@@ -1,0 +1,109 @@
+"""How exact the losses are: ours, naive float32, Liger and TRL against float64 on the same numbers.
+
+    python bench/numerics.py [--output FILE] [--small]
+
+Two tables. Close models: float32 logits of size about 10, student = teacher + noise; every loss gets them
+through an identity (hidden states are unit vectors, the head's columns logits), so that no product rounds.
+And linkedin/Liger-Kernel issue 1432: bfloat16 hidden states and heads from randn, where rounding the logits
+to bfloat16 shows in the gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from providers import LOSSES, Inputs
+from suite import RESULTS, header, write_json
+from torch import Tensor
+
+PROVIDERS = ["fused-distill", "naive", "Liger chunked", "TRL"]
+NOISES = (1e-2, 1e-3, 1e-4, 1e-5)
+BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def close_models(noise: float, vocab: int) -> Inputs:
+    """Two tokens whose logits are the columns of the heads."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(2, vocab, generator=generator)
+    student = teacher + noise * torch.randn(2, vocab, generator=generator)
+    return Inputs(torch.eye(2), student.T.contiguous(), torch.eye(2), teacher.T.contiguous())
+
+
+def liger_issue_1432(tokens: int, dim: int, vocab: int) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(rows: int) -> Tensor:
+        return torch.randn(rows, dim, generator=generator).bfloat16()
+
+    return Inputs(randn(tokens), randn(vocab), randn(tokens), randn(vocab))
+
+
+def loss_and_gradients(provider: str, inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and the gradients of the student's hidden states and head."""
+    hs, ws, ht, wt = (t.detach() for t in inputs)
+    loss = LOSSES[provider](beta)(hs.requires_grad_(), ws.requires_grad_(), ht, wt)
+    grad_hidden, grad_weight = torch.autograd.grad(loss, [hs, ws])
+    return loss.detach(), grad_hidden, grad_weight
+
+
+def exact(inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Ours in float64, which the tests hold against fifty digits."""
+    return loss_and_gradients("fused-distill", Inputs(*(t.double() for t in inputs)), beta)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def rows(small: bool) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for beta in BETAS:
+        for noise in NOISES:
+            inputs = close_models(noise, 500 if small else 32000)
+            true = exact(inputs, beta)
+            for provider in PROVIDERS:
+                got = loss_and_gradients(provider, inputs, beta)
+                case = f"beta {beta:g}, noise {noise:g}"
+                for name, mine, want in (("loss", got[0], true[0]), ("logit gradient", got[2], true[2])):
+                    found.append(
+                        {
+                            "table": f"Close models, relative error of the {name}",
+                            "case": case,
+                            "provider": provider,
+                            "error": relative_error(mine, want),
+                            **({"text": "negative"} if name == "loss" and mine < 0 else {}),
+                        }
+                    )
+    inputs = liger_issue_1432(*(16, 64, 300) if small else (256, 1024, 32000))
+    for beta in (0.0, 1.0):
+        true = exact(inputs, beta)
+        for provider in PROVIDERS:
+            got = loss_and_gradients(provider, inputs, beta)
+            for index, name in enumerate(("loss", "hidden gradient", "weight gradient")):
+                found.append(
+                    {
+                        "table": "bfloat16 inputs (N 256, D 1024, V 32000, randn), relative error",
+                        "case": f"beta {beta:g}, {name}",
+                        "provider": provider,
+                        "error": relative_error(got[index], true[index]),
+                    }
+                )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS / "numerics.json")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: checks the code paths")
+    arguments = parser.parse_args()
+    command = f"python bench/numerics.py {' '.join(sys.argv[1:])}".strip()
+    write_json(arguments.output, {**header(command), "rows": rows(arguments.small)})
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Turn result files into the tables of README.md and docs/, and into plots.
+
+    python bench/report.py            rewrite every table between <!-- bench:FILE --> and <!-- /bench -->
+    python bench/report.py --check    only say whether a table differs from its result file (status 1)
+
+FILE is a result file's name in bench/results/, without .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "numerics.md")
+MARKED = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+SHAPE = ("tokens", "vocab", "student_dim", "teacher_dim", "dtype")
+
+Row = dict[str, Any]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def shapes(rows: list[Row]) -> list[tuple[Any, ...]]:
+    """The distinct shapes, in the order measured."""
+    return list(dict.fromkeys(tuple(row[key] for key in SHAPE) for row in rows))
+
+
+def floor_seconds(rows: list[Row], shape: tuple[Any, ...]) -> float | None:
+    for row in rows:
+        if row["provider"] == "floor" and tuple(row[key] for key in SHAPE) == shape and "seconds" in row:
+            return statistics.median(row["seconds"])
+    return None
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def gib_text(n_bytes: int | None) -> str:
+    return "" if n_bytes is None else f"{n_bytes / 2**30:.2f}"
+
+
+def times_table(content: dict[str, Any]) -> str:
+    """One row per provider, shape and beta: median time, its ratio to the bare products, peak memory."""
+    rows = content["rows"]
+    lines: list[str] = []
+    for shape in shapes(rows):
+        tokens, vocab, student_dim, teacher_dim, dtype = shape
+        floor = floor_seconds(rows, shape)
+        lines += [
+            f"N {tokens}, V {vocab}, Ds {student_dim}, Dt {teacher_dim}, {dtype}:",
+            "",
+            "| | beta | time | of the four products | peak memory, GiB | without gradients, GiB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            if tuple(row[key] for key in SHAPE) != shape:
+                continue
+            name, beta = row["provider"], f"{row['beta']:g}"
+            if name == "floor":
+                name, beta = "the four products alone", ""
+            if "error" in row:
+                lines.append(f"| {name} | {beta} | {row['error']} | | | |")
+                continue
+            seconds = statistics.median(row["seconds"])
+            ratio = "" if floor is None else f"{seconds / floor:.2f}"
+            extra, gradients = row.get("extra_bytes"), row.get("gradient_bytes")
+            memory = (extra, None if extra is None else max(extra - gradients, 0))
+            cells = [name, beta, seconds_text(seconds), ratio, *map(gib_text, memory)]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def errors_table(content: dict[str, Any]) -> str:
+    """Relative errors against float64: one line per case, one column per provider."""
+    lines: list[str] = []
+    for title in dict.fromkeys(row["table"] for row in content["rows"]):
+        rows = [row for row in content["rows"] if row["table"] == title]
+        providers = list(dict.fromkeys(row["provider"] for row in rows))
+        lines += [f"{title}:", "", f"| | {' | '.join(providers)} |", "|---" * (len(providers) + 1) + "|"]
+        for case in dict.fromkeys(row["case"] for row in rows):
+            found = {row["provider"]: row for row in rows if row["case"] == case}
+            cells = [found[name].get("text") or f"{found[name]['error']:.0e}" for name in providers]
+            lines.append(f"| {case} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def provenance(content: dict[str, Any]) -> str:
+    machine, versions = content["machine"], content["versions"]
+    place = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    used = ", ".join(
+        f"{name} {number}" for name, number in versions.items() if number and name != "fused-distill"
+    )
+    return (
+        f"{place}; {used}; `{content['command']}`, commit {content['commit']}, {content['date'][:10]}. "
+        + content.get("note", "")
+    ).strip()
+
+
+def table(content: dict[str, Any]) -> str:
+    body = errors_table(content) if "table" in content["rows"][0] else times_table(content)
+    return f"\n{body}\n{provenance(content)}\n"
+
+
+def plot(path: Path) -> None:
+    """Time and memory of one result file beside each other, one row of panels per shape and beta."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in load(path)["rows"] if "seconds" in row]
+    panels = [
+        (shape, beta)
+        for shape in shapes(rows)
+        for beta in dict.fromkeys(row["beta"] for row in rows if row["provider"] != "floor")
+        if any(_in_panel(row, shape, beta) for row in rows)
+    ]
+    figure = Figure(figsize=(9, 0.8 + 2.2 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 2, squeeze=False)
+    for (left, right), (shape, beta) in zip(axes, panels, strict=True):
+        shown = [row for row in rows if _in_panel(row, shape, beta)][::-1]
+        names = [row["provider"] for row in shown]
+        colors = ["C0" if name.startswith("fused-distill") else "0.7" for name in names]
+        left.barh(names, [statistics.median(row["seconds"]) for row in shown], color=colors)
+        floor = floor_seconds(rows, shape)
+        if floor is not None:
+            left.axvline(floor, color="k", linewidth=0.8, linestyle="--")
+        left.set_xlabel("seconds, forward and backward (dashed: the four products)")
+        left.set_title("N {}, V {}, Ds {}, Dt {}, {}, beta {:g}".format(*shape, beta), fontsize=9, loc="left")
+        right.barh(names, [(row.get("extra_bytes") or 0) / 2**30 for row in shown], color=colors)
+        right.set_xlabel("peak memory with gradients, GiB")
+        right.set_yticklabels([])
+        for one in (left, right):
+            one.spines[["top", "right"]].set_visible(False)
+            one.tick_params(labelsize=8)
+            one.xaxis.label.set_size(8)
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+
+
+def _in_panel(row: Row, shape: tuple[Any, ...], beta: float) -> bool:
+    same = row["provider"] != "floor" and row["beta"] == beta
+    return same and tuple(row[key] for key in SHAPE) == shape
+
+
+def with_tables(text: str) -> str:
+    """The text with every marked table written anew from its result file."""
+    return MARKED.sub(lambda m: m[1] + table(load(RESULTS / f"{m[2]}.json")) + m[3], text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is stale")
+    check = parser.parse_args().check
+    stale = False
+    for document in DOCUMENTS:
+        text = document.read_text()
+        new = with_tables(text)
+        if new == text:
+            continue
+        stale = True
+        print(f"{document.name}: {'differs from its result files' if check else 'rewritten'}")
+        if not check:
+            document.write_text(new)
+    return int(stale and check)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
