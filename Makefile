@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := tests/test_properties.py tests/test_near_identical.py
 
-.PHONY: demo test lint bench bench-gpu report docs-check clean
+.PHONY: demo test lint bench bench-gpu report clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -20,7 +20,7 @@ lint: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python bench/cpu.py $(ARGS)
-	$(BIN)/python bench/numerics.py
+	$(BIN)/python bench/numerics.py $(ARGS)
 
 bench-gpu: $(VENV)/installed-bench
 	$(BIN)/python bench/gpu.py $(ARGS)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from providers import LOSSES, Inputs
-from suite import RESULTS, header, write_json
+from suite import header, results_folder, write_json
 from torch import Tensor
 
 PROVIDERS = ["fused-distill", "naive", "Liger chunked", "TRL"]
@@ -97,12 +97,13 @@ def rows(small: bool) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS / "numerics.json")
+    parser.add_argument("--output", type=Path, help="result file")
     parser.add_argument("--small", action="store_true", help="tiny sizes: checks the code paths")
     arguments = parser.parse_args()
     command = f"python bench/numerics.py {' '.join(sys.argv[1:])}".strip()
-    write_json(arguments.output, {**header(command), "rows": rows(arguments.small)})
-    print(arguments.output)
+    output = arguments.output or results_folder(arguments.small) / "numerics.json"
+    write_json(output, {**header(command), "rows": rows(arguments.small)})
+    print(output)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,11 @@ def header(command: str) -> dict[str, Any]:
     }
 
 
+def results_folder(small: bool) -> Path:
+    """Where results go: those of a check of the code paths never among the measurements."""
+    return ROOT / "outputs" / "bench" if small else RESULTS
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +154,7 @@ def main(script: str, device: str) -> int:
         machine().get("gpu") if device == "cuda" else f"{machine()['cpu']} {torch.get_num_threads()} threads"
     )
     slug = re.sub(r"[^a-z0-9]+", "-", f"{Path(script).stem} {name or 'small'}".lower()).strip("-")
-    output = (arguments.output or RESULTS / f"{slug}.json").resolve()
+    output = (arguments.output or results_folder(arguments.small) / f"{slug}.json").resolve()
     os.environ[OUTPUT] = str(output)
     os.environ["FUSED_DISTILL_BENCH_COMMAND"] = (
         f"python bench/{Path(script).name} {' '.join(sys.argv[1:])}".strip()

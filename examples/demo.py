@@ -3,7 +3,8 @@
 Each step the student writes completions of some prompts, teacher and student score them, and the loss
 compares their next-token distributions at every completion token (Agarwal et al.,
 https://arxiv.org/abs/2306.13649). Only hidden states leave the models: `fused_linear_jsd` applies both heads.
-A student that lost two thirds of its layers writes noise, so the teacher writes the first third of the steps.
+A student that lost two thirds of its layers writes noise, so in the first half of the steps the teacher
+writes and the loss is the forward KL, which keeps the student from settling on a few words.
 
     python examples/demo.py [--steps 45] [--beta 0.5] [--teacher PATH] [--student PATH] [--output DIR]
 """
@@ -28,14 +29,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 KEEP_EVERY = 3  # layers of the teacher that the default student keeps: 0, 3, 6, ...
 HELD_OUT = 16  # prompts, the last of the file
-BATCH, NEW_TOKENS, LEARNING_RATE, EVALUATE_EVERY = 8, 32, 5e-4, 15
+BATCH, NEW_TOKENS, EVALUATE_EVERY = 8, 32, 15
+LEARNING_RATE, WARM_UP_STEPS, DECAY = 5e-4, 5, 0.3  # linear warm-up; linear decay in the last 30 % of steps
 
 # What transformers' Auto classes return depends on the checkpoint.
 Model = Any
 Tokenizer = Any
+
+LINE = "{:>5}  {:7} {:>8} {:>11} {:>9} {:>9} {:>14} {:>8}"
 
 console = Console()
 
@@ -53,7 +58,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="On-policy distillation of a small real model.")
     parser.add_argument("--steps", type=int, default=45, help="optimizer steps")
     parser.add_argument(
-        "--beta", type=float, default=0.5, help="0 forward KL, 1 reverse KL, between them JSD"
+        "--beta",
+        type=float,
+        default=0.5,
+        help="0 forward KL, 1 reverse KL, between them JSD; of the steps where the student writes",
     )
     parser.add_argument("--teacher", help="local path or hub name; default: Gemma 3 270M from PyPI")
     parser.add_argument("--student", help="local path or hub name; default: a third of the teacher's layers")
@@ -181,8 +189,8 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def shown(kl: dict[str, float]) -> str:
-    return ", ".join(f"{writer} {value:.3f}" for writer, value in kl.items())
+def shown(kl: dict[str, float]) -> list[str]:
+    return [f"{kl[writer]:.3f}" for writer in ("student", "teacher")]
 
 
 def plot(path: Path, training: list[float], held_out: dict[int, dict[str, float]]) -> None:
@@ -200,6 +208,7 @@ def plot(path: Path, training: list[float], held_out: dict[int, dict[str, float]
 
 def main() -> None:
     args = arguments()
+    disable_progress_bar()
     started = time.perf_counter()
     args.output.mkdir(parents=True, exist_ok=True)
     teacher_name = args.teacher or packaged_gemma()
@@ -210,15 +219,18 @@ def main() -> None:
     teacher = load(teacher_name, args.device).eval().requires_grad_(False)
     student = load(args.student, args.device) if args.student else thinned(teacher)
     student.requires_grad_(True).eval()  # no dropout: rollouts and scores come from the same function
-    student.get_input_embeddings().requires_grad_(
-        False
-    )  # the head with it, if tied: its gradient costs nothing
+    # The head with it, where the two are tied: then it costs no weight gradient.
+    student.get_input_embeddings().requires_grad_(False)
 
     prompts = Path(__file__).with_name("prompts.txt").read_text().splitlines()
     train, test = prompts[:-HELD_OUT], prompts[-HELD_OUT:]
     before = complete(student, tokenizer, test[0])
     trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda done: min(1, (done + 1) / WARM_UP_STEPS, (args.steps - done) / (DECAY * args.steps)),
+    )
     teacher_texts = generate(teacher, tokenizer, test, args.seed)
 
     def evaluate() -> dict[str, float]:
@@ -230,32 +242,35 @@ def main() -> None:
         }
 
     held_out = {0: evaluate()}
-    console.print(" step  writer      loss  reverse KL  tokens/s   memory   held-out reverse KL on texts of")
-    console.print(f"    0  {'':35} {memory_gb():5.1f} GB   {shown(held_out[0])}")
+    console.print("held-out: reverse KL on unseen prompts, on texts of the student (own) and of the teacher")
+    heads = ("step", "writer", "loss", "reverse KL", "tokens/s", "memory", "held-out: own", "teacher")
+    console.print(LINE.format(*heads))
+    console.print(LINE.format(0, "", "", "", "", f"{memory_gb():.1f} GB", *shown(held_out[0])))
     training: list[float] = []
     columns = [TextColumn("distilling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
         for step in progress.track(range(1, args.steps + 1)):
             step_started = time.perf_counter()
             batch = [train[(step * BATCH + i) % len(train)] for i in range(BATCH)]
-            writer = "teacher" if step <= args.steps // 3 else "student"
-            model = teacher if writer == "teacher" else student
+            off_policy = step <= args.steps // 2
+            writer, model, beta = ("teacher", teacher, 0.0) if off_policy else ("student", student, args.beta)
             rollout = generate(model, tokenizer, batch, seed=args.seed + step)
-            loss, stats = divergence(student, teacher, rollout, args.beta)
+            loss, stats = divergence(student, teacher, rollout, beta)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
+            schedule.step()
 
             count = int(rollout.completion.sum())
             training.append(stats.reverse_kl.sum().item() / max(count, 1))
             rate = count / (time.perf_counter() - step_started)
-            line = f"{step:5d}  {writer} {loss.item():8.4f} {training[-1]:11.4f} {rate:9.1f}"
-            line += f"  {memory_gb():5.1f} GB"
+            cells = [f"{loss.item():.4f}", f"{training[-1]:.4f}", f"{rate:.1f}", f"{memory_gb():.1f} GB"]
             if step % EVALUATE_EVERY == 0 or step == args.steps:
                 held_out[step] = evaluate()
-                line += f"   {shown(held_out[step])}"
-            console.print(line)
+            console.print(
+                LINE.format(step, writer, *cells, *shown(held_out[step]) if step in held_out else ("", ""))
+            )
 
     student.save_pretrained(args.output / "student")
     tokenizer.save_pretrained(args.output / "student")
@@ -276,8 +291,9 @@ def main() -> None:
         console.rule(who)
         console.print(text, markup=False)
     console.rule()
-    console.print("held-out reverse KL, nats per token, on texts of")
-    console.print(f"{shown(held_out[0])}  ->  {shown(held_out[args.steps])}")
+    console.print("held-out reverse KL, nats per token")
+    for writer, first, last in zip(held_out[0], shown(held_out[0]), shown(held_out[args.steps]), strict=True):
+        console.print(f"  on texts the {writer} writes: {first} -> {last}")
     console.print(f"plot, metrics and student are in {args.output}")
 
 

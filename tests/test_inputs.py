@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -90,12 +93,6 @@ def test_reference_has_the_same_signature() -> None:
     }
 
 
-def test_module_gives_what_the_function_gives() -> None:
-    tensors = good()
-    module = FusedLinearJSDLoss(beta=0.3, temperature=2.0)
-    assert torch.equal(module(**tensors), fused_linear_jsd(**tensors, beta=0.3, temperature=2.0))
-
-
 @pytest.mark.parametrize(("options", "error"), [({"beta": 2.0}, ValueError), ({"betta": 0.5}, TypeError)])
 def test_module_checks_its_options_at_construction(options: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match=next(iter(options))):
@@ -104,3 +101,126 @@ def test_module_checks_its_options_at_construction(options: dict[str, Any], erro
 
 def test_module_shows_its_options() -> None:
     assert repr(FusedLinearJSDLoss(beta=0.25)) == "FusedLinearJSDLoss(beta=0.25)"
+
+
+OPTIONAL = {
+    "mask": torch.ones(N, dtype=torch.bool),
+    "student_bias": torch.zeros(V),
+    "teacher_bias": torch.zeros(V),
+    "token_weight": torch.ones(N),
+    "labels": torch.zeros(N, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("name", ["student_weight", "teacher_hidden", "teacher_weight", *OPTIONAL])
+def test_a_tensor_on_another_device_is_named(name: str) -> None:
+    tensors = {**good(), **OPTIONAL}
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(ValueError, match=f"^{name} must be on the device of student_hidden, cpu, got meta"):
+        fused_linear_jsd(**tensors, hard_weight=0.5)
+
+
+@pytest.mark.parametrize("name", ["student_weight", "teacher_hidden", "teacher_weight", *OPTIONAL])
+def test_a_list_in_place_of_a_tensor_is_named(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be a torch.Tensor, got list"):
+        fused_linear_jsd(**{**good(), **OPTIONAL, name: [0.0]}, hard_weight=0.5)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("beta", "temperature", "student_logit_scale", "teacher_logit_scale", "student_softcap"),
+        *("teacher_softcap", "hard_weight", "soft_weight", "normalizer"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{name} "):
+        fused_linear_jsd(**{**good(), name: value})
+
+
+@pytest.mark.parametrize("value", ["1", True, [1.0]])
+@pytest.mark.parametrize("name", ["beta", "temperature", "student_softcap", "soft_weight", "normalizer"])
+def test_what_is_not_a_number_is_named(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be a number"):
+        fused_linear_jsd(**{**good(), name: value})
+
+
+@pytest.mark.parametrize("name", ["reduction", "backend"])
+@pytest.mark.parametrize("value", [None, "", "MEAN", 3])
+def test_an_unknown_choice_is_named_with_the_known_ones(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be one of '"):
+        fused_linear_jsd(**{**good(), name: value})
+
+
+@pytest.mark.parametrize("smaller", ["student_weight", "teacher_weight"])
+def test_vocab_size_may_be_as_large_as_the_smaller_head_and_no_larger(smaller: str) -> None:
+    tensors = good()
+    tensors[smaller] = tensors[smaller][: V - 2]
+    assert fused_linear_jsd(**tensors, vocab_size=V - 2) == fused_linear_jsd(**tensors)
+    with pytest.raises(ValueError, match=r"^vocab_size must not exceed either head, got 6"):
+        fused_linear_jsd(**tensors, vocab_size=V - 1)
+
+
+def test_labels_beyond_vocab_size_are_refused_though_the_head_has_them() -> None:
+    labels = torch.full((N,), 5)
+    assert fused_linear_jsd(**good(), labels=labels, hard_weight=1.0).isfinite()
+    with pytest.raises(ValueError, match=r"^labels must be in \[0, 5\) or -100, got 5"):
+        fused_linear_jsd(**good(), labels=labels, hard_weight=1.0, vocab_size=5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_every_backend_checks_alike(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"^beta must be between"):
+        fused_linear_jsd(**good(), beta=2.0, backend=backend)
+    with pytest.raises(TypeError, match=r"^mask must be bool"):
+        fused_linear_jsd(**good(), mask=torch.ones(N), backend=backend)
+
+
+def test_integers_serve_as_numbers_and_int32_as_labels() -> None:
+    labels = torch.tensor([1, -100, 6])
+    options: dict[str, Any] = {"hard_weight": 1, "beta": 1, "temperature": 2}
+    got = fused_linear_jsd(**good(), labels=labels.int(), normalizer=3, **options)
+    assert got.isfinite()
+    tensors = good()
+    assert fused_linear_jsd(**tensors, labels=labels.int(), **options) == fused_linear_jsd(
+        **tensors, labels=labels, **options
+    )
+
+
+@pytest.mark.parametrize("option", ["mask", "normalizer", "student_bias", "labels"])
+def test_module_takes_tensors_at_the_call_only(option: str) -> None:
+    options: dict[str, Any] = {option: None}
+    with pytest.raises(TypeError, match=f"unknown option '{option}'"):
+        FusedLinearJSDLoss(**options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_module_passes_every_argument_on(reduction: str) -> None:
+    tensors = {**good(), **OPTIONAL, "mask": torch.tensor([True, False, True])}
+    options: dict[str, Any] = {"reduction": reduction, "hard_weight": 0.3, "student_softcap": 5.0}
+    normalizer = 7.0 if reduction == "mean" else None
+    got, stats = FusedLinearJSDLoss(return_stats=True, **options)(**tensors, normalizer=normalizer)
+    want, want_stats = fused_linear_jsd(**tensors, normalizer=normalizer, return_stats=True, **options)
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(stats, want_stats, strict=True))
+
+
+def test_import_leaves_triton_and_transformers_alone() -> None:
+    # torch itself may import Triton: what counts is what fused_distill adds to it.
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fused_distill
+added = {name.split(".")[0] for name in set(sys.modules) - before}
+found = added & {"triton", "transformers", "fused_distill_kernels", "fastapi"}
+assert not found, found
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
