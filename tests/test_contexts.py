@@ -217,7 +217,7 @@ def test_a_compiler_that_fails_in_its_first_call_leaves_the_result_right(
 
     hs, ws, ht, wt = tensors()
     want = fused_linear_jsd(hs, ws, ht, wt)
-    monkeypatch.setattr(_rows, "_compiled_block", lambda: broken)
+    monkeypatch.setattr(_rows, "_compiled", lambda stage: broken)
     monkeypatch.setattr(_backends, "_COMPILE_MIN_LOGITS", 1)
     monkeypatch.setattr(_backends._TorchRows, "can_compile", True)
     with warnings.catch_warnings(record=True) as caught:

@@ -84,8 +84,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, n_logits
         fits = device.type == "cuda" and dtype == torch.float32 and find_spec("triton") is not None
         name = "triton" if fits else "torch"
     if name == "torch":
-        compiled = n_logits >= _COMPILE_MIN_LOGITS
-        return Backend("torch", _TorchRows(compiled), _BLOCK_ELEMENTS, block_tensors=10 if compiled else 26)
+        compiled = n_logits >= _COMPILE_MIN_LOGITS and _TorchRows.can_compile
+        return Backend("torch", _TorchRows(compiled), _BLOCK_ELEMENTS, block_tensors=0 if compiled else 26)
     if find_spec("triton") is None:
         raise ImportError("backend='triton' needs Triton: pip install 'fused-distill[triton]'")
     if device.type != "cuda" and not interpreted:

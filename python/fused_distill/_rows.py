@@ -3,7 +3,7 @@
 Nothing here cancels when the two models are close. With d = log p_t - log p_s,
 
 - d = (z_t - z_s) - c, where c = lse_t - lse_s = log1p(sum(e^z_t - e^z_s) / sum e^z_s): neither the
-  difference of close logits nor c is a difference of two large rounded numbers (`_log_ratio`);
+  difference of close logits nor c is a difference of two large rounded numbers (`_normalizers`);
 - p_t - p_s = sign(d) max(p_t, p_s) (1 - e^-|d|) (`_signed_gap`);
 - KL(p || m) = sum p (e^x - 1 - x) with x = log m - log p: every term is >= 0, and a Taylor polynomial gives
   e^x - 1 - x near 0 (`_kl_terms`);
@@ -18,7 +18,8 @@ import itertools
 import math
 from collections.abc import Callable
 from enum import Enum
-from functools import lru_cache
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def row_divergence(
     labels: Tensor | None = None,  # (n,) int64, -100 where there is none; needed if settings.hard_weight != 0
     grad: Tensor | None = None,  # (n, V) receives d(sum of losses) / d(student_logits); see below
     return_stats: bool = False,
-    block_rows: int | None = None,  # rows whose temporaries may be held at once; None: all
+    block_rows: int | None = None,  # rows held at once when eager; None: all
     compiled: bool = False,
 ) -> RowResult:
     """Loss, statistics and logit gradient of each row, a block of rows at a time.
@@ -72,31 +73,57 @@ def row_divergence(
         ],
         dtype=student_logits.dtype,
     )
-    row_divergence_block = _compiled_block() if compiled else _row_divergence_block
+    divergence = Divergence.of(settings.beta)
+    stages = (_normalizers, _losses, _gradient)
+    normalizers, losses, gradient = map(_compiled, stages) if compiled else stages
     results: list[RowResult] = []
-    for rows in _blocks(len(student_logits), block_rows):
-        student_block = student_logits[rows]
-        grad_block = None if grad is None else student_block if grad is student_logits else grad[rows]
-        result = row_divergence_block(
-            student_block,
-            teacher_logits[rows],
-            weight[rows],
-            numbers,
+    for block in _blocks(len(student_logits), None if compiled else block_rows):
+        rows = _Rows(
+            student_logits[block],
+            teacher_logits[block],
             student_bias,
             teacher_bias,
-            None if labels is None or settings.hard_weight == 0 else labels[rows],
-            grad_block,
-            Divergence.of(settings.beta),
+            None if labels is None or settings.hard_weight == 0 else labels[block],
+            numbers,
             settings.student_softcap is not None,
             settings.teacher_softcap is not None,
-            return_stats,
         )
-        results.append(result)
-    losses, stats = zip(*results, strict=True)
+        norm = normalizers(rows)
+        loss, kl_student, stats = losses(rows, norm, divergence, return_stats)
+        if grad is not None:
+            out = rows.student if grad is student_logits else grad[block]
+            gradient(rows, norm, divergence, kl_student, weight[block], out)
+        results.append(RowResult(loss * weight[block], stats))
+    losses_of_rows, stats_of_rows = zip(*results, strict=True)
     return RowResult(
-        torch.cat(losses),
-        DistillStats(*map(torch.cat, zip(*stats, strict=True))) if return_stats else None,
+        torch.cat(losses_of_rows),
+        DistillStats(*map(torch.cat, zip(*stats_of_rows, strict=True))) if return_stats else None,
     )
+
+
+class _Rows(NamedTuple):
+    """A block of rows of projections and what makes logits of them."""
+
+    student: Tensor  # (n, V)
+    teacher: Tensor  # (n, V)
+    student_bias: Tensor | None  # (V,)
+    teacher_bias: Tensor | None  # (V,)
+    labels: Tensor | None  # (n,)
+    numbers: Tensor  # (9,) in the logits' dtype, so that new values never mean a new compilation
+    student_has_softcap: bool
+    teacher_has_softcap: bool
+
+
+class _Normalizers(NamedTuple):
+    """What a softmax needs of each row, (n, 1) each."""
+
+    max_s: Tensor
+    max_t: Tensor
+    sum_s: Tensor  # of e^(z_s - max_s)
+    sum_t: Tensor
+    log_ratio: Tensor  # c = lse_t - lse_s
+    max_y: Tensor | None  # of the student's logits at temperature 1, for the cross entropy
+    sum_y: Tensor | None
 
 
 def _blocks(n: int, block_rows: int | None) -> list[slice]:
@@ -106,79 +133,122 @@ def _blocks(n: int, block_rows: int | None) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
-@lru_cache
-def _compiled_block() -> Callable[..., RowResult]:
-    return torch.compile(_row_divergence_block, dynamic=True)
+@cache
+def _compiled(stage: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(stage, dynamic=True)
 
 
-def _row_divergence_block(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    weight: Tensor,
-    numbers: Tensor,  # (9,) in the logits' dtype, so that new values never mean a new compilation
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    grad_out: Tensor | None,
-    divergence: Divergence,
-    student_has_softcap: bool,
-    teacher_has_softcap: bool,
-    return_stats: bool,
-) -> RowResult:
-    beta, not_beta, inv_temperature, s_scale, t_scale, s_softcap, t_softcap, hard_weight, soft_weight = (
-        numbers.unbind()
-    )
-    y_s, dy_s = _transform(student_logits, student_bias, s_scale, s_softcap if student_has_softcap else None)
-    y_t, _ = _transform(teacher_logits, teacher_bias, t_scale, t_softcap if teacher_has_softcap else None)
-    z_s, z_t = y_s * inv_temperature, y_t * inv_temperature
+# Three stages, compiled one by one: what a stage needs of the one before is a few numbers per row, so that
+# nothing of the logits' size is stored between them. Within a stage, an exponential that is used twice is
+# written twice, as the compiler would store it.
 
+
+def _normalizers(rows: _Rows) -> _Normalizers:
+    y_s, _, z_s, z_t = _logits(rows)
     max_s, max_t = z_s.amax(-1, keepdim=True), z_t.amax(-1, keepdim=True)
-    exp_s, exp_t = (z_s - max_s).exp(), (z_t - max_t).exp()
-    sum_s, sum_t = exp_s.sum(-1, keepdim=True), exp_t.sum(-1, keepdim=True)
-    p_s, p_t = exp_s / sum_s, exp_t / sum_t
-    delta = torch.where(z_t == z_s, 0.0, z_t - z_s)  # two absent tokens (-inf) do not differ
-    d = delta - _log_ratio(exp_s, exp_t, delta, max_s, max_t, sum_s, sum_t)
+    sum_s, sum_t = (z_s - max_s).exp().sum(-1, keepdim=True), (z_t - max_t).exp().sum(-1, keepdim=True)
+    top = torch.maximum(max_s, max_t)
+    delta = _delta(z_s, z_t)
+    larger = (torch.maximum(z_s, z_t) - top).exp()
+    excess = (torch.where(delta > 0, -larger, larger) * _expm1(-delta.abs())).sum(-1, keepdim=True)
+    excess = excess / (sum_s * (max_s - top).exp())
+    plain = (max_t - max_s) + (sum_t.log() - sum_s.log())
+    log_ratio = torch.where(excess.abs() < 0.5, torch.log1p(excess), plain)
+    max_y = sum_y = None
+    if rows.labels is not None:
+        max_y = y_s.amax(-1, keepdim=True)
+        sum_y = (y_s - max_y).exp().sum(-1, keepdim=True)
+    return _Normalizers(max_s, max_t, sum_s, sum_t, log_ratio, max_y, sum_y)
+
+
+def _losses(
+    rows: _Rows, norm: _Normalizers, divergence: Divergence, return_stats: bool
+) -> tuple[Tensor, Tensor | None, DistillStats | None]:
+    """Loss of each row, the KL(p_s || p_t or mixture) that its gradient needs, statistics."""
+    beta, not_beta, *_, hard_weight, soft_weight = rows.numbers.unbind()
+    y_s, _, z_s, z_t = _logits(rows)
+    p_s, p_t, d = _distributions(z_s, z_t, norm)
     gap = _signed_gap(p_s, p_t, d)
 
+    kl_student = None
     if divergence is Divergence.FORWARD:
         soft = _kl_terms(p_t, -d, -gap).sum(-1)
-        grad = -gap
     elif divergence is Divergence.REVERSE:
-        kl = _kl_terms(p_s, d, gap).sum(-1)
-        soft = kl
-        grad = _times(p_s, -d - kl.unsqueeze(-1))
+        soft = kl_student = _kl_terms(p_s, d, gap).sum(-1)
     else:
         u, v = _mixture_log_ratios(d, beta, not_beta)
-        kl = _kl_terms(p_s, u, beta * gap).sum(-1)
-        soft = beta * _kl_terms(p_t, v, -not_beta * gap).sum(-1) + not_beta * kl
-        grad = not_beta * _times(p_s, -u - kl.unsqueeze(-1))
+        kl_student = _kl_terms(p_s, u, beta * gap).sum(-1)
+        soft = beta * _kl_terms(p_t, v, -not_beta * gap).sum(-1) + not_beta * kl_student
     loss = soft_weight * soft
-    grad = grad * (inv_temperature * soft_weight)
 
-    if labels is not None:
-        has_label = labels >= 0
-        label = labels.clamp_min(0).unsqueeze(-1)
-        max_y = y_s.amax(-1, keepdim=True)
-        exp_y = (y_s - max_y).exp()
-        sum_y = exp_y.sum(-1, keepdim=True)
-        surprise = sum_y.log() + (max_y - y_s.gather(-1, label))
-        loss = loss + torch.where(has_label, hard_weight * surprise.squeeze(-1), 0.0)
-        columns = torch.arange(y_s.shape[-1], device=y_s.device)
-        residual = exp_y / sum_y - (columns == label).to(y_s.dtype)
-        grad = grad + torch.where(has_label.unsqueeze(-1), hard_weight * residual, 0.0)
+    if rows.labels is not None and norm.max_y is not None and norm.sum_y is not None:
+        label = rows.labels.clamp_min(0).unsqueeze(-1)
+        surprise = norm.sum_y.log() + (norm.max_y - y_s.gather(-1, label))
+        loss = loss + torch.where(rows.labels >= 0, hard_weight * surprise.squeeze(-1), 0.0)
 
     stats = None
     if return_stats:
         stats = DistillStats(
-            student_entropy=_times(p_s, sum_s.log() - (z_s - max_s)).sum(-1),
-            teacher_entropy=_times(p_t, sum_t.log() - (z_t - max_t)).sum(-1),
+            student_entropy=_times(p_s, norm.sum_s.log() - (z_s - norm.max_s)).sum(-1),
+            teacher_entropy=_times(p_t, norm.sum_t.log() - (z_t - norm.max_t)).sum(-1),
             forward_kl=_kl_terms(p_t, -d, -gap).sum(-1),
             reverse_kl=_kl_terms(p_s, d, gap).sum(-1),
-            top1_agreement=((z_s == max_s) & (z_t == max_t)).any(-1),
+            top1_agreement=((z_s == norm.max_s) & (z_t == norm.max_t)).any(-1),
         )
-    if grad_out is not None:
-        grad_out.copy_(grad * dy_s * weight.unsqueeze(-1))
-    return RowResult(loss * weight, stats)
+    return loss, kl_student, stats
+
+
+def _gradient(
+    rows: _Rows,
+    norm: _Normalizers,
+    divergence: Divergence,
+    kl_student: Tensor | None,
+    weight: Tensor,
+    out: Tensor,  # (n, V), may be rows.student
+) -> None:
+    """out = weight * d(loss) / d(student's projection)."""
+    beta, not_beta, inv_temperature, *_, hard_weight, soft_weight = rows.numbers.unbind()
+    y_s, dy_s, z_s, z_t = _logits(rows)
+    p_s, p_t, d = _distributions(z_s, z_t, norm)
+    if divergence is Divergence.FORWARD or kl_student is None:
+        grad = -_signed_gap(p_s, p_t, d)
+    elif divergence is Divergence.REVERSE:
+        grad = _times(p_s, -d - kl_student.unsqueeze(-1))
+    else:
+        u, _ = _mixture_log_ratios(d, beta, not_beta)
+        grad = not_beta * _times(p_s, -u - kl_student.unsqueeze(-1))
+    grad = grad * (inv_temperature * soft_weight)
+    if rows.labels is not None and norm.max_y is not None and norm.sum_y is not None:
+        has_label = (rows.labels >= 0).unsqueeze(-1)
+        columns = torch.arange(y_s.shape[-1], device=y_s.device)
+        one_hot = (columns == rows.labels.unsqueeze(-1)).to(y_s.dtype)
+        residual = (y_s - norm.max_y).exp() / norm.sum_y - one_hot
+        grad = grad + torch.where(has_label, hard_weight * residual, 0.0)
+    out.copy_(grad * dy_s * weight.unsqueeze(-1))
+
+
+def _logits(rows: _Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The student's logits, their derivative by the projection, and both models' logits over temperature."""
+    _, _, inv_temperature, s_scale, t_scale, s_softcap, t_softcap, *_ = rows.numbers.unbind()
+    y_s, dy_s = _transform(
+        rows.student, rows.student_bias, s_scale, s_softcap if rows.student_has_softcap else None
+    )
+    y_t, _ = _transform(
+        rows.teacher, rows.teacher_bias, t_scale, t_softcap if rows.teacher_has_softcap else None
+    )
+    return y_s, dy_s, y_s * inv_temperature, y_t * inv_temperature
+
+
+def _distributions(z_s: Tensor, z_t: Tensor, norm: _Normalizers) -> tuple[Tensor, Tensor, Tensor]:
+    """p_s, p_t and d = log p_t - log p_s."""
+    p_s = (z_s - norm.max_s).exp() / norm.sum_s
+    p_t = (z_t - norm.max_t).exp() / norm.sum_t
+    return p_s, p_t, _delta(z_s, z_t) - norm.log_ratio
+
+
+def _delta(z_s: Tensor, z_t: Tensor) -> Tensor:
+    """z_t - z_s, where two absent tokens (-inf) do not differ."""
+    return torch.where(z_t == z_s, 0.0, z_t - z_s)
 
 
 def _transform(
@@ -192,23 +262,6 @@ def _transform(
         return x, scale
     tanh = torch.tanh(x / softcap)
     return softcap * tanh, scale * (1 - tanh * tanh)
-
-
-def _log_ratio(
-    exp_s: Tensor,
-    exp_t: Tensor,
-    delta: Tensor,
-    max_s: Tensor,
-    max_t: Tensor,
-    sum_s: Tensor,
-    sum_t: Tensor,
-) -> Tensor:
-    """c = lse_t - lse_s, (n, 1), with an error that shrinks with the distance between the models."""
-    top = torch.maximum(max_s, max_t)
-    shift_s, shift_t = (max_s - top).exp(), (max_t - top).exp()
-    excess = _signed_gap(exp_s * shift_s, exp_t * shift_t, delta).sum(-1, keepdim=True) / (sum_s * shift_s)
-    plain = (max_t - max_s) + (sum_t.log() - sum_s.log())
-    return torch.where(excess.abs() < 0.5, torch.log1p(excess), plain)
 
 
 def _signed_gap(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
