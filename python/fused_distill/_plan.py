@@ -25,12 +25,12 @@ class ChunkPlan:
 
 
 def default_workspace_bytes(device_type: str, head_bytes: int) -> int:
-    """1 GiB on an accelerator; on the CPU 256 MiB, or the size of the float32 student head if more.
+    """1 GiB on an accelerator; on the CPU 256 MiB, or half the size of the float32 student head if more.
 
     Every chunk streams both heads through the caches, so chunks must grow with the hidden size to keep the
     matrix products fast; a workspace in proportion to the head does that.
     """
-    return max(256 * _MIB, head_bytes) if device_type == "cpu" else 1024 * _MIB
+    return max(256 * _MIB, head_bytes // 2) if device_type == "cpu" else 1024 * _MIB
 
 
 def plan_chunks(

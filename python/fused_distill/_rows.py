@@ -3,7 +3,7 @@
 Nothing here cancels when the two models are close. With d = log p_t - log p_s,
 
 - d = (z_t - z_s) - c, where c = lse_t - lse_s = log1p(sum(e^z_t - e^z_s) / sum e^z_s): neither the
-  difference of close logits nor c is a difference of two large rounded numbers (`_normalizers`);
+  difference of close logits nor c is a difference of two large rounded numbers (`_log_ratio`);
 - p_t - p_s = sign(d) max(p_t, p_s) (1 - e^-|d|) (`_signed_gap`);
 - KL(p || m) = sum p (e^x - 1 - x) with x = log m - log p: every term is >= 0, and a Taylor polynomial gives
   e^x - 1 - x near 0 (`_kl_terms`);
@@ -74,8 +74,8 @@ def row_divergence(
         dtype=student_logits.dtype,
     )
     divergence = Divergence.of(settings.beta)
-    stages = (_normalizers, _losses, _gradient)
-    normalizers, losses, gradient = map(_compiled, stages) if compiled else stages
+    stages = (_maxima, _sums, _losses, _gradient)
+    maxima, sums, losses, gradient = map(_compiled, stages) if compiled else stages
     results: list[RowResult] = []
     for block in _blocks(len(student_logits), None if compiled else block_rows):
         rows = _Rows(
@@ -88,7 +88,10 @@ def row_divergence(
             settings.student_softcap is not None,
             settings.teacher_softcap is not None,
         )
-        norm = normalizers(rows)
+        max_s, max_t, max_y = maxima(rows)
+        sum_s, sum_t, sum_y, difference = sums(rows, max_s, max_t, max_y)
+        log_ratio = _log_ratio(max_s, max_t, sum_s, sum_t, difference)
+        norm = _Normalizers(max_s, max_t, sum_s, sum_t, log_ratio, max_y, sum_y)
         loss, kl_student, stats = losses(rows, norm, divergence, return_stats)
         if grad is not None:
             out = rows.student if grad is student_logits else grad[block]
@@ -122,8 +125,8 @@ class _Normalizers(NamedTuple):
     sum_s: Tensor  # of e^(z_s - max_s)
     sum_t: Tensor
     log_ratio: Tensor  # c = lse_t - lse_s
-    max_y: Tensor | None  # of the student's logits at temperature 1, for the cross entropy
-    sum_y: Tensor | None
+    max_y: Tensor  # of the student's logits at temperature 1
+    sum_y: Tensor | None  # None without labels
 
 
 def _blocks(n: int, block_rows: int | None) -> list[slice]:
@@ -138,27 +141,38 @@ def _compiled(stage: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(stage, dynamic=True)
 
 
-# Three stages, compiled one by one: what a stage needs of the one before is a few numbers per row, so that
+# Four stages, compiled one by one: what a stage needs of the one before is a few numbers per row, so that
 # nothing of the logits' size is stored between them. Within a stage, an exponential that is used twice is
 # written twice, as the compiler would store it.
 
 
-def _normalizers(rows: _Rows) -> _Normalizers:
+def _maxima(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the student's and the teacher's logits over temperature and of the student's alone, (n, 1) each."""
     y_s, _, z_s, z_t = _logits(rows)
-    max_s, max_t = z_s.amax(-1, keepdim=True), z_t.amax(-1, keepdim=True)
-    sum_s, sum_t = (z_s - max_s).exp().sum(-1, keepdim=True), (z_t - max_t).exp().sum(-1, keepdim=True)
-    top = torch.maximum(max_s, max_t)
-    delta = _delta(z_s, z_t)
-    larger = (torch.maximum(z_s, z_t) - top).exp()
-    excess = (torch.where(delta > 0, -larger, larger) * _expm1(-delta.abs())).sum(-1, keepdim=True)
-    excess = excess / (sum_s * (max_s - top).exp())
+    return z_s.amax(-1, keepdim=True), z_t.amax(-1, keepdim=True), y_s.amax(-1, keepdim=True)
+
+
+def _sums(
+    rows: _Rows, max_s: Tensor, max_t: Tensor, max_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Sums of e^(z_s - max_s), e^(z_t - max_t), e^(y_s - max_y) and e^(z_t - top) - e^(z_s - top), (n, 1)."""
+    y_s, _, z_s, z_t = _logits(rows)
+    delta, top = _delta(z_s, z_t), torch.maximum(max_s, max_t)
+    sign = torch.where(delta > 0, -1.0, 1.0)
+    terms = sign * (torch.maximum(z_s, z_t) - top).exp() * _expm1(-delta.abs())
+    return (
+        (z_s - max_s).exp().sum(-1, keepdim=True),
+        (z_t - max_t).exp().sum(-1, keepdim=True),
+        None if rows.labels is None else (y_s - max_y).exp().sum(-1, keepdim=True),
+        terms.sum(-1, keepdim=True),
+    )
+
+
+def _log_ratio(max_s: Tensor, max_t: Tensor, sum_s: Tensor, sum_t: Tensor, difference: Tensor) -> Tensor:
+    """c = lse_t - lse_s, with an error that shrinks with the distance between the models."""
+    excess = difference / (sum_s * (max_s - torch.maximum(max_s, max_t)).exp())
     plain = (max_t - max_s) + (sum_t.log() - sum_s.log())
-    log_ratio = torch.where(excess.abs() < 0.5, torch.log1p(excess), plain)
-    max_y = sum_y = None
-    if rows.labels is not None:
-        max_y = y_s.amax(-1, keepdim=True)
-        sum_y = (y_s - max_y).exp().sum(-1, keepdim=True)
-    return _Normalizers(max_s, max_t, sum_s, sum_t, log_ratio, max_y, sum_y)
+    return torch.where(excess.abs() < 0.5, torch.log1p(excess), plain)
 
 
 def _losses(
@@ -181,7 +195,7 @@ def _losses(
         soft = beta * _kl_terms(p_t, v, -not_beta * gap).sum(-1) + not_beta * kl_student
     loss = soft_weight * soft
 
-    if rows.labels is not None and norm.max_y is not None and norm.sum_y is not None:
+    if rows.labels is not None and norm.sum_y is not None:
         label = rows.labels.clamp_min(0).unsqueeze(-1)
         surprise = norm.sum_y.log() + (norm.max_y - y_s.gather(-1, label))
         loss = loss + torch.where(rows.labels >= 0, hard_weight * surprise.squeeze(-1), 0.0)
@@ -218,7 +232,7 @@ def _gradient(
         u, _ = _mixture_log_ratios(d, beta, not_beta)
         grad = not_beta * _times(p_s, -u - kl_student.unsqueeze(-1))
     grad = grad * (inv_temperature * soft_weight)
-    if rows.labels is not None and norm.max_y is not None and norm.sum_y is not None:
+    if rows.labels is not None and norm.sum_y is not None:
         has_label = (rows.labels >= 0).unsqueeze(-1)
         columns = torch.arange(y_s.shape[-1], device=y_s.device)
         one_hot = (columns == rows.labels.unsqueeze(-1)).to(y_s.dtype)

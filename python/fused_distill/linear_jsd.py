@@ -82,7 +82,7 @@ def fused_linear_jsd(
             and computes everything again in the backward pass, as its gradient is not known before.
         normalizer: > 0, number or 0-d tensor that replaces the token count in "mean" (gradient accumulation).
         workspace_bytes: bound on temporary memory beyond the gradients, which are accumulated in float32.
-            None: 1 GiB on a GPU; on the CPU 256 MiB, or the size of a float32 student head if more.
+            None: 1 GiB on a GPU; on the CPU 256 MiB, or half of a float32 student head if more.
         backend: "auto" ("triton" on a CUDA or ROCm device, else "torch"), "triton", "torch" or "reference".
         return_stats: also return a `DistillStats` of the counted tokens.
 
