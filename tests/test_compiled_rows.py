@@ -1,6 +1,6 @@
-"""The compiled row arithmetic in whole calls, on many chunks of many blocks.
+"""The compiled row arithmetic in whole calls of several chunks.
 
-torch.compile has given wrong numbers here for arguments that overlap, and only from the second block on.
+torch.compile has given wrong numbers here for arguments that overlap, and only from the second call on.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="about torch.compile")
 def small_problems_are_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.compiler.reset()
     monkeypatch.setattr(_backends, "_COMPILE_MIN_LOGITS", 1)
-    monkeypatch.setattr(_backends, "_BLOCK_ELEMENTS", 4 * 1000)
     yield
     assert _backends._TorchRows.can_compile
 
 
-def many_blocks(dtype: torch.dtype, per_token: dict[str, Tensor] | None = None, **options: Any) -> Case:
-    """70 tokens in chunks of about 30 and blocks of 4."""
+def several_chunks(dtype: torch.dtype, per_token: dict[str, Tensor] | None = None, **options: Any) -> Case:
+    """70 tokens in chunks of about 30."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(rows: int, columns: int, scale: float = 1.0) -> Tensor:
@@ -43,7 +42,7 @@ def many_blocks(dtype: torch.dtype, per_token: dict[str, Tensor] | None = None, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_compiled_calls_equal_the_oracle(beta: float, dtype: torch.dtype) -> None:
-    case = many_blocks(dtype, beta=beta)
+    case = several_chunks(dtype, beta=beta)
     got, want = case.answer("torch"), case.oracle()
     assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=0)
     for column, true in zip(got.stats, want.stats, strict=True):
@@ -65,7 +64,7 @@ def test_compiled_calls_with_mask_weights_and_labels_equal_the_oracle(reduction:
         "student_bias": torch.randn(1000, generator=generator),
     }
     options = {"beta": 0.3, "reduction": reduction, "hard_weight": 0.5, "student_softcap": 6.0}
-    case = many_blocks(torch.float32, per_token, **options)
+    case = several_chunks(torch.float32, per_token, **options)
     got, want = case.answer("torch"), case.oracle()
     assert_close(got.loss.double(), want.loss, rtol=1e-4, atol=1e-6)
     for grad, true in zip(got.grads, want.grads, strict=True):
