@@ -14,7 +14,6 @@ The same functions serve every floating dtype, eager and compiled, and are what 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from enum import Enum
@@ -130,10 +129,8 @@ class _Normalizers(NamedTuple):
 
 
 def _blocks(n: int, block_rows: int | None) -> list[slice]:
-    """Blocks of nearly equal size: a last block of a single row would be compiled anew."""
-    count = math.ceil(n / (block_rows or max(n, 1)))
-    edges = [n * i // count for i in range(count + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+    step = block_rows or max(n, 1)
+    return [slice(start, start + step) for start in range(0, n, step)]
 
 
 @cache
