@@ -10,6 +10,7 @@ from cases import INTERPRETED
 from fused_distill import fused_linear_jsd, reference
 from fused_distill._rows import row_divergence
 from fused_distill._settings import LossSettings
+from fused_distill._teachers import TeacherRows
 from torch import Tensor
 
 if INTERPRETED:
@@ -34,7 +35,7 @@ def loss_and_grad(
 ) -> tuple[Tensor, Tensor]:
     grad = torch.empty_like(student)
     weight = torch.ones(len(student), dtype=student.dtype)
-    result = rows(student, teacher, weight, LossSettings(beta=beta), grad=grad, **options)
+    result = rows(student, TeacherRows(teacher), weight, LossSettings(beta=beta), grad=grad, **options)
     return result.loss, grad
 
 

@@ -56,6 +56,12 @@ def times(p, x):
 
 
 @triton.jit
+def exp_below(x, top):
+    """exp(x - top) for x <= top, 0 where x is -inf."""
+    return tl.where(x == float("-inf"), 0.0, tl.exp(x - top))
+
+
+@triton.jit
 def log_gap(z_s, z_t):
     """z_t - z_s, and 0 where both are the same infinity."""
     return tl.where(z_s == z_t, 0.0, z_t - z_s)
@@ -86,8 +92,12 @@ def mixture_log_ratios(d, beta, one_minus_beta):
 def load_logits(
     row_ptr, bias_ptr, columns, inside, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
-    """One tile of logits (bias, scale, softcap applied; -inf outside), and their slope by the projection."""
-    x = tl.load(row_ptr + columns, mask=inside, other=0.0)
+    """One tile of logits (bias, scale, softcap applied), and their slope by the projection.
+
+    Columns outside and columns whose projection is -inf, excluded by the caller, have -inf.
+    """
+    x = tl.load(row_ptr + columns, mask=inside, other=float("-inf"))
+    inside = x != float("-inf")
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask=inside, other=0.0)
     y = x * scale

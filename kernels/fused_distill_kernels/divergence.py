@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_math import kl_terms, load_logits, log1p, log_gap, mixture_log_ratios, signed_gap, times
+from .device_math import (
+    exp_below,
+    kl_terms,
+    load_logits,
+    log1p,
+    log_gap,
+    mixture_log_ratios,
+    signed_gap,
+    times,
+)
 
 BLOCK = 2048
 
@@ -91,8 +100,8 @@ def statistics_kernel(
     z_s, z_t = y_s * inv_temperature, y_t * inv_temperature
     max_s, max_t = tl.max(z_s, 0), tl.max(z_t, 0)
     top = tl.maximum(max_s, max_t)
-    exp_s, exp_t = _exp_below(z_s, max_s), _exp_below(z_t, max_t)
-    gap = signed_gap(exp_s * _exp_below(max_s, top), exp_t * _exp_below(max_t, top), log_gap(z_s, z_t))
+    exp_s, exp_t = exp_below(z_s, max_s), exp_below(z_t, max_t)
+    gap = signed_gap(exp_s * exp_below(max_s, top), exp_t * exp_below(max_t, top), log_gap(z_s, z_t))
 
     out = statistics_ptr + row * (STATISTICS * n_tiles) + tile
     tl.store(out, max_s)
@@ -103,7 +112,7 @@ def statistics_kernel(
     if HAS_LABELS:
         max_y = tl.max(y_s, 0)
         tl.store(out + 5 * n_tiles, max_y)
-        tl.store(out + 6 * n_tiles, tl.sum(_exp_below(y_s, max_y), 0))
+        tl.store(out + 6 * n_tiles, tl.sum(exp_below(y_s, max_y), 0))
 
 
 @triton.jit
@@ -225,18 +234,12 @@ def divergence_kernel(
 
 
 @triton.jit
-def _exp_below(x, top):
-    """exp(x - top) for x <= top, 0 where top is -inf."""
-    return tl.where(x == float("-inf"), 0.0, tl.exp(x - top))
-
-
-@triton.jit
 def _combine(parts, n_tiles, tiles):
     """A row's maximum and sum of exponentials from its tiles'."""
     maxima = tl.load(parts + tiles, mask=tiles < n_tiles, other=float("-inf"))
     sums = tl.load(parts + n_tiles + tiles, mask=tiles < n_tiles, other=0.0)
     top = tl.max(maxima, 0)
-    return top, tl.sum(sums * _exp_below(maxima, top), 0)
+    return top, tl.sum(sums * exp_below(maxima, top), 0)
 
 
 @triton.jit
@@ -249,7 +252,7 @@ def _log_ratio(parts, n_tiles, tiles, max_s, sum_s, max_t, sum_t):
     )
     top = tl.maximum(max_s, max_t)
     gaps = tl.load(parts + 4 * n_tiles + tiles, mask=held, other=0.0)
-    excess = tl.sum(gaps * _exp_below(tile_tops, top), 0) / (sum_s * tl.exp(max_s - top))
+    excess = tl.sum(gaps * exp_below(tile_tops, top), 0) / (sum_s * tl.exp(max_s - top))
     plain = (max_t - max_s) + (tl.log(sum_t) - tl.log(sum_s))
     return tl.where(tl.abs(excess) < 0.5, log1p(excess), plain)
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import TypedDict
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "triton", "torch", "reference")
+TAILS = ("bucket", "renormalize", "truncate")
 IGNORED_LABEL = -100
 
 
-class LossOptions(TypedDict, total=False):
-    """The keywords of `fused_linear_jsd` that are not tensors; see there."""
+class CommonOptions(TypedDict, total=False):
+    """The keywords of every loss that are not tensors; see `fused_linear_jsd`."""
 
     beta: float
     temperature: float
     student_logit_scale: float
-    teacher_logit_scale: float
     student_softcap: float | None
-    teacher_softcap: float | None
     hard_weight: float
     soft_weight: float
     vocab_size: int | None
@@ -32,39 +33,64 @@ class LossOptions(TypedDict, total=False):
     return_stats: bool
 
 
-def check_options(**options: Unpack[LossOptions]) -> None:
-    """Check every keyword that is given. Raises ValueError or TypeError naming it."""
-    unknown = set(options) - set(LossOptions.__annotations__)
+class LossOptions(CommonOptions, total=False):
+    """Those of `fused_linear_jsd`."""
+
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+
+
+class TopKLossOptions(CommonOptions, total=False):
+    """Those of `fused_linear_topk_jsd`."""
+
+    tail: str
+
+
+def check_options(options: Mapping[str, Any], allowed: type) -> None:
+    """Check every keyword given, `allowed` being a TypedDict. Raises ValueError or TypeError naming it."""
+    known = get_type_hints(allowed)
+    unknown = set(options) - set(known)
     if unknown:
-        raise TypeError(
-            f"unknown option {sorted(unknown)[0]!r}; expected one of {sorted(LossOptions.__annotations__)}"
-        )
+        raise TypeError(f"unknown option {sorted(unknown)[0]!r}; expected one of {sorted(known)}")
     beta = _number("beta", options.get("beta", 0.5))
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be between 0 (forward KL) and 1 (reverse KL), got {beta}")
-    if not _number("temperature", options.get("temperature", 1.0)) > 0:
-        raise ValueError(f"temperature must be positive, got {options.get('temperature')}")
-    for name in ("student_logit_scale", "teacher_logit_scale"):
-        if not _number(name, options.get(name, 1.0)) > 0:
-            raise ValueError(f"{name} must be positive, got {options.get(name)}")
+    for name in ("temperature", "student_logit_scale", "teacher_logit_scale"):
+        check_positive(name, options.get(name, 1.0))
     for name in ("student_softcap", "teacher_softcap"):
-        value = options.get(name)
-        if value is not None and not _number(name, value) > 0:
-            raise ValueError(f"{name} must be positive or None, got {value}")
+        check_softcap(name, options.get(name))
     for name in ("hard_weight", "soft_weight"):
         if not _number(name, options.get(name, 0.0)) >= 0:
             raise ValueError(f"{name} must not be negative, got {options.get(name)}")
     for name in ("vocab_size", "workspace_bytes"):
-        value = options.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    for name, allowed in (("reduction", REDUCTIONS), ("backend", BACKENDS)):
-        if options.get(name, allowed[0]) not in allowed:
+        check_count(name, options.get(name))
+    for name, choices in (("reduction", REDUCTIONS), ("backend", BACKENDS), ("tail", TAILS)):
+        if options.get(name, choices[0]) not in choices:
             raise ValueError(
-                f"{name} must be one of {', '.join(map(repr, allowed))}, got {options.get(name)!r}"
+                f"{name} must be one of {', '.join(map(repr, choices))}, got {options.get(name)!r}"
             )
+
+
+def check_positive(name: str, value: object) -> None:
+    """A number above 0."""
+    if not _number(name, value) > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_softcap(name: str, value: object) -> None:
+    """A number above 0 or None."""
+    if value is not None and not _number(name, value) > 0:
+        raise ValueError(f"{name} must be positive or None, got {value}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """An int from `least` on, or None."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _number(name: str, value: object) -> float:
@@ -93,26 +119,43 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str) -> None:
 
 
 def check_hidden_and_head(
-    model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, device: torch.device
+    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, device: torch.device
 ) -> None:
     """One model's tensors fit each other and lie on `device`."""
-    for name, tensor in ((f"{model}_hidden", hidden), (f"{model}_weight", weight), (f"{model}_bias", bias)):
+    for name, tensor in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight), (f"{prefix}bias", bias)):
         if tensor is None and tensor is bias:
             continue
         check_device(name, check_float(name, tensor), device)
     if hidden.dim() < 1:
-        raise ValueError(f"{model}_hidden must have shape (..., D), got a 0-d tensor")
+        raise ValueError(f"{prefix}hidden must have shape (..., D), got a 0-d tensor")
     if weight.dim() != 2:
-        raise ValueError(f"{model}_weight must have shape (V, D), got {tuple(weight.shape)}")
+        raise ValueError(f"{prefix}weight must have shape (V, D), got {tuple(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{model}_hidden and {model}_weight must agree in their last dimension, "
+            f"{prefix}hidden and {prefix}weight must agree in their last dimension, "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if weight.shape[0] < 1:
-        raise ValueError(f"{model}_weight must have at least one row, got shape {tuple(weight.shape)}")
+        raise ValueError(f"{prefix}weight must have at least one row, got shape {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{model}_bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+        raise ValueError(f"{prefix}bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+
+
+def check_student(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The student's tensors, whose device is that of the call."""
+    check_float("student_hidden", hidden)
+    check_hidden_and_head("student_", hidden, weight, bias, hidden.device)
+
+
+def check_tokens(
+    shape: torch.Size, device: torch.device, mask: Tensor | None, token_weight: Tensor | None
+) -> None:
+    """What is given per token."""
+    if mask is not None:
+        check_mask(mask, shape, device)
+    if token_weight is not None:
+        check_float("token_weight", token_weight)
+        check_per_token("token_weight", token_weight, shape, device)
 
 
 def check_float(name: str, tensor: object) -> Tensor:
@@ -125,9 +168,9 @@ def check_float(name: str, tensor: object) -> Tensor:
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Every tensor lies where student_hidden lies."""
+    """Every tensor lies where the (student's) hidden states lie."""
     if tensor.device != device:
-        raise ValueError(f"{name} must be on the device of student_hidden, {device}, got {tensor.device}")
+        raise ValueError(f"{name} must be on the device of the hidden states, {device}, got {tensor.device}")
 
 
 def check_per_token(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -165,14 +208,50 @@ def check_labels(
         raise ValueError(f"labels must be in [0, {vocab_size}) or {IGNORED_LABEL}, got {worst}")
 
 
-def check_vocab_size(vocab_size: int | None, student_weight: Tensor, teacher_weight: Tensor) -> int:
-    """The number of columns compared; both heads have that many rows."""
-    least = min(len(student_weight), len(teacher_weight))
+def check_vocab_size(vocab_size: int | None, **weights: Tensor) -> int:
+    """The number of columns compared; every head, given by its argument's name, has that many rows."""
+    least = min(map(len, weights.values()))
     if vocab_size is None:
         return least
     if vocab_size > least:
-        raise ValueError(
-            f"vocab_size must not exceed either head, got {vocab_size} with "
-            f"student_weight {tuple(student_weight.shape)} and teacher_weight {tuple(teacher_weight.shape)}"
-        )
+        shapes = " and ".join(f"{name} {tuple(weight.shape)}" for name, weight in weights.items())
+        raise ValueError(f"vocab_size must not exceed the rows of a head, got {vocab_size} with {shapes}")
     return vocab_size
+
+
+def check_support(
+    logprobs: Tensor, ids: Tensor, shape: torch.Size, device: torch.device, vocab_size: int
+) -> None:
+    """The teacher's log-probabilities and ids; see `fused_linear_topk_jsd` for how ids are checked."""
+    check_device("teacher_logprobs", check_float("teacher_logprobs", logprobs), device)
+    check_ids("teacher_ids", ids, device)
+    for name, tensor in (("teacher_logprobs", logprobs), ("teacher_ids", ids)):
+        if tensor.dim() != len(shape) + 1 or tensor.shape[:-1] != shape or tensor.shape[-1] < 1:
+            raise ValueError(
+                f"{name} must have shape (..., K) for the tokens {tuple(shape)} and K >= 1, "
+                f"got {tuple(tensor.shape)}"
+            )
+    if logprobs.shape != ids.shape:
+        raise ValueError(
+            "teacher_ids must have the shape of teacher_logprobs, "
+            f"got {tuple(ids.shape)} and {tuple(logprobs.shape)}"
+        )
+    check_id_range("teacher_ids", ids, (ids >= 0) & (ids < vocab_size) | (logprobs == -math.inf), vocab_size)
+
+
+def check_ids(name: str, ids: Tensor, device: torch.device) -> None:
+    """An integer tensor."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
+    check_device(name, ids, device)
+
+
+def check_id_range(name: str, ids: Tensor, inside: Tensor, vocab_size: int) -> None:
+    """Every id is inside. On an accelerator the check is left on the device, which nothing waits for."""
+    message = f"{name} must be in [0, {vocab_size}) wherever the log-probability is not -inf"
+    if ids.device.type == "cuda":
+        torch._assert_async(inside.all(), message)  # pyright: ignore[reportPrivateImportUsage]
+    elif not bool(inside.all()):
+        raise ValueError(f"{message}, got {int(ids[~inside][0])}")

@@ -19,8 +19,8 @@ class ChunkPlan:
     block_rows: int
 
     def chunks(self) -> Iterator[slice]:
-        """The chunks, in order."""
-        for start in range(0, self.n_tokens, self.rows):
+        """The chunks, in order; an empty one if there is no token."""
+        for start in range(0, max(self.n_tokens, 1), self.rows):
             yield slice(start, min(start + self.rows, self.n_tokens))
 
 

@@ -7,7 +7,7 @@ Nothing here cancels when the two models are close. With d = log p_t - log p_s,
 - p_t - p_s = sign(d) max(p_t, p_s) (1 - e^-|d|) (`_signed_gap`);
 - KL(p || m) = sum p (e^x - 1 - x) with x = log m - log p: every term is >= 0, and a Taylor polynomial gives
   e^x - 1 - x near 0 (`_kl_terms`);
-- log m - log p = log1p(k expm1(-|d|)) on the side where that argument is in (-1, 0] (`_mixture_log_ratios`).
+- log m - log p = log1p(k expm1(-|d|)) on the side where that argument is in (-1, 0] (`mixture_log_ratios`).
 
 The same functions serve every floating dtype, eager and compiled, and are what the Triton kernels compute.
 """
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ._settings import DistillStats, LossSettings, RowResult
+from ._teachers import TeacherRows
 
 
 class Divergence(Enum):
@@ -41,12 +42,11 @@ class Divergence(Enum):
 
 def row_divergence(
     student_logits: Tensor,  # (n, V) as projected
-    teacher_logits: Tensor,  # (n, V) as projected
+    teacher: TeacherRows,  # (n, V) as projected
     weight: Tensor,  # (n,) factor of each row's loss
     settings: LossSettings,
     *,
     student_bias: Tensor | None = None,  # (V,)
-    teacher_bias: Tensor | None = None,  # (V,)
     labels: Tensor | None = None,  # (n,) int64, -100 where there is none; needed if settings.hard_weight != 0
     grad: Tensor | None = None,  # (n, V) receives d(sum of losses) / d(student_logits); see below
     return_stats: bool = False,
@@ -58,30 +58,17 @@ def row_divergence(
     `grad` may be the object student_logits, to be overwritten, but no other view of the same memory:
     torch.compile computes nonsense for arguments that overlap when their offsets change.
     """
-    numbers = torch.tensor(
-        [
-            settings.beta,
-            1.0 - settings.beta,
-            1.0 / settings.temperature,
-            settings.student_logit_scale,
-            settings.teacher_logit_scale,
-            settings.student_softcap or 1.0,
-            settings.teacher_softcap or 1.0,
-            settings.hard_weight,
-            settings.soft_weight,
-        ],
-        dtype=student_logits.dtype,
-    )
+    numbers = settings.as_tensor(student_logits.dtype)
     divergence = Divergence.of(settings.beta)
     stages = (_maxima, _sums, _losses, _gradient)
-    maxima, sums, losses, gradient = map(_compiled, stages) if compiled else stages
+    maxima, sums, losses, gradient = map(compiled_stage, stages) if compiled else stages
     results: list[RowResult] = []
-    for block in _blocks(len(student_logits), None if compiled else block_rows):
+    for block in row_blocks(len(student_logits), None if compiled else block_rows):
         rows = _Rows(
             student_logits[block],
-            teacher_logits[block],
+            teacher.values[block],
             student_bias,
-            teacher_bias,
+            teacher.bias,
             None if labels is None or settings.hard_weight == 0 else labels[block],
             numbers,
             settings.student_softcap is not None,
@@ -96,11 +83,7 @@ def row_divergence(
             out = rows.student if grad is student_logits else grad[block]
             gradient(rows, norm, divergence, kl_student, weight[block], out)
         results.append(RowResult(loss * weight[block], stats))
-    losses_of_rows, stats_of_rows = zip(*results, strict=True)
-    return RowResult(
-        torch.cat(losses_of_rows),
-        DistillStats(*map(torch.cat, zip(*stats_of_rows, strict=True))) if return_stats else None,
-    )
+    return RowResult.concatenate(results)
 
 
 class _Rows(NamedTuple):
@@ -128,13 +111,15 @@ class _Normalizers(NamedTuple):
     sum_y: Tensor | None  # None without labels
 
 
-def _blocks(n: int, block_rows: int | None) -> list[slice]:
+def row_blocks(n: int, block_rows: int | None) -> list[slice]:
+    """Slices of at most block_rows rows that cover n, one empty slice if n is 0."""
     step = block_rows or max(n, 1)
-    return [slice(start, start + step) for start in range(0, n, step)]
+    return [slice(start, start + step) for start in range(0, max(n, 1), step)]
 
 
 @cache
-def _compiled(stage: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_stage(stage: Callable[..., Any]) -> Callable[..., Any]:
+    """The stage compiled once for all shapes."""
     return torch.compile(stage, dynamic=True)
 
 
@@ -154,9 +139,9 @@ def _sums(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Sums of e^(z_s - max_s), e^(z_t - max_t), e^(y_s - max_y) and e^(z_t - top) - e^(z_s - top), (n, 1)."""
     y_s, _, z_s, z_t = _logits(rows)
-    delta, top = _delta(z_s, z_t), torch.maximum(max_s, max_t)
-    sign = torch.where(delta > 0, -1.0, 1.0)
-    terms = sign * (torch.maximum(z_s, z_t) - top).exp() * _expm1(-delta.abs())
+    gap, top = delta(z_s, z_t), torch.maximum(max_s, max_t)
+    sign = torch.where(gap > 0, -1.0, 1.0)
+    terms = sign * (torch.maximum(z_s, z_t) - top).exp() * _expm1(-gap.abs())
     return (
         (z_s - max_s).exp().sum(-1, keepdim=True),
         (z_t - max_t).exp().sum(-1, keepdim=True),
@@ -187,7 +172,7 @@ def _losses(
     elif divergence is Divergence.REVERSE:
         soft = kl_student = _kl_terms(p_s, d, gap).sum(-1)
     else:
-        u, v = _mixture_log_ratios(d, beta, not_beta)
+        u, v = mixture_log_ratios(d, beta, not_beta)
         kl_student = _kl_terms(p_s, u, beta * gap).sum(-1)
         soft = beta * _kl_terms(p_t, v, -not_beta * gap).sum(-1) + not_beta * kl_student
     loss = soft_weight * soft
@@ -200,8 +185,8 @@ def _losses(
     stats = None
     if return_stats:
         stats = DistillStats(
-            student_entropy=_times(p_s, norm.sum_s.log() - (z_s - norm.max_s)).sum(-1),
-            teacher_entropy=_times(p_t, norm.sum_t.log() - (z_t - norm.max_t)).sum(-1),
+            student_entropy=times(p_s, norm.sum_s.log() - (z_s - norm.max_s)).sum(-1),
+            teacher_entropy=times(p_t, norm.sum_t.log() - (z_t - norm.max_t)).sum(-1),
             forward_kl=_kl_terms(p_t, -d, -gap).sum(-1),
             reverse_kl=_kl_terms(p_s, d, gap).sum(-1),
             top1_agreement=((z_s == norm.max_s) & (z_t == norm.max_t)).any(-1),
@@ -224,10 +209,10 @@ def _gradient(
     if divergence is Divergence.FORWARD or kl_student is None:
         grad = -_signed_gap(p_s, p_t, d)
     elif divergence is Divergence.REVERSE:
-        grad = _times(p_s, -d - kl_student.unsqueeze(-1))
+        grad = times(p_s, -d - kl_student.unsqueeze(-1))
     else:
-        u, _ = _mixture_log_ratios(d, beta, not_beta)
-        grad = not_beta * _times(p_s, -u - kl_student.unsqueeze(-1))
+        u, _ = mixture_log_ratios(d, beta, not_beta)
+        grad = not_beta * times(p_s, -u - kl_student.unsqueeze(-1))
     grad = grad * (inv_temperature * soft_weight)
     if rows.labels is not None and norm.sum_y is not None:
         has_label = (rows.labels >= 0).unsqueeze(-1)
@@ -241,10 +226,10 @@ def _gradient(
 def _logits(rows: _Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The student's logits, their derivative by the projection, and both models' logits over temperature."""
     _, _, inv_temperature, s_scale, t_scale, s_softcap, t_softcap, *_ = rows.numbers.unbind()
-    y_s, dy_s = _transform(
+    y_s, dy_s = transform(
         rows.student, rows.student_bias, s_scale, s_softcap if rows.student_has_softcap else None
     )
-    y_t, _ = _transform(
+    y_t, _ = transform(
         rows.teacher, rows.teacher_bias, t_scale, t_softcap if rows.teacher_has_softcap else None
     )
     return y_s, dy_s, y_s * inv_temperature, y_t * inv_temperature
@@ -254,17 +239,15 @@ def _distributions(z_s: Tensor, z_t: Tensor, norm: _Normalizers) -> tuple[Tensor
     """p_s, p_t and d = log p_t - log p_s."""
     p_s = (z_s - norm.max_s).exp() / norm.sum_s
     p_t = (z_t - norm.max_t).exp() / norm.sum_t
-    return p_s, p_t, _delta(z_s, z_t) - norm.log_ratio
+    return p_s, p_t, delta(z_s, z_t) - norm.log_ratio
 
 
-def _delta(z_s: Tensor, z_t: Tensor) -> Tensor:
+def delta(z_s: Tensor, z_t: Tensor) -> Tensor:
     """z_t - z_s, where two absent tokens (-inf) do not differ."""
     return torch.where(z_t == z_s, 0.0, z_t - z_s)
 
 
-def _transform(
-    x: Tensor, bias: Tensor | None, scale: Tensor, softcap: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def transform(x: Tensor, bias: Tensor | None, scale: Tensor, softcap: Tensor | None) -> tuple[Tensor, Tensor]:
     """Logits from projections: bias, scale, softcap; and their derivative with respect to the projection."""
     if bias is not None:
         x = x + bias
@@ -283,7 +266,7 @@ def _signed_gap(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
 def _kl_terms(p: Tensor, x: Tensor, gap: Tensor) -> Tensor:
     """p (e^x - 1 - x), the terms of KL(p || m) with x = log m - log p and gap = m - p. Never negative."""
     near = p * (x * x) * _series(x)
-    return torch.where(_series_serves(x), near, (gap - _times(p, x)).clamp_min(0.0))
+    return torch.where(_series_serves(x), near, (gap - times(p, x)).clamp_min(0.0))
 
 
 # The constants below are literals: torch.compile(dynamic=True) takes a global float for an argument.
@@ -308,7 +291,7 @@ def _expm1(x: Tensor) -> Tensor:
     return torch.where(_series_serves(x), x + x * x * _series(x), torch.exp(x) - 1)
 
 
-def _mixture_log_ratios(d: Tensor, beta: Tensor, not_beta: Tensor) -> tuple[Tensor, Tensor]:
+def mixture_log_ratios(d: Tensor, beta: Tensor, not_beta: Tensor) -> tuple[Tensor, Tensor]:
     """log m - log p_s and log m - log p_t for m = beta p_t + (1 - beta) p_s."""
     teacher_leads = d > 0
     toward_larger = torch.log1p(torch.where(teacher_leads, not_beta, beta) * _expm1(-d.abs()))
@@ -319,6 +302,6 @@ def _mixture_log_ratios(d: Tensor, beta: Tensor, not_beta: Tensor) -> tuple[Tens
     )
 
 
-def _times(p: Tensor, x: Tensor) -> Tensor:
+def times(p: Tensor, x: Tensor) -> Tensor:
     """p x, and 0 where p is 0 however infinite x is."""
     return torch.where(p > 0, p * x, 0.0)

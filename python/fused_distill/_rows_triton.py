@@ -8,16 +8,16 @@ from fused_distill_kernels import jsd_rows
 from torch import Tensor
 
 from ._settings import DistillStats, LossSettings, RowResult
+from ._teachers import TeacherRows
 
 
 def row_divergence(
     student_logits: Tensor,  # (n, V) float32
-    teacher_logits: Tensor,  # (n, V) float32
+    teacher: TeacherRows,  # (n, V) float32
     weight: Tensor,  # (n,) float32, contiguous
     settings: LossSettings,
     *,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
     labels: Tensor | None = None,
     grad: Tensor | None = None,
     return_stats: bool = False,
@@ -27,11 +27,11 @@ def row_divergence(
     del block_rows
     sums = jsd_rows(
         student_logits,
-        teacher_logits,
+        teacher.values,
         weight,
         **asdict(settings),
         student_bias=student_bias,
-        teacher_bias=teacher_bias,
+        teacher_bias=teacher.bias,
         labels=labels if settings.hard_weight != 0 else None,
         grad=grad,
         return_stats=return_stats,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,11 +23,28 @@ class LossSettings:
     hard_weight: float = 0.0
     soft_weight: float = 1.0
 
+    def as_tensor(self, dtype: torch.dtype) -> Tensor:
+        """The numbers for compiled row arithmetic, on the CPU, in the order in which `_rows` unbinds them."""
+        numbers = [
+            self.beta,
+            1.0 - self.beta,
+            1.0 / self.temperature,
+            self.student_logit_scale,
+            self.teacher_logit_scale,
+            self.student_softcap or 1.0,
+            self.teacher_softcap or 1.0,
+            self.hard_weight,
+            self.soft_weight,
+        ]
+        return torch.tensor(numbers, dtype=dtype)
+
 
 class DistillStats(NamedTuple):
     """Per-token diagnostics in nats, detached, shaped like the tokens; 0 (False) at tokens that do not count.
 
-    They describe the two distributions that the loss compares, temperature included.
+    They describe the two distributions that the loss compares, temperature included. For a top-k teacher
+    these are over the K ids, and over the rest as one more outcome with tail="bucket"; with tail="truncate"
+    the entropies and divergences are sums over the K ids.
     """
 
     student_entropy: Tensor  # (...) float, -sum p_s log p_s
@@ -34,12 +52,13 @@ class DistillStats(NamedTuple):
     forward_kl: Tensor  # (...) float, KL(teacher || student)
     reverse_kl: Tensor  # (...) float, KL(student || teacher)
     top1_agreement: Tensor  # (...) bool, the models share a most likely token
+    # Of top-k losses only, the student's where the whole vocabulary is projected:
+    student_mass: Tensor | None = None  # (...) float, probability of the K ids
+    teacher_mass: Tensor | None = None  # (...) float
 
-    @classmethod
-    def zeros(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> DistillStats:
-        """Statistics of no token at all."""
-        a, b, c, d = torch.zeros(4, *shape, dtype=dtype, device=device)
-        return cls(a, b, c, d, torch.zeros(shape, dtype=torch.bool, device=device))
+    def map(self, function: Callable[[Tensor], Tensor]) -> DistillStats:
+        """The function of every field that is there."""
+        return DistillStats(*(None if c is None else function(c) for c in self))  # pyright: ignore[reportArgumentType]
 
 
 class RowResult(NamedTuple):
@@ -47,3 +66,12 @@ class RowResult(NamedTuple):
 
     loss: Tensor  # (n,) weight * (soft_weight * divergence + hard_weight * cross entropy)
     stats: DistillStats | None  # of shape (n,)
+
+    @classmethod
+    def concatenate(cls, parts: list[RowResult]) -> RowResult:
+        """The rows of all parts, of which there is at least one."""
+        losses, stats = zip(*parts, strict=True)
+        if stats[0] is None:
+            return cls(torch.cat(losses), None)
+        columns = iter(zip(*([c for c in s if c is not None] for s in stats), strict=True))
+        return cls(torch.cat(losses), stats[0].map(lambda _: torch.cat(next(columns))))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from . import _check, reference
-from ._backends import choose_backend
-from ._check import LossOptions, check_options
-from ._engine import Engine, LossTensors, accumulation_dtype
-from ._settings import DistillStats, LossSettings
+from . import reference
+from ._autograd import Call, fused_loss
+from ._backends import full_backend
+from ._check import (
+    LossOptions,
+    check_hidden_and_head,
+    check_labels,
+    check_normalizer,
+    check_options,
+    check_student,
+    check_tokens,
+    check_vocab_size,
+)
+from ._engine import LossTensors
+from ._settings import LossSettings
+from ._teachers import FullTeacher
 
 
 def fused_linear_jsd(
@@ -110,24 +118,19 @@ def fused_linear_jsd(
         backend=backend,
         return_stats=return_stats,
     )
-    check_options(**options)
-    _check.check_normalizer(normalizer, reduction)
-    _check.check_float("student_hidden", student_hidden)
+    check_options(options, LossOptions)
+    check_normalizer(normalizer, reduction)
+    check_student(student_hidden, student_weight, student_bias)
     device, shape = student_hidden.device, student_hidden.shape[:-1]
-    _check.check_hidden_and_head("student", student_hidden, student_weight, student_bias, device)
-    _check.check_hidden_and_head("teacher", teacher_hidden, teacher_weight, teacher_bias, device)
+    check_hidden_and_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, device)
     if teacher_hidden.shape[:-1] != shape:
         raise ValueError(
             "teacher_hidden must have the tokens of student_hidden, "
             f"got {tuple(teacher_hidden.shape)} and {tuple(student_hidden.shape)}"
         )
-    n_columns = _check.check_vocab_size(vocab_size, student_weight, teacher_weight)
-    if mask is not None:
-        _check.check_mask(mask, shape, device)
-    if token_weight is not None:
-        _check.check_float("token_weight", token_weight)
-        _check.check_per_token("token_weight", token_weight, shape, device)
-    _check.check_labels(labels, hard_weight, shape, device, n_columns)
+    n_columns = check_vocab_size(vocab_size, student_weight=student_weight, teacher_weight=teacher_weight)
+    check_tokens(shape, device, mask, token_weight)
+    check_labels(labels, hard_weight, shape, device, n_columns)
 
     if backend == "reference":
         return reference.linear_jsd(
@@ -153,113 +156,34 @@ def fused_linear_jsd(
         hard_weight=hard_weight,
         soft_weight=soft_weight,
     )
-    tensors = LossTensors(
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
-        student_weight,
-        student_bias,
+    teacher = FullTeacher(
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
-        None if token_weight is None else token_weight.detach().reshape(-1),
-        None if labels is None or hard_weight == 0 else labels.reshape(-1).long(),
-        None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
     )
-    fused = _opaque_fused() if torch.compiler.is_compiling() else _fused
-    return fused(
-        tensors, settings, shape, n_columns, reduction, normalizer, workspace_bytes, backend, return_stats
+    tensors = LossTensors.flattened(
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher,
+        token_weight=token_weight,
+        labels=labels if hard_weight != 0 else None,
+        mask=mask,
     )
-
-
-def _fused(
-    tensors: LossTensors,
-    settings: LossSettings,
-    shape: torch.Size,
-    n_columns: int,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    workspace_bytes: int | None,
-    backend: str,
-    return_stats: bool,
-) -> Tensor | tuple[Tensor, DistillStats]:
-    """The chunked way, for checked and flattened tensors."""
-    n_tokens = len(tensors.student_hidden) if tensors.counted is None else len(tensors.counted)
-    inputs = (tensors.student_hidden, tensors.student_weight, tensors.student_bias)
-    device = tensors.student_hidden.device
-    engine = Engine(
-        settings,
-        choose_backend(backend, device, accumulation_dtype(tensors), n_tokens * n_columns),
-        n_columns,
-        needs_grad=tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs),
-        autocast_dtype=torch.get_autocast_dtype(device.type)
-        if torch.is_autocast_enabled(device.type)
-        else None,
-        return_stats=return_stats,
-        workspace_bytes=workspace_bytes,
+    return fused_loss(
+        tensors,
+        Call(
+            settings,
+            full_backend,
+            backend,
+            n_columns,
+            shape,
+            reduction,
+            normalizer,
+            workspace_bytes,
+            return_stats,
+        ),
     )
-    loss, *columns = cast("tuple[Tensor, ...]", _FusedLoss.apply(engine, reduction == "none", *tensors))
-    if reduction == "none":
-        loss = loss.reshape(shape)
-    elif reduction == "mean":
-        loss = loss / (max(n_tokens, 1) if normalizer is None else normalizer)
-    return (loss, DistillStats(*(c.reshape(shape) for c in columns))) if return_stats else loss
-
-
-@lru_cache
-def _opaque_fused() -> Any:
-    """`_fused` as a graph break for compiled callers; made late, as it imports the whole compiler."""
-    return torch.compiler.disable(_fused)
-
-
-class _FusedLoss(torch.autograd.Function):
-    """Sum of the tokens' losses with its gradient computed on the way, or each token's loss without."""
-
-    @staticmethod
-    def forward(ctx: Any, engine: Engine, per_token: bool, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        tensors = LossTensors(*inputs)  # pyright: ignore[reportArgumentType]
-        run = engine.without_grad() if per_token else engine
-        loss, stats, gradients = run.run(tensors, tensors.token_weight)
-        ctx.engine, ctx.per_token, ctx.gradients = engine, per_token, None if per_token else gradients
-        ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
-        ctx.save_for_backward(*inputs[:3])
-        ctx.constants = inputs[3:]  # not saved: a teacher run in inference mode gives tensors that cannot be
-        columns = () if stats is None else tuple(_to_all_tokens(c, tensors) for c in stats)
-        ctx.mark_non_differentiable(*columns)
-        return _to_all_tokens(loss, tensors) if per_token else loss.sum(), *columns
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fused_linear_jsd cannot be differentiated twice (create_graph=True); backend='reference' can"
-            )
-        grad_loss = grad_outputs[0]
-        gradients, ctx.gradients = ctx.gradients, None
-        scale = None if ctx.per_token else grad_loss
-        if gradients is None:  # reduction "none", or a second backward pass through a retained graph
-            tensors = LossTensors(*ctx.saved_tensors, *ctx.constants)
-            weight = tensors.token_weight
-            if ctx.per_token:
-                weight = grad_loss if weight is None else grad_loss * weight
-            gradients = replace(ctx.engine, return_stats=False).run(tensors, weight)[2]
-        scaled = (_finish(g, scale, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return None, None, *scaled, *(None,) * (len(LossTensors._fields) - len(gradients))
-
-
-def _finish(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """The accumulated gradient times scale in the input's dtype, in place where the dtype allows."""
-    if gradient is None or dtype is None:
-        return None
-    if scale is None:
-        return gradient.to(dtype)
-    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, scale, out=out)
-
-
-def _to_all_tokens(column: Tensor, tensors: LossTensors) -> Tensor:
-    """(n,) values of the counted tokens as (N,), 0 elsewhere."""
-    if tensors.counted is None:
-        return column
-    return column.new_zeros(len(tensors.student_hidden)).index_copy_(0, tensors.counted, column)
 
 
 class FusedLinearJSDLoss(nn.Module):
@@ -275,7 +199,7 @@ class FusedLinearJSDLoss(nn.Module):
 
     def __init__(self, **options: Unpack[LossOptions]):
         super().__init__()
-        check_options(**options)
+        check_options(options, LossOptions)
         self.options = options
 
     def forward(

@@ -1,0 +1,217 @@
+"""The student's and the teacher's output layers, multiplied in tiles; every matrix product is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# A head's tile that fits the caches: CPU projections of few tokens are 1.2 times as fast tile by tile, and so
+# they stay while a converted tile is read back.
+_TILE_BYTES = {"cpu": 4 << 20}
+_DEFAULT_TILE_BYTES = 16 << 20
+
+
+class StudentHead(Protocol):
+    """How the student's logits are made of a chunk's hidden states, and their gradient's way back."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the products' operands."""
+        ...
+
+    @property
+    def n_columns(self) -> int:
+        """Logits per token."""
+        ...
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Temporary bytes whatever the chunk."""
+        ...
+
+    @property
+    def row_bytes(self) -> int:
+        """Temporary bytes per token of a chunk, logits apart."""
+        ...
+
+    def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
+        """out (n, n_columns) = the logits before the bias. `ids` (n, K) is the teacher's support, if any."""
+        ...
+
+    def back_project(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
+        """out (n, D) = gradient of the hidden states, for grad (n, n_columns)."""
+        ...
+
+    def add_weight_gradient(
+        self, grad: Tensor, hidden: Tensor, out: Tensor, ids: Tensor | None, *, first: bool
+    ) -> None:
+        """Add to out (V, D), whose first `overwritten_rows` rows hold nothing yet if `first`."""
+        ...
+
+    def add_bias_gradient(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> None:
+        """Add to out (V,)."""
+        ...
+
+    @property
+    def overwritten_rows(self) -> int:
+        """Rows of the weight gradient that the first chunk writes; the others start as zeros."""
+        ...
+
+
+@dataclass(frozen=True)
+class Head:
+    """The compared rows of one output layer, multiplied in `dtype`, converted tile by tile if need be."""
+
+    weight: Tensor  # (V, D)
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, weight: Tensor, accumulation: torch.dtype, autocast: torch.dtype | None
+    ) -> Head:
+        """The head with the product dtype that suits the inputs, autocast and the device."""
+        dtype = autocast or torch.promote_types(hidden.dtype, weight.dtype)
+        if accumulation == torch.float64 or not _multiplies_into_float32(hidden.device, dtype):
+            dtype = accumulation
+        return cls(weight, dtype)
+
+    @property
+    def n_columns(self) -> int:
+        """Logits per token."""
+        return len(self.weight)
+
+    @property
+    def overwritten_rows(self) -> int:
+        """All compared rows."""
+        return len(self.weight)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Temporary bytes of a converted tile, 0 where the weight already has the product dtype."""
+        if self.weight.dtype == self.dtype:
+            return 0
+        return self._tile_rows * self.weight.shape[1] * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Nothing but the logits."""
+        return 0
+
+    @property
+    def _tile_rows(self) -> int:
+        tile_bytes = _TILE_BYTES.get(self.weight.device.type, _DEFAULT_TILE_BYTES)
+        rows = tile_bytes // (self.weight.shape[1] * self.dtype.itemsize)
+        return max(1, min(rows, len(self.weight)))
+
+    def _tiles(self, *, whole: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Tiles of the weight in the product dtype; with whole, one if no conversion is needed."""
+        if whole and self.weight.dtype == self.dtype:
+            yield slice(0, len(self.weight)), self.weight
+            return
+        for start in range(0, len(self.weight), self._tile_rows):
+            columns = slice(start, start + self._tile_rows)
+            yield columns, self.weight[columns].to(self.dtype)
+
+    def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None = None) -> Tensor:
+        """out (n, V) = hidden (n, D) @ weight^T."""
+        for columns, tile in self._tiles(whole=hidden.device.type != "cpu"):
+            _product(hidden, tile.T, out[:, columns])
+        return out
+
+    def back_project(self, grad: Tensor, out: Tensor, ids: Tensor | None = None) -> Tensor:
+        """out (n, D) = grad (n, V) @ weight."""
+        for columns, tile in self._tiles(whole=True):
+            _product(grad[:, columns], tile, out, accumulate=columns.start > 0)
+        return out
+
+    def add_weight_gradient(
+        self, grad: Tensor, hidden: Tensor, out: Tensor, ids: Tensor | None, *, first: bool
+    ) -> None:
+        """out[:V] (+)= grad^T (V, n) @ hidden (n, D)."""
+        _product(grad.T, hidden, out[: len(self.weight)], accumulate=not first)
+
+    def add_bias_gradient(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> None:
+        """out[:V] += column sums of grad."""
+        out[: len(self.weight)] += grad.sum(0, dtype=out.dtype)
+
+
+@dataclass(frozen=True)
+class GatheredHead:
+    """K rows of the output layer per token, chosen by ids: no product over the vocabulary."""
+
+    weight: Tensor  # (V, D)
+    dtype: torch.dtype  # of the accumulation, too
+    n_columns: int  # K
+
+    @property
+    def overwritten_rows(self) -> int:
+        """None: gradients are scattered into zeros."""
+        return 0
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    @property
+    def row_bytes(self) -> int:
+        """A token's K rows, as they are and converted."""
+        rows = self.n_columns * self.weight.shape[1]
+        converted = rows * self.weight.dtype.itemsize if self.weight.dtype != self.dtype else 0
+        return rows * self.dtype.itemsize + converted
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return self.weight[ids].to(self.dtype)  # (n, K, D)
+
+    def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
+        """out[n, k] = hidden[n] . weight[ids[n, k]]."""
+        assert ids is not None
+        return torch.bmm(self._rows(ids), hidden.unsqueeze(-1), out=out.unsqueeze(-1)).squeeze(-1)
+
+    def back_project(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
+        """out[n] = sum over k of grad[n, k] weight[ids[n, k]]."""
+        assert ids is not None
+        torch.bmm(grad.unsqueeze(1), self._rows(ids), out=out.unsqueeze(1))
+        return out
+
+    def add_weight_gradient(
+        self, grad: Tensor, hidden: Tensor, out: Tensor, ids: Tensor | None, *, first: bool
+    ) -> None:
+        """out[ids[n, k]] += grad[n, k] hidden[n]."""
+        assert ids is not None
+        terms = grad.unsqueeze(-1) * hidden.unsqueeze(1)
+        out.index_add_(0, ids.flatten(), terms.flatten(0, 1))
+
+    def add_bias_gradient(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> None:
+        """out[ids[n, k]] += grad[n, k]."""
+        assert ids is not None
+        out.index_add_(0, ids.flatten(), grad.flatten())
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out = a @ b, or out += a @ b, never rounded to a's dtype on the way."""
+    options = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if accumulate:
+        torch.addmm(out, a, b, out=out, **options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    else:
+        torch.mm(a, b, out=out, **options)
+
+
+@lru_cache
+def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies matrices of this dtype into a float32 result."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return True
+    probe = torch.ones(16, 16, dtype=dtype, device=device)
+    result = torch.ones(16, 16, dtype=torch.float32, device=device)
+    try:
+        _product(probe, probe, result)
+        _product(probe, probe, result, accumulate=True)
+    except (RuntimeError, TypeError):
+        return False
+    return True
