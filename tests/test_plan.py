@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_distill import fused_linear_jsd
+from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from fused_distill._plan import plan_chunks
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,6 +140,51 @@ def test_every_kind_of_call_stays_within_its_workspace(variant: str, workspace_b
     assert memory.peak <= allowed, (
         f"{(memory.peak - allowed) / workspace_bytes:.1%} of the workspace too much"
     )
+
+
+@pytest.mark.parametrize("workspace_bytes", [4 << 20, 16 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 64])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "truncate"])
+def test_a_top_k_call_stays_within_its_workspace(
+    tail: str, k: int, dtype: torch.dtype, workspace_bytes: int
+) -> None:
+    n, vocab, ds = 300, 3000, 16
+    hs, ws = (torch.randn(size).to(dtype).requires_grad_() for size in ((n, ds), (vocab, ds)))
+    ids = torch.stack([torch.randperm(vocab)[:k] for _ in range(n)])
+    logprobs = torch.log_softmax(torch.randn(n, k + 1), -1)[:, :k]
+    mask = torch.rand(n) < 0.7
+    gc.collect()
+    with PeakMemory([hs, ws, ids, logprobs, mask]) as memory:
+        loss, _ = fused_linear_topk_jsd(
+            hs,
+            ws,
+            logprobs,
+            ids,
+            tail=tail,
+            mask=mask,
+            student_softcap=5.0,
+            workspace_bytes=workspace_bytes,
+            return_stats=True,
+            backend="torch",
+        )
+    assert loss.isfinite()
+    gradient_bytes = 4 * (hs.numel() + ws.numel())
+    checked_ids = 8 * ids.numel()  # bools of the ids' size, and the tokens' statistics
+    allowed = gradient_bytes + checked_ids + 64 * n + workspace_bytes
+    assert memory.peak <= allowed, (
+        f"{(memory.peak - allowed) / workspace_bytes:.1%} of the workspace too much"
+    )
+
+
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 4 << 20])
+def test_topk_logprobs_stays_within_its_workspace(workspace_bytes: int) -> None:
+    n, vocab, dim, k = 300, 3000, 16, 20
+    hidden, weight = torch.randn(n, dim), torch.randn(vocab, dim)
+    with PeakMemory([hidden, weight]) as memory:
+        topk_logprobs(hidden, weight, k, softcap=5.0, temperature=0.7, workspace_bytes=workspace_bytes)
+    results = 12 * n * k
+    assert memory.peak <= results + workspace_bytes
 
 
 def test_the_least_workspace_that_the_error_names_will_do() -> None:

@@ -220,7 +220,12 @@ def check_vocab_size(vocab_size: int | None, **weights: Tensor) -> int:
 
 
 def check_support(
-    logprobs: Tensor, ids: Tensor, shape: torch.Size, device: torch.device, vocab_size: int
+    logprobs: Tensor,
+    ids: Tensor,
+    shape: torch.Size,
+    device: torch.device,
+    vocab_size: int,
+    mask: Tensor | None,
 ) -> None:
     """The teacher's log-probabilities and ids; see `fused_linear_topk_jsd` for how ids are checked."""
     check_device("teacher_logprobs", check_float("teacher_logprobs", logprobs), device)
@@ -236,7 +241,7 @@ def check_support(
             "teacher_ids must have the shape of teacher_logprobs, "
             f"got {tuple(ids.shape)} and {tuple(logprobs.shape)}"
         )
-    check_id_range("teacher_ids", ids, (ids >= 0) & (ids < vocab_size) | (logprobs == -math.inf), vocab_size)
+    check_id_range("teacher_ids", ids, vocab_size, unused=logprobs == -math.inf, mask=mask)
 
 
 def check_ids(name: str, ids: Tensor, device: torch.device) -> None:
@@ -248,9 +253,19 @@ def check_ids(name: str, ids: Tensor, device: torch.device) -> None:
     check_device(name, ids, device)
 
 
-def check_id_range(name: str, ids: Tensor, inside: Tensor, vocab_size: int) -> None:
-    """Every id is inside. On an accelerator the check is left on the device, which nothing waits for."""
-    message = f"{name} must be in [0, {vocab_size}) wherever the log-probability is not -inf"
+def check_id_range(
+    name: str, ids: Tensor, vocab_size: int, *, unused: Tensor | None = None, mask: Tensor | None = None
+) -> None:
+    """Ids (..., K) of counted tokens are in the vocabulary, or unused.
+
+    On a GPU the check is left on the device, so that the host need not wait for it.
+    """
+    inside = (ids >= 0) & (ids < vocab_size)
+    if unused is not None:
+        inside |= unused
+    if mask is not None:
+        inside |= ~mask.unsqueeze(-1)
+    message = f"{name} must be in [0, {vocab_size}) at every token that counts"
     if ids.device.type == "cuda":
         torch._assert_async(inside.all(), message)  # pyright: ignore[reportPrivateImportUsage]
     elif not bool(inside.all()):

@@ -108,7 +108,7 @@ class TopKTeacher:
         """Entries in the order of their ids; of several with one id, the first stays present."""
         logprobs, ids = self.logprobs[tokens], self.ids[tokens].long()
         absent = logprobs == -torch.inf
-        ids, order = ids.masked_fill_(absent, torch.iinfo(torch.int64).max).sort(dim=-1, stable=True)
+        ids, order = ids.masked_fill(absent, torch.iinfo(torch.int64).max).sort(dim=-1, stable=True)
         logprobs = logprobs.gather(-1, order).to(wide_dtype(logprobs.device))
         repeated = torch.zeros_like(absent)
         repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]

@@ -124,7 +124,7 @@ def fused_linear_topk_jsd(
     n_columns = check_vocab_size(vocab_size, student_weight=student_weight)
     check_tokens(shape, device, mask, token_weight)
     check_labels(labels, hard_weight, shape, device, n_columns)
-    check_support(teacher_logprobs, teacher_ids, shape, device, n_columns)
+    check_support(teacher_logprobs, teacher_ids, shape, device, n_columns, mask)
 
     if backend == "reference":
         return reference.linear_topk_jsd(

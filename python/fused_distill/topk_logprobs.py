@@ -92,11 +92,8 @@ def topk_logprobs(
                 f"actual_ids must have the shape of the tokens, {tuple(shape)}, or one dimension more, "
                 f"got {tuple(actual_ids.shape)}"
             )
-        wanted = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
-        unwanted = ~wanted if actual_ids.dim() == len(shape) else ~wanted.unsqueeze(-1)
-        check_id_range(
-            "actual_ids", actual_ids, (actual_ids >= 0) & (actual_ids < n_columns) | unwanted, n_columns
-        )
+        as_rows = actual_ids if actual_ids.dim() > len(shape) else actual_ids.unsqueeze(-1)
+        check_id_range("actual_ids", as_rows, n_columns, mask=mask)
 
     settings = LossSettings(temperature=temperature, student_logit_scale=logit_scale, student_softcap=softcap)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
