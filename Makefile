@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-KERNEL_TESTS := tests/test_properties.py tests/test_near_identical.py
+KERNEL_TESTS := tests/test_properties.py tests/test_topk.py tests/test_near_identical.py
 
 .PHONY: demo test lint bench bench-gpu report clean
 

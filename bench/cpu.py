@@ -16,10 +16,13 @@ from suite import SMALL, Suite, main
 from suite import suite as suite
 
 SHAPES = [Case(2048, 32768, 896, 1536), Case(512, 262144, 640, 640)]
+TOPK_SHAPES = [Case(2048, 32768, 896, 0, k=64), Case(2048, 131072, 896, 0, k=64)]
 PEERS = ["Liger chunked", "TRL", "naive"]
+TAILS = ["fused-distill, bucket", "fused-distill, truncate", "fused-distill, renormalize"]
+TOPK_PEERS = ["TRL, bucket", "TRL, renormalize"]
 ROUNDS = 5
 if SMALL in os.environ:
-    SHAPES, ROUNDS = [Case(64, 500, 32, 48)], 2
+    SHAPES, TOPK_SHAPES, ROUNDS = [Case(64, 500, 32, 48)], [Case(64, 500, 32, 0, k=8)], 2
 
 ROWS = [
     (provider, case)
@@ -30,6 +33,10 @@ ROWS = [
         *((peer, shape) for peer in PEERS),
     )
 ]
+for shape in TOPK_SHAPES:
+    ROWS.append((FLOOR, shape))
+    ROWS += [(name, replace(shape, beta=beta)) for name in (*TAILS, *TOPK_PEERS) for beta in (0.5, 0.0)]
+    ROWS.append(("verl, truncate", replace(shape, beta=0.0)))
 
 
 @pytest.mark.parametrize(("provider", "case"), ROWS, ids=lambda value: getattr(value, "label", str(value)))

@@ -19,9 +19,11 @@ from suite import SMALL, Suite, main
 from suite import suite as suite
 
 DIMENSIONS, TOKENS, VOCAB = [(1024, 4096), (2048, 4096), (4096, 4096)], [1024, 8192, 32768], 151936
+TOPK_DIMENSIONS, TOPK_TOKENS, SUPPORTS = [2048, 4096], 8192, [1, 16, 64, 256]
 DEVICE = "cuda"
 if SMALL in os.environ:
     DIMENSIONS, TOKENS, VOCAB = [(16, 32)], [8, 24], 300
+    TOPK_DIMENSIONS, TOPK_TOKENS, SUPPORTS = [16], 8, [1, 4]
     if not torch.cuda.is_available():
         DEVICE = "cpu"
         os.environ["TRITON_INTERPRET"] = "1"
@@ -31,19 +33,31 @@ SHAPES = [
     for student_dim, teacher_dim in DIMENSIONS
     for tokens in TOKENS
 ]
+TOPK_SHAPES = [
+    Case(TOPK_TOKENS, VOCAB, student_dim, 0, dtype="bfloat16", device=DEVICE, k=k)
+    for student_dim in TOPK_DIMENSIONS
+    for k in SUPPORTS
+]
 
 
-def rows(providers: list[str], betas: tuple[float, ...]) -> list[tuple[str, Case]]:
+def rows(
+    providers: list[str], betas: tuple[float, ...], cases: list[Case] = SHAPES
+) -> list[tuple[str, Case]]:
     return [
-        (provider, replace(shape, beta=beta)) for provider in providers for beta in betas for shape in SHAPES
+        (provider, replace(case, beta=beta)) for provider in providers for beta in betas for case in cases
     ]
 
 
 ROWS = [
     *rows([FLOOR], (0.5,)),
     *rows(["fused-distill, triton"], (0.5, 0.0, 1.0)),
+    *rows([FLOOR], (0.5,), TOPK_SHAPES),
+    *rows(["fused-distill, bucket", "fused-distill, renormalize"], (0.5, 0.0), TOPK_SHAPES),
+    *rows(["fused-distill, truncate"], (0.5,), TOPK_SHAPES),
     *rows(["Liger chunked", "Liger Triton", "TRL", "naive"], (0.5, 0.0, 1.0)),
     *rows(["fused-distill, torch"], (0.5,)),
+    *rows(["TRL, bucket", "TRL, renormalize"], (0.5,), TOPK_SHAPES),
+    *rows(["verl, truncate"], (0.0,), TOPK_SHAPES),
 ]
 
 

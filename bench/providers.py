@@ -1,4 +1,4 @@
-"""The losses that are compared, and the floor: the four matrix products that none of them can do without."""
+"""The losses that are compared, and the floor: the matrix products that none of them can do without."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ class Case:
     tokens: int
     vocab: int
     student_dim: int
-    teacher_dim: int
+    teacher_dim: int  # 0 for a top-k teacher
     beta: float = 0.5
     dtype: str = "float32"
     device: str = "cpu"
+    k: int = 0  # entries per token of a top-k teacher; 0: a full-vocabulary teacher
 
     @property
     def label(self) -> str:
         """The case in a test's name."""
-        return f"N{self.tokens}-V{self.vocab}-Ds{self.student_dim}-Dt{self.teacher_dim}-beta{self.beta:g}"
+        teacher = f"K{self.k}" if self.k else f"Dt{self.teacher_dim}"
+        return f"N{self.tokens}-V{self.vocab}-Ds{self.student_dim}-{teacher}-beta{self.beta:g}"
 
 
 class Inputs(NamedTuple):
-    """Hidden states and heads; the student's two require gradients."""
+    """What a loss is called with; the student's two require gradients."""
 
     student_hidden: Tensor  # (N, Ds)
     student_weight: Tensor  # (V, Ds)
-    teacher_hidden: Tensor  # (N, Dt)
-    teacher_weight: Tensor  # (V, Dt)
+    teacher_hidden: Tensor  # (N, Dt); of a top-k teacher (N, K) log-probabilities
+    teacher_weight: Tensor  # (V, Dt); of a top-k teacher (N, K) ids
 
 
 Loss = Callable[..., Tensor]  # the four inputs -> mean loss, nats per token
@@ -51,12 +53,17 @@ def make_inputs(case: Case) -> Inputs:
         return values.mul_(scale).to(getattr(torch, case.dtype))
 
     ds, dt = case.student_dim, case.teacher_dim
-    return Inputs(
+    student = (
         randn(case.tokens, ds, 1.0).requires_grad_(),
         randn(case.vocab, ds, 3 / math.sqrt(ds)).requires_grad_(),
-        randn(case.tokens, dt, 1.0),
-        randn(case.vocab, dt, 3 / math.sqrt(dt)),
     )
+    if not case.k:
+        return Inputs(*student, randn(case.tokens, dt, 1.0), randn(case.vocab, dt, 3 / math.sqrt(dt)))
+    # 95 % of the teacher's probability on K different tokens all over the vocabulary.
+    logprobs = torch.log_softmax(randn(case.tokens, case.k, 2.0).float(), -1) + math.log(0.95)
+    stride = case.vocab // case.k
+    ids = torch.randint(stride, (case.tokens, case.k), generator=generator, device=case.device)
+    return Inputs(*student, logprobs, ids + stride * torch.arange(case.k, device=case.device))
 
 
 def ours(beta: float, backend: str) -> Loss:
@@ -117,6 +124,41 @@ def trl(beta: float) -> Loss:
     return loss
 
 
+def ours_topk(beta: float, tail: str) -> Loss:
+    from fused_distill import fused_linear_topk_jsd
+
+    return lambda *inputs: fused_linear_topk_jsd(*inputs, beta=beta, tail=tail)
+
+
+def trl_topk(beta: float, with_tail: bool) -> Loss:
+    """As TRL's ServerDistillationTrainer computes it: log_softmax of all logits, K of them gathered."""
+    from trl.experimental.server_distillation import server_distillation_trainer as server
+
+    def loss(hs: Tensor, ws: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
+        log_s = F.log_softmax((hs @ ws.T).float(), -1).gather(-1, ids)
+        there = torch.ones_like(ids, dtype=torch.bool)
+        if with_tail:
+            log_t = server._add_tail_bucket(logprobs, there)[0]
+            log_s, there = server._add_tail_bucket(log_s, there)
+        else:
+            log_s, log_t = (log_p - log_p.logsumexp(-1, keepdim=True) for log_p in (log_s, logprobs))
+        return server._jsd_divergence(log_s, log_t, beta, there).sum() / len(hs)
+
+    return loss
+
+
+def verl_topk(beta: float) -> Loss:
+    """As verl's FSDP losses compute it, forward KL only: log_softmax of all logits, K terms of the sum."""
+    if beta != 0:
+        raise ValueError("forward KL only")
+
+    def loss(hs: Tensor, ws: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
+        log_s = F.log_softmax((hs @ ws.T).float(), -1).gather(-1, ids)
+        return (logprobs.exp() * (logprobs - log_s)).sum(-1).mean()
+
+    return loss
+
+
 LOSSES: dict[str, Callable[[float], Loss]] = {
     "fused-distill": lambda beta: ours(beta, "auto"),
     "fused-distill, torch": lambda beta: ours(beta, "torch"),
@@ -125,12 +167,18 @@ LOSSES: dict[str, Callable[[float], Loss]] = {
     "Liger Triton": liger_triton,
     "TRL": trl,
     "naive": naive,
+    "fused-distill, bucket": lambda beta: ours_topk(beta, "bucket"),
+    "fused-distill, truncate": lambda beta: ours_topk(beta, "truncate"),
+    "fused-distill, renormalize": lambda beta: ours_topk(beta, "renormalize"),
+    "TRL, bucket": lambda beta: trl_topk(beta, with_tail=True),
+    "TRL, renormalize": lambda beta: trl_topk(beta, with_tail=False),
+    "verl, truncate": verl_topk,
 }
 FLOOR = "floor"
 
 
-def floor_step(inputs: Inputs) -> Callable[[], None]:
-    """The four products alone, on whole matrices, into memory that is there already."""
+def floor_step(inputs: Inputs, topk: bool) -> Callable[[], None]:
+    """The products alone, on whole matrices, into memory that is there already: four, three if topk."""
     hs, ws, ht, wt = (t.detach() for t in inputs)
     gradient = hs @ ws.T  # stands for the gradient of the logits: same shape, dtype and kind of numbers
     logits = torch.empty(gradient.shape, dtype=torch.float32, device=hs.device)
@@ -141,7 +189,8 @@ def floor_step(inputs: Inputs) -> Callable[[], None]:
 
     def step() -> None:
         torch.mm(hs, ws.T, out=logits, **to_float32)
-        torch.mm(ht, wt.T, out=logits, **to_float32)
+        if not topk:
+            torch.mm(ht, wt.T, out=logits, **to_float32)
         torch.mm(gradient, ws, out=grad_hidden)
         torch.mm(gradient.T, hs, out=grad_weight)
 
@@ -151,7 +200,7 @@ def floor_step(inputs: Inputs) -> Callable[[], None]:
 def make_step(provider: str, case: Case, inputs: Inputs) -> Callable[[], Tensor | None]:
     """What is timed: a loss and both of its gradients, from nothing. Gives the loss."""
     if provider == FLOOR:
-        return floor_step(inputs)
+        return floor_step(inputs, topk=case.k > 0)
     loss = LOSSES[provider](case.beta)
 
     def step() -> Tensor:

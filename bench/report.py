@@ -3,7 +3,8 @@
     python bench/report.py            rewrite every table between <!-- bench:FILE --> and <!-- /bench -->
     python bench/report.py --check    only say whether a table differs from its result file (status 1)
 
-FILE is a result file's name in bench/results/, without .json.
+FILE is a result file's name in bench/results/, without .json; FILE#full and FILE#topk are its rows with a
+full-vocabulary and with a top-k teacher.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "numerics.md")
-MARKED = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-SHAPE = ("tokens", "vocab", "student_dim", "teacher_dim", "dtype")
+MARKED = re.compile(r"(<!-- bench:(\S+?)(?:#(full|topk))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+SHAPE = ("tokens", "vocab", "student_dim", "teacher_dim", "k", "dtype")
 
 Row = dict[str, Any]
 
@@ -40,6 +41,16 @@ def floor_seconds(rows: list[Row], shape: tuple[Any, ...]) -> float | None:
     return None
 
 
+def shape_text(shape: tuple[Any, ...]) -> str:
+    tokens, vocab, student_dim, teacher_dim, k, dtype = shape
+    teacher = f"K {k}" if k else f"Dt {teacher_dim}"
+    return f"N {tokens}, V {vocab}, Ds {student_dim}, {teacher}, {dtype}"
+
+
+def products_of(shape: tuple[Any, ...]) -> str:
+    return "the three products" if shape[SHAPE.index("k")] else "the four products"
+
+
 def seconds_text(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
@@ -53,12 +64,11 @@ def times_table(content: dict[str, Any]) -> str:
     rows = content["rows"]
     lines: list[str] = []
     for shape in shapes(rows):
-        tokens, vocab, student_dim, teacher_dim, dtype = shape
-        floor = floor_seconds(rows, shape)
+        floor, products = floor_seconds(rows, shape), products_of(shape)
         lines += [
-            f"N {tokens}, V {vocab}, Ds {student_dim}, Dt {teacher_dim}, {dtype}:",
+            f"{shape_text(shape)}:",
             "",
-            "| | beta | time | of the four products | peak memory, GiB | without gradients, GiB |",
+            f"| | beta | time | of {products} | peak memory, GiB | without gradients, GiB |",
             "|---|---|---|---|---|---|",
         ]
         for row in rows:
@@ -66,7 +76,7 @@ def times_table(content: dict[str, Any]) -> str:
                 continue
             name, beta = row["provider"], f"{row['beta']:g}"
             if name == "floor":
-                name, beta = "the four products alone", ""
+                name, beta = f"{products} alone", ""
             if "error" in row:
                 lines.append(f"| {name} | {beta} | {row['error']} | | | |")
                 continue
@@ -107,7 +117,10 @@ def provenance(content: dict[str, Any]) -> str:
     ).strip()
 
 
-def table(content: dict[str, Any]) -> str:
+def table(content: dict[str, Any], part: str | None = None) -> str:
+    if part is not None:
+        rows = [row for row in content["rows"] if bool(row["k"]) == (part == "topk")]
+        content = {**content, "rows": rows}
     body = errors_table(content) if "table" in content["rows"][0] else times_table(content)
     return f"\n{body}\n{provenance(content)}\n"
 
@@ -133,8 +146,8 @@ def plot(path: Path) -> None:
         floor = floor_seconds(rows, shape)
         if floor is not None:
             left.axvline(floor, color="k", linewidth=0.8, linestyle="--")
-        left.set_xlabel("seconds, forward and backward (dashed: the four products)")
-        left.set_title("N {}, V {}, Ds {}, Dt {}, {}, beta {:g}".format(*shape, beta), fontsize=9, loc="left")
+        left.set_xlabel(f"seconds, forward and backward (dashed: {products_of(shape)})")
+        left.set_title(f"{shape_text(shape)}, beta {beta:g}", fontsize=9, loc="left")
         right.barh(names, [(row.get("extra_bytes") or 0) / 2**30 for row in shown], color=colors)
         right.set_xlabel("peak memory with gradients, GiB")
         right.set_yticklabels([])
@@ -152,7 +165,7 @@ def _in_panel(row: Row, shape: tuple[Any, ...], beta: float) -> bool:
 
 def with_tables(text: str) -> str:
     """The text with every marked table written anew from its result file."""
-    return MARKED.sub(lambda m: m[1] + table(load(RESULTS / f"{m[2]}.json")) + m[3], text)
+    return MARKED.sub(lambda m: m[1] + table(load(RESULTS / f"{m[2]}.json"), m[3]) + m[4], text)
 
 
 def main() -> int:

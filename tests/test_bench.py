@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,24 @@ def bench(script: str, output: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("tail", ["bucket", "truncate", "renormalize"])
+def test_top_k_providers_compute_the_same_loss_and_gradients(tail: str, beta: float) -> None:
+    case = replace(CASE, teacher_dim=0, k=8)
+    peer = "verl, truncate" if tail == "truncate" else f"TRL, {tail}"
+    if tail == "truncate" and beta:
+        with pytest.raises(ValueError, match="forward KL only"):
+            LOSSES[peer](beta)
+        return
+    ours, theirs = make_inputs(case), make_inputs(case)
+    loss, other = LOSSES[f"fused-distill, {tail}"](beta)(*ours), LOSSES[peer](beta)(*theirs)
+    loss.backward()
+    other.backward()
+    assert loss.item() == pytest.approx(other.item(), rel=1e-5)
+    for mine, its in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("provider", ON_CPU)
 def test_providers_compute_the_same_loss_and_gradients(provider: str, beta: float) -> None:
@@ -47,21 +66,21 @@ def test_providers_compute_the_same_loss_and_gradients(provider: str, beta: floa
         torch.testing.assert_close(mine.grad, true.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_the_floor_is_the_four_products() -> None:
+def test_the_floor_is_the_four_or_three_products() -> None:
     step = make_step(FLOOR, CASE, make_inputs(CASE))
+    topk = replace(CASE, teacher_dim=0, k=8)
+    topk_step = make_step(FLOOR, topk, make_inputs(topk))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
         step()
+        topk_step()
     shapes = [event.input_shapes[:2] for event in seen.events() or [] if event.name == "aten::mm"]
-    assert shapes == [
-        [[40, 16], [16, 300]],
-        [[40, 24], [24, 300]],
-        [[40, 300], [300, 16]],
-        [[300, 40], [40, 16]],
-    ]
+    student, teacher = [[40, 16], [16, 300]], [[40, 24], [24, 300]]
+    gradients = [[[40, 300], [300, 16]], [[300, 40], [40, 16]]]
+    assert shapes == [student, teacher, *gradients, student, *gradients]
 
 
 def test_a_cpu_run_leaves_rows_with_all_that_reproduces_them(tmp_path: Path) -> None:
-    content = bench("cpu.py", tmp_path / "cpu.json", "-k", "floor or naive")
+    content = bench("cpu.py", tmp_path / "cpu.json", "-k", "(floor or naive) and Dt48")
     assert [row["provider"] for row in content["rows"]] == ["floor", "naive"]
     assert all(len(row["seconds"]) >= 2 and min(row["seconds"]) > 0 for row in content["rows"])
     assert content["machine"]["cpu"]
@@ -116,7 +135,15 @@ def test_a_provider_whose_process_ends_is_an_answer() -> None:
 
 
 def result_file(folder: Path) -> Path:
-    shape = {"tokens": 8, "vocab": 9, "student_dim": 2, "teacher_dim": 3, "dtype": "float32", "beta": 0.5}
+    shape = {
+        "tokens": 8,
+        "vocab": 9,
+        "student_dim": 2,
+        "teacher_dim": 3,
+        "dtype": "float32",
+        "beta": 0.5,
+        "k": 0,
+    }
     rows = [
         {"provider": "floor", **shape, "seconds": [2.0, 4.0, 3.0]},
         {"provider": "naive", **shape, "seconds": [6.0], "extra_bytes": 2**30, "gradient_bytes": 2**29},
@@ -175,5 +202,5 @@ def test_a_plot_is_drawn_from_a_result_file(tmp_path: Path) -> None:
     report.plot(path)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert math.isclose(
-        report.floor_seconds(json.loads(path.read_text())["rows"], (8, 9, 2, 3, "float32")) or 0, 3
+        report.floor_seconds(json.loads(path.read_text())["rows"], (8, 9, 2, 3, 0, "float32")) or 0, 3
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import INTERPRETED, Case
+from cases import INTERPRETED, TOPK, Case
 from fused_distill import _backends
 from torch import Tensor
 from torch.testing import assert_close
@@ -47,6 +47,29 @@ def test_compiled_calls_equal_the_oracle(beta: float, dtype: torch.dtype) -> Non
     assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=0)
     for column, true in zip(got.stats[:5], want.stats[:5], strict=True):
         assert_close(column.to(true.dtype), true, rtol=1e-4, atol=1e-5)
+    for grad, true in zip(got.grads, want.grads, strict=True):
+        assert grad is not None
+        assert true is not None
+        error = (grad.double() - true).norm() / true.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tail", ["bucket", "truncate"])
+@pytest.mark.parametrize("hard", [False, True])
+def test_compiled_top_k_calls_equal_the_oracle(tail: str, dtype: torch.dtype, hard: bool) -> None:
+    case = several_chunks(dtype)
+    hs, ws, ht, wt = case.tensors
+    top = torch.log_softmax(ht.float() @ wt.float().T, -1).topk(9)
+    options: dict[str, Any] = {"tail": tail, "beta": 0.3}
+    per_token: dict[str, Tensor] = {}
+    if hard:
+        options |= {"hard_weight": 0.5, "temperature": 1.4, "student_softcap": 6.0}
+        per_token["labels"] = torch.arange(70) * 3
+    case = Case((hs, ws, top.values, top.indices), per_token, options, TOPK)
+    case = case.with_options(workspace_bytes=30 * case.least_workspace())
+    got, want = case.answer("torch"), case.oracle()
+    assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=0)
     for grad, true in zip(got.grads, want.grads, strict=True):
         assert grad is not None
         assert true is not None

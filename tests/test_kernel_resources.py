@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from fused_distill_kernels import divergence as rows  # noqa: E402
 from fused_distill_kernels.divergence import BLOCK, divergence_kernel, num_warps, statistics_kernel  # noqa: E402
+from fused_distill_kernels.rest import NUM_WARPS, rest_gradient_kernel, rest_statistics_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -36,9 +37,18 @@ PASSES = {
 }
 
 
-def compile_kernel(kernel, target: GPUTarget, grad_dtype: str = "bf16", **constants: object):
+def compile_kernel(
+    kernel, target: GPUTarget, grad_dtype: str = "bf16", warps: int | None = None, **constants: object
+):
     pointers = {"grad_ptr": f"*{grad_dtype}", "labels_ptr": "*i64"}
-    integers = ("student_stride", "teacher_stride", "grad_stride", "n_columns", "n_tiles")
+    integers = (
+        "student_stride",
+        "teacher_stride",
+        "logits_stride",
+        "grad_stride",
+        "n_columns",
+        "n_tiles",
+    )
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -51,9 +61,8 @@ def compile_kernel(kernel, target: GPUTarget, grad_dtype: str = "bf16", **consta
     source = ASTSource(
         kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes
     )
-    return triton.compile(
-        source, target=target, options={"num_warps": num_warps(bool(constants.get("WANT_STATS", False)))}
-    )
+    warps = warps or num_warps(bool(constants.get("WANT_STATS", False)))
+    return triton.compile(source, target=target, options={"num_warps": warps})
 
 
 def resources(compiled, target: GPUTarget, tmp_path: Path) -> dict[str, int]:
@@ -113,4 +122,15 @@ def test_divergence_kernel_does_not_spill(target: GPUTarget, divergence, name: s
             **PASSES[name],
             **dict.fromkeys(FLAGS, every_option),
         )
+        assert_fits(compiled, target, tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize(
+    "kernel", [rest_statistics_kernel, rest_gradient_kernel], ids=["statistics", "gradient"]
+)
+def test_rest_kernels_do_not_spill(target: GPUTarget, kernel, tmp_path: Path) -> None:
+    for every_option in (False, True):
+        flags = dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", "WANT_Y"), every_option)
+        compiled = compile_kernel(kernel, target, warps=NUM_WARPS, BLOCK=BLOCK, **flags)
         assert_fits(compiled, target, tmp_path)

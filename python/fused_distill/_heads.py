@@ -14,6 +14,9 @@ from torch import Tensor
 # they stay while a converted tile is read back.
 _TILE_BYTES = {"cpu": 4 << 20}
 _DEFAULT_TILE_BYTES = 16 << 20
+# The same for rows gathered for a block of tokens; on a GPU a block that keeps it busy.
+_GATHERED_BYTES = {"cpu": 2 << 20}
+_DEFAULT_GATHERED_BYTES = 128 << 20
 
 
 class StudentHead(Protocol):
@@ -155,15 +158,23 @@ class GatheredHead:
 
     @property
     def fixed_bytes(self) -> int:
-        """Nothing."""
-        return 0
+        """The gathered rows of a block of tokens, as they are and converted."""
+        gathered = self.weight.dtype.itemsize if self.weight.dtype != self.dtype else 0
+        return self._block_tokens * self.n_columns * self.weight.shape[1] * (self.dtype.itemsize + gathered)
 
     @property
     def row_bytes(self) -> int:
-        """A token's K rows, as they are and converted."""
-        rows = self.n_columns * self.weight.shape[1]
-        converted = rows * self.weight.dtype.itemsize if self.weight.dtype != self.dtype else 0
-        return rows * self.dtype.itemsize + converted
+        """Nothing but the logits."""
+        return 0
+
+    @property
+    def _block_tokens(self) -> int:
+        block_bytes = _GATHERED_BYTES.get(self.weight.device.type, _DEFAULT_GATHERED_BYTES)
+        return max(1, block_bytes // (self.n_columns * self.weight.shape[1] * self.dtype.itemsize))
+
+    def _blocks(self, n: int) -> Iterator[slice]:
+        for start in range(0, n, self._block_tokens):
+            yield slice(start, start + self._block_tokens)
 
     def _rows(self, ids: Tensor) -> Tensor:
         return self.weight[ids].to(self.dtype)  # (n, K, D)
@@ -171,12 +182,15 @@ class GatheredHead:
     def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
         """out[n, k] = hidden[n] . weight[ids[n, k]]."""
         assert ids is not None
-        return torch.bmm(self._rows(ids), hidden.unsqueeze(-1), out=out.unsqueeze(-1)).squeeze(-1)
+        for block in self._blocks(len(out)):
+            torch.bmm(self._rows(ids[block]), hidden[block].unsqueeze(-1), out=out[block].unsqueeze(-1))
+        return out
 
     def back_project(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
         """out[n] = sum over k of grad[n, k] weight[ids[n, k]]."""
         assert ids is not None
-        torch.bmm(grad.unsqueeze(1), self._rows(ids), out=out.unsqueeze(1))
+        for block in self._blocks(len(out)):
+            torch.bmm(grad[block].unsqueeze(1), self._rows(ids[block]), out=out[block].unsqueeze(1))
         return out
 
     def add_weight_gradient(
@@ -184,8 +198,9 @@ class GatheredHead:
     ) -> None:
         """out[ids[n, k]] += grad[n, k] hidden[n]."""
         assert ids is not None
-        terms = grad.unsqueeze(-1) * hidden.unsqueeze(1)
-        out.index_add_(0, ids.flatten(), terms.flatten(0, 1))
+        for block in self._blocks(len(grad)):
+            terms = grad[block].unsqueeze(-1) * hidden[block].unsqueeze(1)
+            out.index_add_(0, ids[block].flatten(), terms.flatten(0, 1))
 
     def add_bias_gradient(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> None:
         """out[ids[n, k]] += grad[n, k]."""

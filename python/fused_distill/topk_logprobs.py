@@ -149,10 +149,11 @@ def _topk_logprobs(
             logits.mul_(scale * inv_temperature)
         top, ids[some] = logits.topk(k, dim=-1)
         named = top if actual is None else torch.cat([top, logits.gather(-1, actual[some])], -1)
-        largest = logits.amax(-1, keepdim=True)
-        total = logits.sub_(torch.where(largest == -torch.inf, 0, largest)).exp_().sum(-1, keepdim=True)
+        # The largest apart, whose exponential is 1: a sure model's others may hold 1e-9 together.
+        largest, place = logits.max(-1, keepdim=True)
+        others = logits.scatter_(-1, place, -torch.inf).sub_(largest).exp_().sum(-1, keepdim=True)
         wide = wide_dtype(device)
-        logp = ((named.to(wide) - largest) - total.to(wide).log()).to(dtype)
+        logp = ((named.to(wide) - largest) - others.to(wide).log1p()).to(dtype)
         logprobs[some] = logp[:, :k]
         if actual_logprobs is not None:
             actual_logprobs[some] = logp[:, k:]

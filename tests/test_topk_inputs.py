@@ -1,0 +1,178 @@
+"""The top-k loss in other people's code: bad input named, training contexts, what is computed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from cases import INTERPRETED
+from fused_distill import FusedLinearTopKJSDLoss, fused_linear_topk_jsd, reference
+from test_contexts import Products
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what every backend shares")
+
+N, V, D, K = 3, 7, 4, 2
+TAILS = ["bucket", "renormalize", "truncate"]
+
+
+def good() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    logprobs, ids = torch.log_softmax(torch.randn(N, V, generator=generator), -1).topk(K)
+    return {
+        "student_hidden": torch.randn(N, D, generator=generator),
+        "student_weight": torch.randn(V, D, generator=generator),
+        "teacher_logprobs": logprobs,
+        "teacher_ids": ids,
+    }
+
+
+BAD = [
+    ("tail", ValueError, {"tail": "drop"}),
+    ("student_hidden", ValueError, {"student_hidden": torch.randn(N, D + 1)}),
+    ("student_hidden", TypeError, {"student_hidden": torch.ones(N, D, dtype=torch.int64)}),
+    ("teacher_logprobs", TypeError, {"teacher_logprobs": torch.ones(N, K, dtype=torch.int64)}),
+    ("teacher_logprobs", TypeError, {"teacher_logprobs": [[0.0]]}),
+    ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.zeros(N)}),
+    ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.zeros(N + 1, K)}),
+    ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.zeros(N, 0)}),
+    ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.zeros(N, K, device="meta")}),
+    ("teacher_ids", ValueError, {"teacher_ids": torch.zeros(N, K + 1, dtype=torch.int64)}),
+    ("teacher_ids", TypeError, {"teacher_ids": torch.zeros(N, K)}),
+    ("teacher_ids", ValueError, {"teacher_ids": torch.full((N, K), V)}),
+    ("teacher_ids", ValueError, {"teacher_ids": torch.full((N, K), -1)}),
+    ("teacher_ids", ValueError, {"teacher_ids": torch.full((N, K), 5), "vocab_size": 5}),
+    ("vocab_size", ValueError, {"vocab_size": V + 1}),
+    ("beta", ValueError, {"beta": 1.5}),
+    ("temperature", ValueError, {"temperature": 0.0}),
+    ("labels", ValueError, {"hard_weight": 0.5}),
+    ("normalizer", ValueError, {"normalizer": 3.0, "reduction": "sum"}),
+    ("workspace_bytes", ValueError, {"workspace_bytes": 1}),
+    ("backend", ValueError, {"backend": "cuda"}),
+]
+
+
+@pytest.mark.parametrize(("name", "error", "change"), BAD, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(BAD)])
+def test_a_bad_argument_is_named(name: str, error: type[Exception], change: dict[str, Any]) -> None:
+    with pytest.raises(error, match=f"^{name} "):
+        fused_linear_topk_jsd(**{**good(), **change})
+
+
+def test_ids_of_absent_entries_and_masked_tokens_may_be_anything() -> None:
+    arguments = good()
+    arguments["teacher_logprobs"][0, 1] = -torch.inf
+    arguments["teacher_ids"][0, 1] = -100
+    arguments["teacher_ids"][2] = 10**9
+    mask = torch.tensor([True, True, False])
+    assert fused_linear_topk_jsd(**arguments, mask=mask).isfinite()
+
+
+def test_reference_has_the_same_signature() -> None:
+    functions = (fused_linear_topk_jsd, reference.linear_topk_jsd)
+    fused, plain = (inspect.signature(f).parameters for f in functions)
+    assert list(fused) == list(plain)
+    assert {k: p.default for k, p in fused.items() if k != "backend"} == {
+        k: p.default for k, p in plain.items() if k != "backend"
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [({"tail": "x"}, ValueError), ({"teacher_softcap": 3.0}, TypeError)]
+)
+def test_module_checks_its_options_at_construction(options: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(options))):
+        FusedLinearTopKJSDLoss(**options)
+
+
+def test_module_passes_every_argument_on() -> None:
+    tensors = {
+        **good(),
+        "mask": torch.tensor([True, False, True]),
+        "student_bias": torch.randn(V),
+        "token_weight": torch.rand(N),
+        "labels": torch.tensor([1, 2, -100]),
+        "normalizer": 7.0,
+    }
+    options: dict[str, Any] = {"tail": "truncate", "beta": 0.2, "hard_weight": 0.3, "return_stats": True}
+    got, stats = FusedLinearTopKJSDLoss(**options)(**tensors)
+    want, want_stats = fused_linear_topk_jsd(**tensors, **options)
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(stats, want_stats, strict=True))
+    assert "tail='truncate'" in repr(FusedLinearTopKJSDLoss(**options))
+
+
+def grads(loss: Any, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, [arguments["student_hidden"], arguments["student_weight"]])
+
+
+def trainable() -> dict[str, Any]:
+    arguments = good()
+    for name in ("student_hidden", "student_weight"):
+        arguments[name].requires_grad_()
+    return arguments
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_training_costs_three_products_or_none(tail: str) -> None:
+    with Products() as seen:
+        fused_linear_topk_jsd(**trainable(), tail=tail, backend="torch").backward()
+    assert sorted(seen.shapes) == ([] if tail == "renormalize" else sorted([(N, D, V), (N, V, D), (V, N, D)]))
+
+
+def test_renormalize_with_labels_projects_the_vocabulary() -> None:
+    with Products() as seen:
+        fused_linear_topk_jsd(
+            **good(), tail="renormalize", labels=torch.zeros(N, dtype=torch.int64), hard_weight=1.0
+        )
+    assert seen.shapes == [(N, D, V)]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("context", ["checkpoint", "compile", "autocast", "none, twice"])
+def test_training_contexts_give_the_same_gradients(tail: str, context: str) -> None:
+    arguments = trainable()
+    want = grads(fused_linear_topk_jsd(**arguments, tail=tail), arguments)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        both = {"student_hidden": hidden * 1.0, "student_weight": weight}
+        return fused_linear_topk_jsd(**{**arguments, **both}, tail=tail)
+
+    inputs = arguments["student_hidden"], arguments["student_weight"]
+    if context == "checkpoint":
+        result: Any = checkpoint(loss, *inputs, use_reentrant=False)
+    elif context == "compile":
+        result = torch.compile(loss, backend="eager")(*inputs)
+    elif context == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            result = loss(*inputs)
+    else:
+        result = fused_linear_topk_jsd(**arguments, tail=tail, reduction="none")
+        torch.autograd.grad(result.mean(), inputs, retain_graph=True)
+        result = result.mean()
+    torch.testing.assert_close(grads(result, arguments), want)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_inputs_are_left_as_they_were(tail: str) -> None:
+    arguments = trainable()
+    arguments["teacher_logprobs"][1, 0] = -torch.inf
+    before = {name: t.detach().clone() for name, t in arguments.items()}
+    fused_linear_topk_jsd(**arguments, tail=tail).backward()
+    assert all(torch.equal(t, before[name]) for name, t in arguments.items())
+
+
+def test_a_teacher_run_in_inference_mode_serves_training() -> None:
+    arguments = trainable()
+    with torch.inference_mode():
+        arguments["teacher_logprobs"] = arguments["teacher_logprobs"] * 1.0
+        arguments["teacher_ids"] = arguments["teacher_ids"] + 0
+    assert all(g.isfinite().all() for g in grads(fused_linear_topk_jsd(**arguments), arguments))
+
+
+def test_int32_ids_equal_int64_ones() -> None:
+    arguments = good()
+    want = fused_linear_topk_jsd(**arguments)
+    assert fused_linear_topk_jsd(**{**arguments, "teacher_ids": arguments["teacher_ids"].int()}) == want
