@@ -147,18 +147,19 @@ def generate(model: Model, tokenizer: Tokenizer, prompts: list[str], seed: int) 
     return Rollout(tokens, attention, completion[:, 1:])
 
 
+def hidden_states(model: Model, rollout: Rollout) -> Tensor:
+    """(B, T - 1, D) last hidden states; the one at a token predicts the next."""
+    decoder = model.get_decoder()
+    output = decoder(input_ids=rollout.tokens, attention_mask=rollout.attention)
+    return output.last_hidden_state[:, :-1]
+
+
 def divergence(student: Model, teacher: Model, rollout: Rollout, beta: float) -> tuple[Tensor, DistillStats]:
-    """Mean divergence over the completion tokens. The hidden state at a token predicts the next one."""
-
-    def hidden_states(model: Model) -> Tensor:
-        return model.get_decoder()(
-            input_ids=rollout.tokens, attention_mask=rollout.attention
-        ).last_hidden_state[:, :-1]
-
+    """Mean divergence over the completion tokens."""
     with torch.no_grad():
-        teacher_hidden = hidden_states(teacher)
+        teacher_hidden = hidden_states(teacher, rollout)
     return fused_linear_jsd(
-        hidden_states(student),
+        hidden_states(student, rollout),
         student.get_output_embeddings().weight,
         teacher_hidden,
         teacher.get_output_embeddings().weight,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +143,13 @@ def test_the_union_of_both_supports_lies_between_either_and_the_full_loss(
     assert (union >= bucket(student_ids) - slack).all()
     assert (union >= bucket(teacher_ids) - slack).all()
     assert (union <= fused_linear_jsd(hs, ws, ht, wt, beta=beta, reduction="none") + slack).all()
+
+
+def test_the_example_of_the_students_support_shows_the_smaller_error() -> None:
+    script = Path(__file__).parent.parent / "examples" / "students_support.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    errors = {line[:18].strip(): float(line.split()[-1]) for line in done.stdout.splitlines()[1:4]}
+    assert errors["union of both"] < errors["student's top k"] < 0.5 * errors["teacher's top k"]
 
 
 def test_the_students_support_gives_reverse_kl_where_the_teachers_misses_it() -> None:

@@ -64,8 +64,8 @@ def fused_linear_topk_jsd(
         "truncate"     the K ids' terms of D, as they are: for a mixture beta p_t log(p_t / m) +
                        (1 - beta) p_s log(p_s / m). Not a divergence: it may be negative.
 
-    For beta = 1, K = 1 and the completion's own token as the only id, "truncate" and "bucket" are
-    single-sample estimates of reverse KL. Everything else is as in `fused_linear_jsd`.
+    With the completion's own token as the only id, "bucket" and beta = 1 give reverse KL over that token and
+    the rest, the loss of TRL's ServerDistillationTrainer. Everything else is as in `fused_linear_jsd`.
 
     Args:
         student_hidden: (..., Ds) last hidden states of the student, one per token.

@@ -1,0 +1,126 @@
+"""What a top-k teacher leaves out: mass outside the K tokens, and each tail's loss against K, on real models.
+
+    make demo && python bench/tails.py [--teacher PATH] [--student outputs/demo/student] [--output FILE]
+
+The student continues the demo's prompts; teacher and student are compared at every token that it wrote, as in
+on-policy distillation. JSON and a plot go to bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
+from suite import ROOT, header, results_folder, write_json
+from torch import Tensor
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(ROOT / "examples"))
+import demo
+
+SUPPORTS = (1, 4, 16, 64, 256, 1024)
+BETAS = (0.0, 0.5, 1.0)
+TAILS = ("bucket", "renormalize", "truncate")
+
+
+@torch.no_grad()
+def states_and_head(model: demo.Model, rollouts: list[demo.Rollout]) -> tuple[Tensor, Tensor, float | None]:
+    """(n, D) the states that predict the completions' tokens, the output head, its softcap."""
+    states = torch.cat([demo.hidden_states(model, one)[one.completion] for one in rollouts])
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return states, model.get_output_embeddings().weight.detach(), softcap
+
+
+def rows(teacher: demo.Model, student: demo.Model, rollouts: list[demo.Rollout]) -> list[dict[str, Any]]:
+    (hs, ws, softcap_s), (ht, wt, softcap_t) = (states_and_head(m, rollouts) for m in (student, teacher))
+    found: list[dict[str, Any]] = []
+    for beta in BETAS:
+        full = fused_linear_jsd(
+            hs, ws, ht, wt, beta=beta, student_softcap=softcap_s, teacher_softcap=softcap_t
+        )
+        found.append({"beta": beta, "tail": "full", "loss": full.item(), "tokens": len(hs)})
+    for k in SUPPORTS:
+        top = topk_logprobs(ht, wt, k, softcap=softcap_t)
+        own = topk_logprobs(hs, ws, k, softcap=softcap_s).ids
+        of_own = topk_logprobs(ht, wt, 0, own, softcap=softcap_t).actual_logprobs
+        assert of_own is not None
+        for support, logprobs, ids in (("teacher", top.logprobs, top.ids), ("student", of_own, own)):
+            for tail in TAILS:
+                for beta in BETAS:
+                    loss, stats = fused_linear_topk_jsd(
+                        hs,
+                        ws,
+                        logprobs,
+                        ids,
+                        tail=tail,
+                        beta=beta,
+                        student_softcap=softcap_s,
+                        return_stats=True,
+                    )
+                    row = {"k": k, "support": support, "tail": tail, "beta": beta, "loss": loss.item()}
+                    if stats.student_mass is not None:
+                        row["student_rest"] = (1 - stats.student_mass).mean().item()
+                        row["teacher_rest"] = (1 - stats.teacher_mass).mean().item()
+                    found.append(row)
+    return found
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    rows = content["rows"]
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    mass, *losses = figure.subplots(1, 1 + len(BETAS))
+    for support, style in (("teacher", "-"), ("student", "--")):
+        some = [r for r in rows if r["tail"] == "bucket" and r["beta"] == 0 and r["support"] == support]
+        for model, color in (("teacher", "C0"), ("student", "C1")):
+            values = [r[f"{model}_rest"] for r in some]
+            mass.plot(SUPPORTS, values, style, color=color, label=f"{model}'s, outside the {support}'s top K")
+    mass.set_title("mean mass outside the K tokens", fontsize=9, loc="left")
+    mass.set_yscale("log")
+    for axes, beta in zip(losses, BETAS, strict=True):
+        full = next(r["loss"] for r in rows if r["tail"] == "full" and r["beta"] == beta)
+        axes.axhline(full, color="k", linewidth=0.8, label="full vocabulary")
+        for tail, color in zip(TAILS, ("C2", "C3", "C4"), strict=True):
+            for support, style in (("teacher", "-"), ("student", "--")):
+                some = [r for r in rows if (r["tail"], r["beta"]) == (tail, beta) and r["support"] == support]
+                label = f"{tail}, {support}'s top K"
+                axes.plot(SUPPORTS, [r["loss"] for r in some], style, color=color, label=label)
+        axes.set_title(f"loss, beta {beta:g}", fontsize=9, loc="left")
+    for axes in (mass, *losses):
+        axes.set_xscale("log", base=4)
+        axes.set_xticks(SUPPORTS, [str(k) for k in SUPPORTS])
+        axes.set_xlabel("K", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    mass.legend(fontsize=6, frameon=False)
+    losses[-1].legend(fontsize=6, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--teacher", help="local path or hub name; default: Gemma 3 270M from PyPI")
+    parser.add_argument("--student", default="outputs/demo/student", help="local path or hub name")
+    parser.add_argument("--output", type=Path, default=results_folder(False) / "tails.json")
+    parser.add_argument("--prompts", type=int, default=80)
+    arguments = parser.parse_args()
+    path = arguments.teacher or demo.packaged_gemma()
+    teacher, student = demo.load(path, "cpu"), demo.load(arguments.student, "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    prompts = (ROOT / "examples" / "prompts.txt").read_text().splitlines()[: arguments.prompts]
+    batches = [prompts[i : i + demo.BATCH] for i in range(0, len(prompts), demo.BATCH)]
+    rollouts = [demo.generate(student, tokenizer, batch, seed=i) for i, batch in enumerate(batches)]
+    command = f"python bench/tails.py {' '.join(sys.argv[1:])}".strip()
+    content = {**header(command), "rows": rows(teacher, student, rollouts)}
+    write_json(arguments.output, content)
+    plot(content, arguments.output.with_suffix(".png"))
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
