@@ -9,31 +9,20 @@ from unittest import mock
 import pytest
 import torch
 from cases import BACKEND, HALF, INTERPRETED, Case, cases
+from checks import (
+    BETAS,
+    assert_close,
+    check_float32,
+    check_float64,
+    check_half,
+    with_examples,
+    with_few_examples,
+)
 from fused_distill import _engine, fused_linear_jsd
 from fused_distill._plan import ChunkPlan, plan_chunks
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-
-BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
-EXAMPLES = 12 if INTERPRETED else 80
-FEW_EXAMPLES = 5 if INTERPRETED else 25
-FLOAT32_EPS = torch.finfo(torch.float32).eps
-
-with_examples = settings(max_examples=EXAMPLES)
-with_few_examples = settings(max_examples=FEW_EXAMPLES)
-
-
-def assert_close(got: Tensor | None, want: Tensor | None, relative: float, absolute: float = 1e-6) -> None:
-    """Distance in norm, relative to the norm, with a floor for values that are nearly 0."""
-    assert (got is None) == (want is None)
-    if got is None or want is None:
-        return
-    assert got.shape == want.shape
-    error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
-    assert error <= relative * size + absolute, (
-        f"relative error {error / max(size, 1e-300):.2e}, size {size:.2e}"
-    )
 
 
 def call(case: Case, **options: object) -> Tensor:
@@ -47,19 +36,7 @@ def call(case: Case, **options: object) -> Tensor:
 @with_examples
 @given(cases())
 def test_float32_is_as_exact_as_three_times_the_float32_reference(case: Case) -> None:
-    got, want, naive = case.answer(BACKEND), case.oracle(), case.answer("reference")
-    for mine, true, plain in zip(
-        (got.loss, *got.grads), (want.loss, *want.grads), (naive.loss, *naive.grads), strict=True
-    ):
-        assert mine is not None
-        assert true is not None
-        assert plain is not None
-        allowed = (
-            3 * (plain.double() - true).norm().item()
-            + 20 * FLOAT32_EPS * true.norm().item()
-            + 4 * FLOAT32_EPS
-        )
-        assert (mine.double() - true).norm().item() <= allowed
+    check_float32(case)
 
 
 @with_examples
@@ -75,25 +52,14 @@ def test_statistics_equal_the_oracle(case: Case) -> None:
 @with_few_examples
 @given(cases(dtypes=HALF))
 def test_half_inputs_are_rounded_once_at_the_end(case: Case) -> None:
-    got, want = case.answer(BACKEND), case.oracle()
-    assert_close(got.loss, want.loss, 1e-5, 1e-5)
-    for mine, true in zip(got.grads, want.grads, strict=True):
-        assert mine is not None
-        assert true is not None
-        rounded = true.to(mine.dtype).double()
-        allowed = (rounded - true).norm().item() * 1.1 + 1e-5 * true.norm().item() + 1e-6
-        assert (mine.double() - true).norm().item() <= allowed
+    check_half(case)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels compute in float32")
 @with_few_examples
 @given(cases(dtypes=(torch.float64,)))
 def test_float64_inputs_are_computed_in_float64(case: Case) -> None:
-    got, want = case.answer(BACKEND), case.oracle()
-    for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
-        assert mine is not None
-        assert mine.dtype == torch.float64
-        assert_close(mine, true, 1e-10, 1e-12)
+    check_float64(case)
 
 
 @with_few_examples

@@ -8,15 +8,21 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKEND, HALF, INTERPRETED, TOPK, Case, topk_cases
+from checks import (
+    BETAS,
+    assert_close,
+    check_float32,
+    check_float64,
+    check_half,
+    with_examples,
+    with_few_examples,
+)
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_properties import BETAS, EXAMPLES, FEW_EXAMPLES, FLOAT32_EPS, assert_close
 from torch import Tensor
 
 TAILS = ["bucket", "renormalize", "truncate"]
-with_examples = settings(max_examples=EXAMPLES)
-with_few_examples = settings(max_examples=FEW_EXAMPLES)
 
 
 def loss_of(case: Case, **options: Any) -> Tensor:
@@ -50,19 +56,7 @@ def small(k: int = 4, n: int = 5, vocab: int = 30, tail: str = "bucket", **optio
 @with_examples
 @given(topk_cases())
 def test_float32_is_as_exact_as_three_times_the_float32_reference(case: Case) -> None:
-    got, want, naive = case.answer(BACKEND), case.oracle(), case.answer("reference")
-    for mine, true, plain in zip(
-        (got.loss, *got.grads), (want.loss, *want.grads), (naive.loss, *naive.grads), strict=True
-    ):
-        assert mine is not None
-        assert true is not None
-        assert plain is not None
-        allowed = (
-            3 * (plain.double() - true).norm().item()
-            + 20 * FLOAT32_EPS * true.norm().item()
-            + 4 * FLOAT32_EPS
-        )
-        assert (mine.double() - true).norm().item() <= allowed
+    check_float32(case)
 
 
 @with_examples
@@ -80,25 +74,14 @@ def test_statistics_equal_the_oracle(case: Case) -> None:
 @with_few_examples
 @given(topk_cases(dtypes=HALF))
 def test_half_inputs_are_rounded_once_at_the_end(case: Case) -> None:
-    got, want = case.answer(BACKEND), case.oracle()
-    assert_close(got.loss, want.loss, 1e-5, 1e-5)
-    for mine, true in zip(got.grads, want.grads, strict=True):
-        assert mine is not None
-        assert true is not None
-        rounded = true.to(mine.dtype).double()
-        allowed = (rounded - true).norm().item() * 1.1 + 1e-5 * true.norm().item() + 1e-6
-        assert (mine.double() - true).norm().item() <= allowed
+    check_half(case)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels compute in float32")
 @with_few_examples
 @given(topk_cases(dtypes=(torch.float64,)))
 def test_float64_inputs_are_computed_in_float64(case: Case) -> None:
-    got, want = case.answer(BACKEND), case.oracle()
-    for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
-        assert mine is not None
-        assert mine.dtype == torch.float64
-        assert_close(mine, true, 1e-10, 1e-12)
+    check_float64(case)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels compute in float32")

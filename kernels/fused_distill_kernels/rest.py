@@ -109,26 +109,8 @@ def rest_sums(
     n, n_columns = logits.shape
     n_tiles = triton.cdiv(n_columns, BLOCK)
     statistics = logits.new_empty(n, STATISTICS.value, n_tiles)
-    if n == 0:
-        return statistics
-    launch: Any = rest_statistics_kernel[(n, n_tiles)]
-    with torch.cuda.device_of(logits):
-        launch(
-            logits,
-            logits.stride(0),
-            logits if bias is None else bias,
-            statistics,
-            n_columns,
-            n_tiles,
-            1.0 / temperature,
-            logit_scale,
-            softcap or 1.0,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap is not None,
-            WANT_Y=want_y,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
+    sizes = (statistics, n_columns, n_tiles)
+    _launch(rest_statistics_kernel, logits, bias, sizes, temperature, logit_scale, softcap, want_y)
     return statistics
 
 
@@ -144,19 +126,29 @@ def rest_gradients(
     want_y: bool,
 ) -> None:
     """The gradient of every column outside the support, 0 inside."""
+    own = (rows, grad, grad.stride(0), logits.shape[1])
+    _launch(rest_gradient_kernel, logits, bias, own, temperature, logit_scale, softcap, want_y)
+
+
+def _launch(
+    kernel: Any,
+    logits: Tensor,
+    bias: Tensor | None,
+    own: tuple[Any, ...],  # the kernel's arguments between the bias and the transform
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    want_y: bool,
+) -> None:
     n, n_columns = logits.shape
     if n == 0:
         return
-    launch: Any = rest_gradient_kernel[(n, triton.cdiv(n_columns, BLOCK))]
     with torch.cuda.device_of(logits):
-        launch(
+        kernel[(n, triton.cdiv(n_columns, BLOCK))](
             logits,
             logits.stride(0),
             logits if bias is None else bias,
-            rows,
-            grad,
-            grad.stride(0),
-            n_columns,
+            *own,
             1.0 / temperature,
             logit_scale,
             softcap or 1.0,

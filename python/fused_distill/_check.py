@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class TopKLossOptions(CommonOptions, total=False):
 
 def check_options(options: Mapping[str, Any], allowed: type) -> None:
     """Check every keyword given, `allowed` being a TypedDict. Raises ValueError or TypeError naming it."""
-    known = get_type_hints(allowed)
+    known = allowed.__annotations__
     unknown = set(options) - set(known)
     if unknown:
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}; expected one of {sorted(known)}")

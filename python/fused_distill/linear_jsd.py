@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack
 
 from . import reference
@@ -21,6 +21,7 @@ from ._check import (
     check_vocab_size,
 )
 from ._engine import LossTensors
+from ._module import LossModule
 from ._settings import LossSettings
 from ._teachers import FullTeacher
 
@@ -186,7 +187,7 @@ def fused_linear_jsd(
     )
 
 
-class FusedLinearJSDLoss(nn.Module):
+class FusedLinearJSDLoss(LossModule):
     """`fused_linear_jsd` as a module: settings at construction, tensors at the call.
 
     Example:
@@ -198,9 +199,7 @@ class FusedLinearJSDLoss(nn.Module):
     """
 
     def __init__(self, **options: Unpack[LossOptions]):
-        super().__init__()
-        check_options(options, LossOptions)
-        self.options = options
+        super().__init__(options, LossOptions)
 
     def forward(
         self,
@@ -230,7 +229,3 @@ class FusedLinearJSDLoss(nn.Module):
             normalizer=normalizer,
             **self.options,
         )
-
-    def extra_repr(self) -> str:
-        """The options that were set."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

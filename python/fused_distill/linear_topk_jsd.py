@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack
 
 from . import reference
@@ -22,6 +22,7 @@ from ._check import (
     check_vocab_size,
 )
 from ._engine import LossTensors
+from ._module import LossModule
 from ._settings import LossSettings
 from ._teachers import TopKTeacher
 
@@ -176,7 +177,7 @@ def fused_linear_topk_jsd(
     )
 
 
-class FusedLinearTopKJSDLoss(nn.Module):
+class FusedLinearTopKJSDLoss(LossModule):
     """`fused_linear_topk_jsd` as a module: settings at construction, tensors at the call.
 
     Example:
@@ -188,9 +189,7 @@ class FusedLinearTopKJSDLoss(nn.Module):
     """
 
     def __init__(self, **options: Unpack[TopKLossOptions]):
-        super().__init__()
-        check_options(options, TopKLossOptions)
-        self.options = options
+        super().__init__(options, TopKLossOptions)
 
     def forward(
         self,
@@ -218,7 +217,3 @@ class FusedLinearTopKJSDLoss(nn.Module):
             normalizer=normalizer,
             **self.options,
         )
-
-    def extra_repr(self) -> str:
-        """The options that were set."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
