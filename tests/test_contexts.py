@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from fused_distill import FusedLinearJSDLoss, _backends, _rows, fused_linear_jsd
+from fused_distill._products import onednn_multiplies
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 DS, DT, V = 8, 5, 40
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
+onednn_multiplies(torch.device("cpu"), torch.float32)  # tries a small product once
 
 
 def tensors(dtype: torch.dtype = torch.float32, n: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,7 +37,9 @@ class Products(TorchDispatchMode):
         self.shapes: list[tuple[int, int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in PRODUCTS:
+        if func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            self.shapes.append((*args[0].shape, len(args[1])))
+        elif func.overloadpacket in PRODUCTS:
             a, b = args[-2:]
             self.shapes.append((*a.shape, b.shape[1]))
         return func(*args, **(kwargs or {}))

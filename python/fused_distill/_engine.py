@@ -131,8 +131,10 @@ class Engine:
         return plan_chunks(
             tensors.n_counted,
             bound,
-            fixed_bytes=student.fixed_bytes
-            + teacher.fixed_bytes(self.vocab_size, dtype, self.autocast_dtype)
+            # The heads are multiplied one after the other.
+            fixed_bytes=max(
+                student.fixed_bytes, teacher.fixed_bytes(self.vocab_size, dtype, self.autocast_dtype)
+            )
             + 64 * len(tensors.student_hidden),
             row_bytes=columns * dtype.itemsize
             + separate_grad

@@ -1,19 +1,21 @@
-"""The student's and the teacher's output layers, multiplied in tiles; every matrix product is made here."""
+"""The student's and the teacher's output layers, multiplied in tiles; what is multiplied with what."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# A head's tile that fits the caches: CPU projections of few tokens are 1.2 times as fast tile by tile, and so
-# they stay while a converted tile is read back.
+from ._products import multiplies_into_float32, multiply, onednn_multiplies
+
+# A CPU multiplies tile by tile, of a size that fits its caches. Elsewhere only a head that must be converted
+# is cut.
 _TILE_BYTES = {"cpu": 4 << 20}
 _DEFAULT_TILE_BYTES = 16 << 20
+_TILE_COLUMNS = {"cpu": 4096}
 # The same for rows gathered for a block of tokens; on a GPU a block that keeps it busy.
 _GATHERED_BYTES = {"cpu": 2 << 20}
 _DEFAULT_GATHERED_BYTES = 128 << 20
@@ -79,7 +81,7 @@ class Head:
     ) -> Head:
         """The head with the product dtype that suits the inputs, autocast and the device."""
         dtype = autocast or torch.promote_types(hidden.dtype, weight.dtype)
-        if accumulation == torch.float64 or not _multiplies_into_float32(hidden.device, dtype):
+        if accumulation == torch.float64 or not multiplies_into_float32(hidden.device, dtype):
             dtype = accumulation
         return cls(weight, dtype)
 
@@ -95,48 +97,50 @@ class Head:
 
     @property
     def fixed_bytes(self) -> int:
-        """Temporary bytes of a converted tile, 0 where the weight already has the product dtype."""
-        if self.weight.dtype == self.dtype:
-            return 0
-        return self._tile_rows * self.weight.shape[1] * self.dtype.itemsize
+        """Temporary bytes of a converted tile and of a product with it."""
+        n_bytes = self._tile_rows * self.weight.shape[1] * self.dtype.itemsize
+        converted = self.weight.dtype != self.dtype
+        return (converted + onednn_multiplies(self.weight.device, self.dtype)) * n_bytes
 
     @property
     def row_bytes(self) -> int:
-        """Nothing but the logits."""
-        return 0
+        """Of a product with a tile."""
+        if not onednn_multiplies(self.weight.device, self.dtype):
+            return 0
+        return max(self._tile_rows, self.weight.shape[1]) * self.dtype.itemsize
 
     @property
     def _tile_rows(self) -> int:
-        tile_bytes = _TILE_BYTES.get(self.weight.device.type, _DEFAULT_TILE_BYTES)
-        rows = tile_bytes // (self.weight.shape[1] * self.dtype.itemsize)
-        return max(1, min(rows, len(self.weight)))
+        device = self.weight.device.type
+        rows = _TILE_BYTES.get(device, _DEFAULT_TILE_BYTES) // (self.weight.shape[1] * self.dtype.itemsize)
+        return max(1, min(rows, _TILE_COLUMNS.get(device, rows), len(self.weight)))
 
-    def _tiles(self, *, whole: bool) -> Iterator[tuple[slice, Tensor]]:
-        """Tiles of the weight in the product dtype; with whole, one if no conversion is needed."""
-        if whole and self.weight.dtype == self.dtype:
-            yield slice(0, len(self.weight)), self.weight
-            return
-        for start in range(0, len(self.weight), self._tile_rows):
-            columns = slice(start, start + self._tile_rows)
-            yield columns, self.weight[columns].to(self.dtype)
+    def _tiles(self) -> Iterator[slice]:
+        """Columns of the logits that are multiplied at once."""
+        cut = self.weight.device.type == "cpu" or self.weight.dtype != self.dtype
+        step = self._tile_rows if cut else len(self.weight)
+        for start in range(0, len(self.weight), step):
+            yield slice(start, min(start + step, len(self.weight)))
 
     def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None = None) -> Tensor:
         """out (n, V) = hidden (n, D) @ weight^T."""
-        for columns, tile in self._tiles(whole=hidden.device.type != "cpu"):
-            _product(hidden, tile.T, out[:, columns])
+        for columns in self._tiles():
+            multiply(hidden, self.weight[columns].to(self.dtype).T, out[:, columns])
         return out
 
     def back_project(self, grad: Tensor, out: Tensor, ids: Tensor | None = None) -> Tensor:
         """out (n, D) = grad (n, V) @ weight."""
-        for columns, tile in self._tiles(whole=True):
-            _product(grad[:, columns], tile, out, accumulate=columns.start > 0)
+        for columns in self._tiles():
+            tile = self.weight[columns].to(self.dtype)
+            multiply(grad[:, columns], tile, out, accumulate=columns.start > 0)
         return out
 
     def add_weight_gradient(
         self, grad: Tensor, hidden: Tensor, out: Tensor, ids: Tensor | None, *, first: bool
     ) -> None:
         """out[:V] (+)= grad^T (V, n) @ hidden (n, D)."""
-        _product(grad.T, hidden, out[: len(self.weight)], accumulate=not first)
+        for columns in self._tiles():
+            multiply(grad[:, columns].T, hidden, out[columns], accumulate=not first)
 
     def add_bias_gradient(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> None:
         """out[:V] += column sums of grad."""
@@ -206,27 +210,3 @@ class GatheredHead:
         """out[ids[n, k]] += grad[n, k]."""
         assert ids is not None
         out.index_add_(0, ids.flatten(), grad.flatten())
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b, never rounded to a's dtype on the way."""
-    options = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if accumulate:
-        torch.addmm(out, a, b, out=out, **options)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    else:
-        torch.mm(a, b, out=out, **options)
-
-
-@lru_cache
-def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies matrices of this dtype into a float32 result."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return True
-    probe = torch.ones(16, 16, dtype=dtype, device=device)
-    result = torch.ones(16, 16, dtype=torch.float32, device=device)
-    try:
-        _product(probe, probe, result)
-        _product(probe, probe, result, accumulate=True)
-    except (RuntimeError, TypeError):
-        return False
-    return True
