@@ -82,6 +82,8 @@ def plot(content: dict[str, Any], path: Path) -> None:
             mass.plot(SUPPORTS, values, style, color=color, label=f"{model}'s, outside the {support}'s top K")
     mass.set_title("mean mass outside the K tokens", fontsize=9, loc="left")
     mass.set_yscale("log")
+    mass.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"], minor=False)
+    mass.minorticks_off()
     for axes, beta in zip(losses, BETAS, strict=True):
         full = next(r["loss"] for r in rows if r["tail"] == "full" and r["beta"] == beta)
         axes.axhline(full, color="k", linewidth=0.8, label="full vocabulary")
@@ -98,7 +100,9 @@ def plot(content: dict[str, Any], path: Path) -> None:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     mass.legend(fontsize=6, frameon=False)
-    losses[-1].legend(fontsize=6, frameon=False)
+    figure.legend(
+        *losses[-1].get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right center"
+    )
     figure.savefig(path, dpi=130)
 
 

@@ -322,3 +322,14 @@ def test_strided_inputs_equal_contiguous_ones() -> None:
     got, want = Case(tensors).answer(BACKEND), Case((hs, ws, ht, wt)).answer(BACKEND)
     for a, b in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
         assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("index", [0, 2])
+def test_nan_is_not_hidden(beta: float, index: int) -> None:
+    tensors = [torch.randn(5, 8), torch.randn(50, 8), torch.randn(5, 6), torch.randn(50, 6)]
+    tensors[index][0, 0] = math.nan
+    hs, ws, ht, wt = tensors
+    got = Case((hs, ws, ht, wt), {}, {"beta": beta}).answer(BACKEND)
+    assert got.loss.isnan()
+    assert all(g is not None and g.isnan().any() for g in got.grads)

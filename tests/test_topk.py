@@ -18,6 +18,9 @@ from checks import (
     with_few_examples,
 )
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd
+from fused_distill._backends import topk_backend
+from fused_distill._settings import LossSettings
+from fused_distill._teachers import TeacherRows
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -290,7 +293,8 @@ def test_renormalize_makes_no_product_over_the_vocabulary(beta: float) -> None:
         assert_close(a, b, 0.0, 0.0)
 
 
-def test_deterministic_algorithms_are_deterministic() -> None:
+def test_every_tail_runs_under_deterministic_algorithms() -> None:
+    # torch raises where an operation has no deterministic way.
     case = small(n=40, k=8, tail="renormalize")
     torch.use_deterministic_algorithms(True)
     try:
@@ -333,3 +337,84 @@ def test_one_token_with_known_probabilities(tail: str, beta: float) -> None:
         TOPK,
     )
     assert loss_of(case).item() == pytest.approx(CLOSED_FORMS[tail, beta], abs=1e-7)
+
+
+def with_nan(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor[0, 0] = math.nan
+    return tensor
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("where", ["student_hidden", "teacher_logprobs"])
+def test_nan_is_not_hidden(tail: str, beta: float, where: str) -> None:
+    case = small(tail=tail, beta=beta)
+    hs, ws, logprobs, ids = case.tensors
+    tensors = (
+        (with_nan(hs), ws, logprobs, ids) if where == "student_hidden" else (hs, ws, with_nan(logprobs), ids)
+    )
+    got = Case(tensors, {}, case.options, TOPK).answer(BACKEND)
+    assert got.loss.isnan()
+    assert all(g is not None and g.isnan().any() for g in got.grads)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("what", ["one of the support", "the whole rest", "most of the rest"])
+def test_tokens_that_the_student_forbids_equal_the_oracle(tail: str, beta: float, what: str) -> None:
+    # Not beta 0, whose loss is infinite where the teacher allows such a token.
+    case = small(n=1, tail=tail, beta=beta)
+    ids = case.tensors[3][0]
+    rest = torch.tensor([v for v in range(30) if v not in ids])
+    forbidden = {"one of the support": ids[1:2], "the whole rest": rest, "most of the rest": rest[1:]}[what]
+    bias = torch.zeros(30).index_fill_(0, forbidden, -math.inf)
+    case = Case(case.tensors, {"student_bias": bias}, case.options, TOPK)
+    got, want = case.answer(BACKEND), case.oracle()
+    assert got.loss.isfinite()
+    for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
+        assert_close(mine, true, 1e-5)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("size", [1e4, 1e3, 100.0])
+def test_logits_of_any_size_equal_the_oracle(tail: str, beta: float, size: float) -> None:
+    student = torch.tensor([[size, -size, 0.0, 1.0], [-size, -size, size, size], [0.0, size, 1.0, -size]])
+    logprobs = torch.tensor([[0.0, -size], [-math.log(2), -math.log(2)], [-1e-3, -math.log(1e3)]])
+    ids = torch.tensor([[1, 0], [2, 3], [1, 2]])
+    case = Case((student, torch.eye(4), logprobs, ids), {}, {"tail": tail, "beta": beta}, TOPK)
+    got, want = case.answer(BACKEND), case.oracle()
+    for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
+        assert_close(mine, true, 1e-5)
+
+
+@pytest.mark.parametrize("in_support", [True, False])
+def test_the_labels_gradient_in_a_half_buffer_is_rounded_once(in_support: bool) -> None:
+    # Half heads have a half logit gradient on a GPU, not on a CPU: hence the row step alone.
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 1000, generator=generator)
+    logits[:, 7] += 16  # a label that the student is sure of
+    logprobs, ids = torch.log_softmax(torch.randn(64, 8, generator=generator).double(), -1), torch.arange(8)
+    ids = (ids if in_support else ids + 100).expand(64, 8)
+    settings = LossSettings(beta=0.5, temperature=1.5, hard_weight=1.0, soft_weight=0.3)
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        name = "torch" if dtype == torch.float64 else backend
+        rows = logits.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        grad = torch.empty(64, 1000, dtype=dtype)
+        topk_backend(name, 1, tail="bucket", support_size=8, gathered=False).step(
+            rows.clone(),
+            TeacherRows(logprobs, ids=ids),
+            torch.ones(64, dtype=rows.dtype),
+            settings,
+            student_bias=None,
+            labels=torch.full((64,), 7),
+            grad=grad,
+            return_stats=False,
+            block_rows=64,
+        )
+        return grad.double()
+
+    exact = gradient(torch.float64, BACKEND)
+    assert_close(gradient(torch.bfloat16, BACKEND), exact, 2**-8, 0.0)

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from cases import INTERPRETED
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
+from fused_distill._heads import Head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,7 +37,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("workspace_bytes", [None, 4000])
+@pytest.mark.parametrize("workspace_bytes", [None, 8000])
 def test_equals_log_softmax(options: dict[str, Any], dtype: torch.dtype, workspace_bytes: int | None) -> None:
     hidden, weight = inputs(dtype)
     ids = torch.randint(33, (2, 7, 4))
@@ -65,6 +67,12 @@ def test_one_actual_token_per_position_keeps_its_shape() -> None:
     torch.testing.assert_close(got.actual_logprobs, want)
 
 
+def test_autocast_reaches_the_head() -> None:
+    with mock.patch.object(Head, "of", wraps=Head.of) as head, torch.autocast("cpu", torch.bfloat16):
+        topk_logprobs(*inputs(), 3)
+    assert head.call_args.args[-1] == torch.bfloat16
+
+
 def test_without_actual_ids_there_are_no_actual_logprobs() -> None:
     assert topk_logprobs(*inputs(), 3).actual_logprobs is None
 
@@ -79,7 +87,7 @@ def test_masked_positions_are_absent_entries() -> None:
     torch.testing.assert_close(got.logprobs[mask], plain.logprobs[mask])
     assert (got.logprobs[~mask] == -torch.inf).all()
     assert got.actual_logprobs is not None
-    assert (got.actual_logprobs[~mask] == 0).all()
+    assert (got.actual_logprobs[~mask] == -torch.inf).all()
 
 
 def test_no_token_at_all_gives_empty_results() -> None:

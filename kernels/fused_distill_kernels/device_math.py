@@ -52,7 +52,7 @@ def tanh(x):
 @triton.jit
 def times(p, x):
     """p x, and 0 where p is 0 however infinite x is."""
-    return tl.where(p > 0, p * x, 0.0)
+    return tl.where(p == 0, 0.0, p * x)
 
 
 @triton.jit
@@ -76,7 +76,8 @@ def signed_gap(a, b, log_ratio):
 @triton.jit
 def kl_terms(p, x, gap):
     """p (e^x - 1 - x), the terms of KL(p || m) with x = log m - log p and gap = m - p. Never negative."""
-    far = tl.maximum(gap - times(p, x), 0.0)
+    far = gap - times(p, x)
+    far = tl.where(far < 0, 0.0, far)  # keeps NaN, as tl.maximum does not
     return tl.where(tl.abs(x) < SERIES_RADIUS, p * (x * x) * series(x), far)
 
 

@@ -258,15 +258,17 @@ def check_id_range(
 ) -> None:
     """Ids (..., K) of counted tokens are in the vocabulary, or unused.
 
-    On a GPU the check is left on the device, so that the host need not wait for it.
+    On a CUDA GPU the check is left on the device, so that the host need not wait for it. (ROCm leaves
+    device-side assertions out.)
     """
-    inside = (ids >= 0) & (ids < vocab_size)
+    inside = ids >= 0
+    inside &= ids < vocab_size
     if unused is not None:
         inside |= unused
     if mask is not None:
         inside |= ~mask.unsqueeze(-1)
     message = f"{name} must be in [0, {vocab_size}) at every token that counts"
-    if ids.device.type == "cuda":
+    if ids.device.type == "cuda" and torch.version.hip is None:
         torch._assert_async(inside.all(), message)  # pyright: ignore[reportPrivateImportUsage]
     elif not bool(inside.all()):
         raise ValueError(f"{message}, got {int(ids[~inside][0])}")

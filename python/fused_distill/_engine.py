@@ -120,9 +120,6 @@ class Engine:
         """Chunk sizes that keep temporary memory, gradients aside, within workspace_bytes."""
         dtype, teacher = tensors.accumulation_dtype, tensors.teacher
         student = self._student_head(tensors)
-        bound = self.workspace_bytes or default_workspace_bytes(
-            tensors.student_hidden.device.type, tensors.student_weight.numel() * dtype.itemsize
-        )
         columns = student.n_columns + teacher.buffer_columns(self.vocab_size)
         separate_grad = (
             student.n_columns * student.dtype.itemsize if self._separate_grad(student, dtype) else 0
@@ -130,7 +127,10 @@ class Engine:
         hidden_bytes = 2 * tensors.student_hidden.shape[-1] * dtype.itemsize
         return plan_chunks(
             tensors.n_counted,
-            bound,
+            self.workspace_bytes
+            or default_workspace_bytes(
+                tensors.student_hidden.device.type, tensors.student_weight.numel() * dtype.itemsize
+            ),
             # The heads are multiplied one after the other.
             fixed_bytes=max(
                 student.fixed_bytes, teacher.fixed_bytes(self.vocab_size, dtype, self.autocast_dtype)
@@ -142,10 +142,11 @@ class Engine:
             + student.row_bytes
             + teacher.row_bytes(dtype)
             + self.backend.row_bytes
-            + self.vocab_size // 64
+            + self.vocab_size // 24  # partial sums of kernels
             + 512,
-            block_row_bytes=self.backend.block_tensors * student.n_columns * dtype.itemsize,
-            block_rows=self.backend.block_elements // student.n_columns,
+            block_row_bytes=self.backend.block_tensors * student.n_columns * dtype.itemsize
+            + student.block_row_bytes,
+            block_rows=student.block_rows or self.backend.block_elements // student.n_columns,
         )
 
     def run(
@@ -161,7 +162,7 @@ class Engine:
         plan = self.plan(tensors)
         hidden, counted, teacher = tensors.student_hidden, tensors.counted, tensors.teacher
         device, dtype = hidden.device, tensors.accumulation_dtype
-        student = self._student_head(tensors)
+        student = self._student_head(tensors, plan.block_rows)
         bias = None if tensors.student_bias is None else tensors.student_bias[: self.vocab_size].to(dtype)
         gradients = self._empty_gradients(tensors, student, dtype)
         if token_weight is None:
@@ -219,10 +220,10 @@ class Engine:
             gradients.weight[student.overwritten_rows :].zero_()
         return gradients
 
-    def _student_head(self, tensors: LossTensors) -> StudentHead:
+    def _student_head(self, tensors: LossTensors, block_rows: int | None = None) -> StudentHead:
         weight, dtype = tensors.student_weight[: self.vocab_size], tensors.accumulation_dtype
         if self.support_size is not None:
-            return GatheredHead(weight, dtype, self.support_size)
+            return GatheredHead.of(weight, dtype, self.support_size, block_rows)
         return Head.of(tensors.student_hidden, weight, dtype, self.autocast_dtype)
 
     def _separate_grad(self, student: StudentHead, dtype: torch.dtype) -> bool:

@@ -44,6 +44,16 @@ class StudentHead(Protocol):
         """Temporary bytes per token of a chunk, logits apart."""
         ...
 
+    @property
+    def block_rows(self) -> int:
+        """Tokens of a chunk that are multiplied at once; 0: all."""
+        ...
+
+    @property
+    def block_row_bytes(self) -> int:
+        """Temporary bytes per token of such a block."""
+        ...
+
     def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
         """out (n, n_columns) = the logits before the bias. `ids` (n, K) is the teacher's support, if any."""
         ...
@@ -89,6 +99,16 @@ class Head:
     def n_columns(self) -> int:
         """Logits per token."""
         return len(self.weight)
+
+    @property
+    def block_rows(self) -> int:
+        """No need of blocks."""
+        return 0
+
+    @property
+    def block_row_bytes(self) -> int:
+        """Nothing."""
+        return 0
 
     @property
     def overwritten_rows(self) -> int:
@@ -154,6 +174,14 @@ class GatheredHead:
     weight: Tensor  # (V, D)
     dtype: torch.dtype  # of the accumulation, too
     n_columns: int  # K
+    block_rows: int  # tokens whose rows are gathered at once
+
+    @classmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype, k: int, block_rows: int | None) -> GatheredHead:
+        """The head with this block, by default one of a size that suits the device."""
+        block_bytes = _GATHERED_BYTES.get(weight.device.type, _DEFAULT_GATHERED_BYTES)
+        suitable = max(1, block_bytes // (k * weight.shape[1] * dtype.itemsize))
+        return cls(weight, dtype, k, block_rows or suitable)
 
     @property
     def overwritten_rows(self) -> int:
@@ -162,9 +190,8 @@ class GatheredHead:
 
     @property
     def fixed_bytes(self) -> int:
-        """The gathered rows of a block of tokens, as they are and converted."""
-        gathered = self.weight.dtype.itemsize if self.weight.dtype != self.dtype else 0
-        return self._block_tokens * self.n_columns * self.weight.shape[1] * (self.dtype.itemsize + gathered)
+        """Nothing."""
+        return 0
 
     @property
     def row_bytes(self) -> int:
@@ -172,13 +199,14 @@ class GatheredHead:
         return 0
 
     @property
-    def _block_tokens(self) -> int:
-        block_bytes = _GATHERED_BYTES.get(self.weight.device.type, _DEFAULT_GATHERED_BYTES)
-        return max(1, block_bytes // (self.n_columns * self.weight.shape[1] * self.dtype.itemsize))
+    def block_row_bytes(self) -> int:
+        """A token's gathered rows, as they are and converted."""
+        gathered = self.weight.dtype.itemsize if self.weight.dtype != self.dtype else 0
+        return self.n_columns * self.weight.shape[1] * (self.dtype.itemsize + gathered)
 
     def _blocks(self, n: int) -> Iterator[slice]:
-        for start in range(0, n, self._block_tokens):
-            yield slice(start, start + self._block_tokens)
+        for start in range(0, n, self.block_rows):
+            yield slice(start, start + self.block_rows)
 
     def _rows(self, ids: Tensor) -> Tensor:
         return self.weight[ids].to(self.dtype)  # (n, K, D)

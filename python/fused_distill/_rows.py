@@ -294,7 +294,9 @@ def _expm1(x: Tensor) -> Tensor:
 def mixture_log_ratios(d: Tensor, beta: Tensor, not_beta: Tensor) -> tuple[Tensor, Tensor]:
     """log m - log p_s and log m - log p_t for m = beta p_t + (1 - beta) p_s."""
     teacher_leads = d > 0
-    toward_larger = torch.log1p(torch.where(teacher_leads, not_beta, beta) * _expm1(-d.abs()))
+    # Arithmetic, not torch.where: that would copy the two numbers to a GPU and wait for it.
+    share = beta + teacher_leads.to(d.dtype) * (not_beta - beta)
+    toward_larger = torch.log1p(share * _expm1(-d.abs()))
     toward_smaller = toward_larger + d.abs()
     return (
         torch.where(teacher_leads, toward_smaller, toward_larger),
@@ -304,4 +306,4 @@ def mixture_log_ratios(d: Tensor, beta: Tensor, not_beta: Tensor) -> tuple[Tenso
 
 def times(p: Tensor, x: Tensor) -> Tensor:
     """p x, and 0 where p is 0 however infinite x is."""
-    return torch.where(p > 0, p * x, 0.0)
+    return torch.where(p == 0, 0.0, p * x)

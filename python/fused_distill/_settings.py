@@ -51,7 +51,7 @@ class DistillStats(NamedTuple):
     teacher_entropy: Tensor  # (...) float, -sum p_t log p_t
     forward_kl: Tensor  # (...) float, KL(teacher || student)
     reverse_kl: Tensor  # (...) float, KL(student || teacher)
-    top1_agreement: Tensor  # (...) bool, the models share a most likely token
+    top1_agreement: Tensor  # (...) bool, a most likely token in common; a top-k teacher's among the K ids
     # Of top-k losses only, the student's where the whole vocabulary is projected:
     student_mass: Tensor | None = None  # (...) float, probability of the K ids
     teacher_mass: Tensor | None = None  # (...) float

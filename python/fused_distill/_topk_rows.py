@@ -87,36 +87,23 @@ class TopKRows:
         loss = settings.soft_weight * soft
         scale = wide_weight * (settings.soft_weight / settings.temperature)
         grad_support, grad_rest = grad_support * scale.unsqueeze(-1), grad_rest * scale
-        factor_y = None
+        hard = None
         if label is not None and rest is not None:
-            log_normalizer = _log_normalizer(support.y_present, rest.max_y, rest.sum_y)
-            loss = loss + settings.hard_weight * label.surprise(log_normalizer)
-            hard = wide_weight * settings.hard_weight * label.present
-            grad_support = (
-                grad_support + hard.unsqueeze(-1) * (support.y_present - log_normalizer.unsqueeze(-1)).exp()
-            )
-            factor_y = hard * (rest.max_y - log_normalizer).exp()
+            hard = _HardLoss.of(label, support, teacher.ids, rest, wide_weight, settings.hard_weight)
+            loss, grad_support = loss + hard.loss, grad_support + hard.grad_support
 
         if grad is not None:
             grad_support = (grad_support * support.slope).to(grad.dtype)
             if self.rest is None or rest is None:
                 grad.copy_(grad_support)
             else:
-                factor_z = torch.where(rest.sum_z > 0, grad_rest / rest.sum_z, 0.0)
-                self.rest.gradient(
-                    student_logits,
-                    student_bias,
-                    settings,
-                    rest,
-                    factor_z,
-                    factor_y,
-                    grad,
-                    block_rows=block_rows,
-                )
+                factor_z = torch.where(rest.sum_z == 0, 0.0, grad_rest / rest.sum_z)
+                factor_y = None if hard is None else hard.factor_y
+                write_rest, rows = self.rest.gradient, (student_logits, student_bias, settings, rest)
+                write_rest(*rows, factor_z, factor_y, grad, block_rows=block_rows)
+                if label is not None and hard is not None:
+                    label.write_gradient(hard, factor_z, rest.max_z, settings.temperature, grad)
                 grad.scatter_add_(-1, teacher.ids, grad_support)
-                if label is not None:
-                    at_label = -settings.hard_weight * wide_weight * label.present * label.slope
-                    grad.scatter_add_(-1, label.column, at_label.unsqueeze(-1).to(grad.dtype))
         dtype = student_logits.dtype
         if stats is not None:
             stats = stats.map(lambda c: c if c.dtype == torch.bool else c.to(dtype))
@@ -143,7 +130,7 @@ class _Support(NamedTuple):
         gathered: bool,
     ) -> _Support:
         assert teacher.ids is not None
-        dtype, present = teacher.values.dtype, teacher.values > -torch.inf
+        dtype, present = teacher.values.dtype, teacher.values != -torch.inf
         x = logits if gathered else logits.gather(-1, teacher.ids)
         y, slope = _transform(x.to(dtype), None if bias is None else bias[teacher.ids].to(dtype), settings)
         y = torch.where(present, y, -torch.inf)
@@ -165,9 +152,47 @@ class _Label(NamedTuple):
         y, slope = _transform(x, None if bias is None else bias[column].to(dtype), settings)
         return cls(column.unsqueeze(-1), labels >= 0, y, slope)
 
-    def surprise(self, log_normalizer: Tensor) -> Tensor:
-        """-log p of the label, 0 where there is none."""
-        return torch.where(self.present, log_normalizer - self.y, 0.0)
+    def write_gradient(
+        self, hard: _HardLoss, factor_z: Tensor, max_z: Tensor, temperature: float, grad: Tensor
+    ) -> None:
+        """The label's entry as a whole, where it lies in the rest: p - 1 has no digits in half precision."""
+        soft = factor_z * (self.y / temperature - max_z).exp()
+        entry = ((soft + hard.grad_label) * self.slope).to(grad.dtype).unsqueeze(-1)
+        in_rest = (self.present & ~hard.label_in_support).unsqueeze(-1)
+        grad.scatter_(-1, self.column, torch.where(in_rest, entry, grad.gather(-1, self.column)))
+
+
+class _HardLoss(NamedTuple):
+    """The cross entropy with the label over the whole vocabulary; gradients by y."""
+
+    loss: Tensor  # (n,) times hard_weight, not the row's weight
+    grad_support: Tensor  # (n, K)
+    factor_y: Tensor  # (n,) of e^(y - max_y) in the rest
+    grad_label: Tensor  # (n,)
+    label_in_support: Tensor  # (n,) bool
+
+    @classmethod
+    def of(
+        cls,
+        label: _Label,
+        support: _Support,
+        ids: Tensor,
+        rest: RestStatistics,
+        weight: Tensor,
+        hard_weight: float,
+    ) -> _HardLoss:
+        log_normalizer = _log_normalizer(support.y_present, rest.max_y, rest.sum_y)
+        log_p = label.y - log_normalizer
+        weight = weight * hard_weight * label.present
+        at_label = (ids == label.column) & support.present
+        p_support = (support.y_present - log_normalizer.unsqueeze(-1)).exp()
+        return cls(
+            torch.where(label.present, -hard_weight * log_p, 0.0),
+            weight.unsqueeze(-1) * (p_support - at_label.to(p_support.dtype)),
+            weight * (rest.max_y - log_normalizer).exp(),
+            weight * log_p.expm1(),
+            at_label.any(-1),
+        )
 
 
 def _transform(x: Tensor, bias: Tensor | None, settings: LossSettings) -> tuple[Tensor, Tensor]:
@@ -208,13 +233,14 @@ def _divergence(
         if tail == "bucket":
             assert rest is not None
             named = logprobs.exp().sum(-1)
-            rest_t = torch.where(rest.sum_z > 0, (1 - named).clamp_min(LEAST_TEACHER_REST), 0.0)
+            rest_t = torch.where(rest.sum_z == 0, 0.0, (1 - named).clamp_min(LEAST_TEACHER_REST))
             z = torch.cat([z, (rest.max_z + rest.sum_z.log()).unsqueeze(-1)], -1)
             logprobs = torch.cat([logprobs, rest_t.log().unsqueeze(-1)], -1)
         else:
-            # A row without entries has one outcome, for both models.
+            # A row without entries, or whose entries the student forbids, has one outcome for both models.
             alone = torch.zeros_like(support.present)
-            alone[:, 0] = ~support.present.any(-1)
+            alone[:, 0] = (z == -torch.inf).all(-1)
+            logprobs = logprobs.masked_fill(alone.any(-1, keepdim=True), -torch.inf)
             z, logprobs = z.masked_fill(alone, 0.0), logprobs.masked_fill(alone, 0.0)
         outcomes = LossSettings(beta=settings.beta)
         grad = torch.empty_like(z)

@@ -57,11 +57,11 @@ def fused_linear_topk_jsd(
     `fused_linear_jsd` is taken over
 
         "bucket"       K + 1 outcomes, the last one everything else: rest = 1 - the sum over the K ids. Never
-                       more than the full divergence. The teacher's rest counts as 1e-7 where rounding leaves
-                       less, and as 0 where the student has no other token (K = V).
+                       more than the full divergence, but for 1e-7 of mass, the least that the teacher's rest
+                       counts as; 0 where the student has no other token (K = V).
         "renormalize"  K outcomes, both models divided by their sum over the K ids. Only the K columns of each
                        token are projected: no product over the vocabulary. Blind to the student's mass
-                       outside.
+                       outside; with one id always 0.
         "truncate"     the K ids' terms of D, as they are: for a mixture beta p_t log(p_t / m) +
                        (1 - beta) p_s log(p_s / m). Not a divergence: it may be negative.
 
@@ -89,7 +89,8 @@ def fused_linear_topk_jsd(
         vocab_size: the first vocab_size columns are the vocabulary. None: Vs.
         reduction: "mean" over counted tokens, "sum", or "none"; see `fused_linear_jsd`.
         normalizer: > 0, number or 0-d tensor that replaces the token count in "mean".
-        workspace_bytes: bound on temporary memory beyond the gradients; see `fused_linear_jsd`.
+        workspace_bytes: bound on temporary memory beyond the gradients; see `fused_linear_jsd`. The check of
+            teacher_ids, 3 bytes an entry, and copies of teacher tensors that are not contiguous come on top.
         backend: "auto", "triton", "torch" or "reference".
         return_stats: also return a `DistillStats` of the counted tokens.
 
@@ -99,8 +100,8 @@ def fused_linear_topk_jsd(
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name, before any work. An id outside the
-            vocabulary with a finite log-probability: a ValueError on the CPU; on a GPU, where reading it back
-            would make the host wait, a device-side assertion with the same words, as for an embedding.
+            vocabulary with a finite log-probability: a ValueError; on a CUDA GPU, where reading it back would
+            make the host wait, a device-side assertion with the same words, as for an embedding.
         ImportError: backend="triton" without Triton.
         RuntimeError: when differentiated twice.
     """

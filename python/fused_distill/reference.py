@@ -90,9 +90,9 @@ def linear_topk_jsd(
     log_t = torch.full_like(log_s, -math.inf)
     for k in reversed(range(teacher_ids.shape[-1])):  # of several entries with one id the first counts
         logprobs, ids = teacher_logprobs[counted][:, k], teacher_ids[counted][:, k].long()
-        rows = (logprobs > -math.inf).nonzero().squeeze(1)
+        rows = (logprobs != -math.inf).nonzero().squeeze(1)
         log_t[rows, ids[rows]] = logprobs[rows].to(log_t.dtype)
-    named = log_t > -math.inf
+    named = log_t != -math.inf
     inside, rest = log_s.masked_fill(~named, -math.inf), log_s.masked_fill(named, -math.inf)
     student_mass, teacher_mass = inside.detach().exp().sum(-1), log_t.exp().sum(-1)
     # Without a product over the vocabulary nothing is known of the student outside the support.
@@ -101,15 +101,18 @@ def linear_topk_jsd(
     agreement = (named & (inside == top_s) & (log_t == log_t.amax(-1, keepdim=True))).any(-1)
 
     if tail == "bucket":
-        rest = rest.logsumexp(-1, keepdim=True)
+        empty = (rest == -math.inf).all(-1, keepdim=True)
+        rest = rest.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
         rest_t = (
             (1 - teacher_mass).clamp_min(1e-7).log().unsqueeze(-1).masked_fill(rest == -math.inf, -math.inf)
         )
         inside = torch.cat([inside, rest], -1)
         log_t = F.log_softmax(torch.cat([log_t, rest_t], -1), dim=-1)
     elif tail == "renormalize":
-        # A token without entries has one outcome, for both models.
-        alone = F.pad(~named.any(-1, keepdim=True), (0, named.shape[-1] - 1))
+        # A token without entries, or whose entries the student forbids, has one outcome for both models.
+        without = (inside == -math.inf).all(-1, keepdim=True)
+        alone = F.pad(without, (0, named.shape[-1] - 1))
+        log_t = log_t.masked_fill(without, -math.inf)
         inside = F.log_softmax(inside.masked_fill(alone, 0), dim=-1)
         log_t = F.log_softmax(log_t.masked_fill(alone, 0), dim=-1)
 

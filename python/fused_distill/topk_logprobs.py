@@ -29,7 +29,7 @@ class TopKLogprobs(NamedTuple):
 
     logprobs: Tensor  # (..., k) float32 (float64 for float64 inputs), descending; -inf where masked
     ids: Tensor  # (..., k) int64; 0 where masked
-    actual_logprobs: Tensor | None  # like actual_ids, float; 0 where masked
+    actual_logprobs: Tensor | None  # like actual_ids, float; -inf where masked
 
 
 def topk_logprobs(
@@ -96,15 +96,16 @@ def topk_logprobs(
         check_id_range("actual_ids", as_rows, n_columns, mask=mask)
 
     settings = LossSettings(temperature=temperature, student_logit_scale=logit_scale, student_softcap=softcap)
+    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    head = Head.of(hidden, weight[:n_columns], dtype, autocast)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return _topk_logprobs(
-            hidden, weight[:n_columns], k, actual_ids, bias, mask, settings, workspace_bytes
-        )
+        return _topk_logprobs(hidden, head, k, actual_ids, bias, mask, settings, workspace_bytes)
 
 
 def _topk_logprobs(
     hidden: Tensor,
-    weight: Tensor,  # (V, D)
+    head: Head,
     k: int,
     actual_ids: Tensor | None,
     bias: Tensor | None,
@@ -113,11 +114,9 @@ def _topk_logprobs(
     workspace_bytes: int | None,
 ) -> TopKLogprobs:
     """`topk_logprobs` for checked arguments."""
-    device, shape, n_columns = hidden.device, hidden.shape[:-1], len(weight)
-    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    device, shape, n_columns = hidden.device, hidden.shape[:-1], head.n_columns
+    dtype = torch.float64 if torch.float64 in (hidden.dtype, head.weight.dtype) else torch.float32
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    head = Head.of(hidden, weight, dtype, autocast)
     bias = None if bias is None else bias[:n_columns].to(dtype)
     tokens = (
         torch.arange(len(hidden), device=device) if mask is None else mask.reshape(-1).nonzero().squeeze(1)
@@ -126,12 +125,14 @@ def _topk_logprobs(
 
     logprobs = torch.full((len(hidden), k), -torch.inf, dtype=dtype, device=device)
     ids = torch.zeros(len(hidden), k, dtype=torch.int64, device=device)
-    actual_logprobs = None if actual is None else torch.zeros(actual.shape, dtype=dtype, device=device)
+    actual_logprobs = (
+        None if actual is None else torch.full(actual.shape, -torch.inf, dtype=dtype, device=device)
+    )
     plan = plan_chunks(
         len(tokens),
-        workspace_bytes or default_workspace_bytes(device.type, weight.numel() * dtype.itemsize),
+        workspace_bytes or default_workspace_bytes(device.type, head.weight.numel() * dtype.itemsize),
         fixed_bytes=head.fixed_bytes + 64 * len(hidden),
-        row_bytes=2 * n_columns * dtype.itemsize + hidden.shape[-1] * dtype.itemsize + 512,
+        row_bytes=head.row_bytes + 2 * n_columns * dtype.itemsize + hidden.shape[-1] * dtype.itemsize + 512,
         block_row_bytes=0,
         block_rows=1,
     )
