@@ -1,0 +1,53 @@
+"""The `fused-distill` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run what it names."""
+    parser = argparse.ArgumentParser(prog="fused-distill", description="Distillation of language models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser(
+        "serve-teacher",
+        help="serve a teacher's log-probabilities over HTTP",
+        description=serve_teacher.__doc__,
+    )
+    serve.add_argument("model", help="local path or hub name")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    serve.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    serve.add_argument("--batch-tokens", type=int, default=16384, help="tokens of one forward pass")
+    serve.add_argument("--max-waiting", type=int, default=256, help="requests that may wait; more get 429")
+    serve.add_argument("--request-seconds", type=float, default=300.0, help="time limit of a request")
+    options = parser.parse_args(arguments)
+    serve_teacher(options)
+
+
+def serve_teacher(options: argparse.Namespace) -> None:
+    """Serve a teacher. FUSED_DISTILL_TOKEN in the environment is the bearer token that clients must send."""
+    import torch
+    import uvicorn
+
+    from .serving.batching import BatchLimits
+    from .serving.engine import TransformersEngine
+    from .serving.server import ServerLimits, create_app
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    app = create_app(
+        TransformersEngine.load(options.model, device, dtype),
+        token=os.environ.get("FUSED_DISTILL_TOKEN"),
+        limits=ServerLimits(request_seconds=options.request_seconds),
+        batch_limits=BatchLimits(options.max_waiting, options.batch_tokens),
+    )
+    uvicorn.run(app, host=options.host, port=options.port, log_level="info", timeout_graceful_shutdown=60)

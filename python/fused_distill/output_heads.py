@@ -1,0 +1,47 @@
+"""The output layer of a transformers model as the losses take it: weight, bias, logit scale, softcap.
+
+Imports nothing of transformers: everything is read from the model that is given.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class OutputHead(NamedTuple):
+    """Logits are softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+
+# config field -> logit scale. A family that is not here scales nothing.
+_SCALES = {
+    "logit_scale": lambda value: value,  # Cohere
+    "logits_scaling": lambda value: 1.0 / value,  # Granite
+    "lm_head_multiplier": lambda value: value,  # Falcon-H1
+}
+
+
+def output_head(model: Any) -> OutputHead:
+    """The output layer of a `transformers` causal language model.
+
+    Raises:
+        ValueError: the model has no output embeddings.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise ValueError(f"model must have output embeddings, got {type(model).__name__}")
+    config = model.config.get_text_config()
+    scale = 1.0
+    for field, convert in _SCALES.items():
+        value = getattr(config, field, None)
+        if value is not None:
+            scale = float(convert(value))
+    return OutputHead(
+        layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None)
+    )

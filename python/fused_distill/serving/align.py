@@ -1,0 +1,53 @@
+"""From a teacher's answer to the tensors of `fused_linear_topk_jsd`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .wire import Answer
+
+
+class AlignedAnswer(NamedTuple):
+    """An answer's numbers at the hidden states that they belong to; absent (-inf, id 0) elsewhere."""
+
+    logprobs: Tensor  # (..., K) float32
+    ids: Tensor  # (..., K) int64
+    actual_logprobs: Tensor  # (...) float32, 0 elsewhere
+    score_logprobs: Tensor | None  # (..., M) float32
+
+
+def align(answer: Answer, mask: Tensor) -> AlignedAnswer:
+    """Put an answer's positions where `mask` is True, in order.
+
+    The mask is that of the loss: True at a hidden state whose next token was scored. It may come from
+    left-padded prompts, right-padded completions or rows that pack several sequences: only the order counts,
+    sequence by sequence and token by token.
+
+    Args:
+        answer: P positions.
+        mask: (...) bool with P True entries; its device is that of the tensors.
+
+    Raises:
+        ValueError, TypeError: the mask does not fit the answer.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    places, positions = mask.reshape(-1).nonzero().squeeze(1), len(answer.actual_logprobs)
+    if len(places) != positions:
+        raise ValueError(f"mask must be True at the answer's {positions} positions, got {len(places)}")
+
+    def spread(values: NDArray[Any], fill: float, dtype: torch.dtype) -> Tensor:
+        rows = torch.as_tensor(values, dtype=dtype, device=mask.device)
+        whole = rows.new_full((mask.numel(), *rows.shape[1:]), fill)
+        return whole.index_copy_(0, places, rows).reshape(*mask.shape, *rows.shape[1:])
+
+    return AlignedAnswer(
+        spread(answer.logprobs, -torch.inf, torch.float32),
+        spread(answer.ids, 0, torch.int64),
+        spread(answer.actual_logprobs, 0.0, torch.float32),
+        None if answer.score_logprobs is None else spread(answer.score_logprobs, -torch.inf, torch.float32),
+    )

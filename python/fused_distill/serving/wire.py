@@ -1,0 +1,282 @@
+"""The wire format: what a teacher server answers, in binary and in JSON.
+
+An answer covers some sequences. Of a sequence of n tokens with prompt length p it has one position for every
+token from index max(p, 1) on: the first token of a sequence has nothing before it, hence no log-probability.
+A position has the teacher's K most likely tokens with their log-probabilities, the log-probability of the token
+that is there (actual), and those of M tokens that the caller chose (score). With P positions in all, one
+sequence after the other, the binary form is, little-endian and without padding:
+
+    offset  type            field
+    0       3 bytes         b"FDT"
+    3       u8              version, 1
+    4       u8              dtype of log-probabilities: 0 float32, 1 float16
+    5       u8              1 if score_logprobs follow, else 0
+    6       u16             K
+    8       u16             M, 0 without score_logprobs
+    10      u32             number of sequences n
+    14      u32 x n         positions of each sequence, P in all
+            dtype x P x K   logprobs, descending; -inf where absent
+            i32 x P x K     ids; 0 where absent
+            dtype x P       actual_logprobs
+            dtype x P x M   score_logprobs
+            u32             CRC-32 of everything before it
+
+The JSON form has the same fields, log-probabilities as numbers or null for -inf:
+
+    {"version": 1, "k": K, "m": M, "lengths": [...], "logprobs": [[[...]]], "ids": [[[...]]],
+     "actual_logprobs": [[...]], "score_logprobs": [[[...]]] or null}
+
+and the base64 form is {"version": 1, "binary": "<the binary form in base64>"}.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+VERSION = 1
+Format = Literal["binary", "base64", "json"]
+Dtype = Literal["float32", "float16"]
+
+_MAGIC = b"FDT"
+_HEADER = struct.Struct("<3sBBBHHI")
+_DTYPES: tuple[Dtype, ...] = ("float32", "float16")
+# What a decoder allocates for is bounded by the payload's own size; these bound absurd counts before that.
+_MOST_SEQUENCES = 1 << 20
+_MOST_K = (1 << 16) - 1
+
+
+class WireError(ValueError):
+    """A payload that is not an answer: truncated, oversized, corrupted, of another version."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A teacher's log-probabilities at the positions of some sequences, one after the other."""
+
+    lengths: NDArray[np.int64]  # (n,) positions of each sequence
+    logprobs: NDArray[np.float32]  # (P, K) descending, -inf where absent
+    ids: NDArray[np.int32]  # (P, K) 0 where absent
+    actual_logprobs: NDArray[np.float32]  # (P,)
+    score_logprobs: NDArray[np.float32] | None = None  # (P, M)
+
+    def __post_init__(self) -> None:
+        positions = int(self.lengths.sum())
+        k = self.logprobs.shape[-1]
+        shapes = {"logprobs": (positions, k), "ids": (positions, k), "actual_logprobs": (positions,)}
+        if self.score_logprobs is not None:
+            shapes["score_logprobs"] = (positions, self.score_logprobs.shape[-1])
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise WireError(f"{name} must have shape {shape}, got {getattr(self, name).shape}")
+
+    def split(self) -> list[Answer]:
+        """One answer per sequence."""
+        ends = np.cumsum(self.lengths)
+        parts = [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+        return [
+            Answer(
+                self.lengths[i : i + 1],
+                self.logprobs[part],
+                self.ids[part],
+                self.actual_logprobs[part],
+                None if self.score_logprobs is None else self.score_logprobs[part],
+            )
+            for i, part in enumerate(parts)
+        ]
+
+    @classmethod
+    def join(cls, answers: list[Answer]) -> Answer:
+        """All of them one after the other.
+
+        Raises:
+            WireError: none at all, different K or M, or score_logprobs in some only.
+        """
+        if not answers:
+            raise WireError("answers must not be empty")
+        with_scores = {a.score_logprobs is not None for a in answers}
+        if len(with_scores) > 1:
+            raise WireError("all answers must carry score_logprobs or none, got a mixture")
+        widths = {
+            (a.logprobs.shape[-1], 0 if a.score_logprobs is None else a.score_logprobs.shape[-1])
+            for a in answers
+        }
+        if len(widths) > 1:
+            raise WireError(f"answers must agree in K and M, got {sorted(widths)}")
+        scores = [a.score_logprobs for a in answers if a.score_logprobs is not None]
+        return cls(
+            np.concatenate([a.lengths for a in answers]),
+            np.concatenate([a.logprobs for a in answers]),
+            np.concatenate([a.ids for a in answers]),
+            np.concatenate([a.actual_logprobs for a in answers]),
+            np.concatenate(scores) if scores else None,
+        )
+
+
+def encode_binary(answer: Answer, dtype: Dtype = "float32") -> bytes:
+    """The binary form. float16 halves the log-probabilities' bytes and keeps about 3 digits of them."""
+    code = _DTYPES.index(dtype)
+    kind = np.dtype(f"<f{4 >> code}")
+    scores = answer.score_logprobs
+    header = _HEADER.pack(
+        _MAGIC,
+        VERSION,
+        code,
+        scores is not None,
+        answer.logprobs.shape[1],
+        0 if scores is None else scores.shape[1],
+        len(answer.lengths),
+    )
+    parts = [
+        header,
+        answer.lengths.astype("<u4").tobytes(),
+        answer.logprobs.astype(kind).tobytes(),
+        answer.ids.astype("<i4").tobytes(),
+        answer.actual_logprobs.astype(kind).tobytes(),
+    ]
+    if scores is not None:
+        parts.append(scores.astype(kind).tobytes())
+    body = b"".join(parts)
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def decode_binary(payload: bytes) -> Answer:
+    """An answer from its binary form.
+
+    Raises:
+        WireError: anything but one whole, unchanged answer of this version.
+    """
+    if len(payload) < _HEADER.size + 4:
+        raise WireError(f"payload must have at least {_HEADER.size + 4} bytes, got {len(payload)}")
+    magic, version, code, has_scores, k, m, n = _HEADER.unpack_from(payload)
+    if magic != _MAGIC:
+        raise WireError(f"payload must begin with {_MAGIC!r}, got {magic!r}")
+    if version != VERSION:
+        raise WireError(f"version must be {VERSION}, got {version}")
+    if code >= len(_DTYPES) or has_scores > 1 or n > _MOST_SEQUENCES or (m and not has_scores):
+        raise WireError("header is corrupted")
+    body, at = memoryview(payload)[:-4], _HEADER.size
+    if len(body) < at + 4 * n:
+        raise WireError(f"payload is truncated: {len(payload)} bytes for {n} sequences")
+    lengths = np.frombuffer(body, "<u4", n, at).astype(np.int64)
+    at += 4 * n
+    kind, positions = np.dtype(f"<f{4 >> code}"), int(lengths.sum())
+    expected = at + positions * (k * (kind.itemsize + 4) + kind.itemsize * (1 + m)) + 4
+    if len(payload) != expected:
+        raise WireError(f"payload must have {expected} bytes by its header, got {len(payload)}")
+    if zlib.crc32(body) != struct.unpack_from("<I", payload, len(body))[0]:
+        raise WireError("payload is corrupted: its CRC-32 does not fit")
+
+    def take(dtype: Any, *shape: int) -> NDArray[Any]:
+        nonlocal at
+        count = int(np.prod(shape))
+        array = np.frombuffer(body, dtype, count, at).reshape(shape)
+        at += array.nbytes
+        return array
+
+    logprobs = take(kind, positions, k).astype(np.float32)
+    ids = take("<i4", positions, k).astype(np.int32)
+    actual = take(kind, positions).astype(np.float32)
+    scores = take(kind, positions, m).astype(np.float32) if has_scores else None
+    return Answer(lengths, logprobs, ids, actual, scores)
+
+
+class _JsonAnswer(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    version: int
+    lengths: list[int]
+    logprobs: list[list[list[float | None]]]
+    ids: list[list[list[int]]]
+    actual_logprobs: list[list[float | None]]
+    score_logprobs: list[list[list[float | None]]] | None
+    k: int
+    m: int
+
+
+def encode_json(answer: Answer) -> dict[str, Any]:
+    """The JSON form, ready for any JSON library."""
+    parts = answer.split()
+    scores = answer.score_logprobs
+    return {
+        "version": VERSION,
+        "lengths": answer.lengths.tolist(),
+        "k": answer.logprobs.shape[1],
+        "m": 0 if scores is None else scores.shape[1],
+        "logprobs": [_with_null(part.logprobs) for part in parts],
+        "ids": [part.ids.tolist() for part in parts],
+        "actual_logprobs": [_with_null(part.actual_logprobs) for part in parts],
+        "score_logprobs": None if scores is None else [_with_null(part.score_logprobs) for part in parts],
+    }
+
+
+def _with_null(values: NDArray[Any] | None) -> list[Any]:
+    assert values is not None
+    objects = values.astype(object)
+    objects[np.isneginf(values)] = None
+    return objects.tolist()
+
+
+def decode_json(content: object) -> Answer:
+    """An answer from its JSON or base64 form, parsed.
+
+    Raises:
+        WireError: as `decode_binary`.
+    """
+    if isinstance(content, dict) and "binary" in content:
+        return _decode_base64(content)
+    try:
+        found = _JsonAnswer.model_validate(content)
+    except (ValidationError, RecursionError) as error:
+        raise WireError(f"JSON is no answer: {str(error).splitlines()[0]}") from None
+    if found.version != VERSION:
+        raise WireError(f"version must be {VERSION}, got {found.version}")
+    if min([0, *found.lengths]) < 0 or not 0 <= found.k <= _MOST_K or not 0 <= found.m <= _MOST_K:
+        raise WireError("lengths, k and m must not be negative")
+    positions = sum(found.lengths)
+
+    def array(name: str, rows: list[Any], dtype: Any, *width: int) -> NDArray[Any]:
+        if [len(part) for part in rows] != found.lengths:
+            raise WireError(f"{name} must have lengths {found.lengths}, got {[len(part) for part in rows]}")
+        flat = [row for part in rows for row in part]
+        if width and any(len(row) != width[0] for row in flat):
+            raise WireError(f"{name} must have {width[0]} entries a position")
+        values = [v for row in flat for v in row] if width else flat
+        try:
+            whole = np.array([-np.inf if v is None else v for v in values], dtype=dtype)
+        except OverflowError as error:
+            raise WireError(f"{name} holds a number out of range") from error
+        return whole.reshape(positions, *width)
+
+    logprobs = array("logprobs", found.logprobs, np.float32, found.k)
+    ids = array("ids", found.ids, np.int32, found.k)
+    actual = array("actual_logprobs", found.actual_logprobs, np.float32)
+    scores = None
+    if found.score_logprobs is not None:
+        scores = array("score_logprobs", found.score_logprobs, np.float32, found.m)
+    return Answer(np.array(found.lengths, dtype=np.int64), logprobs, ids, actual, scores)
+
+
+def encode_base64(answer: Answer, dtype: Dtype = "float32") -> dict[str, Any]:
+    """The binary form inside JSON."""
+    return {"version": VERSION, "binary": base64.b64encode(encode_binary(answer, dtype)).decode()}
+
+
+def _decode_base64(content: dict[str, Any]) -> Answer:
+    text = content["binary"]
+    if not isinstance(text, str):
+        raise WireError(f"binary must be a string, got {type(text).__name__}")
+    try:
+        return decode_binary(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError) as error:
+        if isinstance(error, WireError):
+            raise
+        raise WireError("binary is not base64") from error

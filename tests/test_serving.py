@@ -1,0 +1,591 @@
+"""The teacher server and client over real sockets, with a tiny model and with engines that misbehave."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from cases import INTERPRETED
+from fused_distill import fused_linear_topk_jsd
+from fused_distill.serving import wire
+from fused_distill.serving.align import align
+from fused_distill.serving.batching import BatchLimits
+from fused_distill.serving.client import RetryPolicy, TeacherClient, TeacherError
+from fused_distill.serving.engine import Execution, Sequence, TeacherInfo, TransformersEngine
+from fused_distill.serving.server import ServerLimits, create_app
+from fused_distill.serving.wire import Answer
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
+
+VOCAB, LENGTH = 50, 64
+FAST = RetryPolicy(attempts=5, first_wait_seconds=0.02, longest_wait_seconds=0.1)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=LENGTH,
+        final_logit_softcapping=10.0,
+    )
+    made = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(4)  # distributions that are not nearly uniform
+    return made
+
+
+class Served:
+    """A server in a thread, on a port of the system's choice."""
+
+    def __init__(self, engine: Any, port: int = 0, **options: Any):
+        config = uvicorn.Config(create_app(engine, **options), host="127.0.0.1", port=port, log_level="error")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+@contextmanager
+def serving(engine: Any, **options: Any) -> Iterator[Served]:
+    served = Served(engine, **options)
+    try:
+        yield served
+    finally:
+        served.stop()
+
+
+@pytest.fixture(scope="module")
+def url(model: Any) -> Iterator[str]:
+    with serving(TransformersEngine(model)) as served:
+        yield served.url
+
+
+def random_sequences(count: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
+    generator = np.random.default_rng(seed)
+    sequences = [generator.integers(0, VOCAB, generator.integers(1, 20)).tolist() for _ in range(count)]
+    return sequences, [int(generator.integers(0, len(s) + 1)) for s in sequences]
+
+
+def direct(
+    model: Any, sequences: list[list[int]], prompt_lengths: list[int], temperature: float = 1.0
+) -> torch.Tensor:
+    """(P, V) log-probabilities by one forward pass per sequence."""
+    rows = [torch.empty(0, VOCAB)]
+    for tokens, prompt_length in zip(sequences, prompt_lengths, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float()
+        rows.append(torch.log_softmax(logits / temperature, -1)[max(prompt_length, 1) - 1 :])
+    return torch.cat(rows)
+
+
+def completions(sequences: list[list[int]], prompt_lengths: list[int]) -> torch.Tensor:
+    tokens = [t for s, p in zip(sequences, prompt_lengths, strict=True) for t in s[max(p, 1) :]]
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+def assert_right(
+    answer: Answer, model: Any, sequences: list[list[int]], prompts: list[int], k: int, t: float
+) -> None:
+    want = direct(model, sequences, prompts, t)
+    actual = want.gather(-1, completions(sequences, prompts).unsqueeze(-1)).squeeze(-1)
+    np.testing.assert_allclose(answer.actual_logprobs, actual.numpy(), atol=2e-5)
+    np.testing.assert_allclose(answer.logprobs, want.topk(k).values.numpy(), atol=2e-5)
+    np.testing.assert_allclose(
+        answer.logprobs, want.gather(-1, torch.from_numpy(answer.ids).long()).numpy(), atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("k", [0, 1, 7, VOCAB])
+def test_answers_equal_a_direct_forward_pass(url: str, model: Any, k: int, temperature: float) -> None:
+    sequences, prompts = random_sequences(9)
+    with TeacherClient(url, request_tokens=30) as client:
+        answer = client.get_sequence_logprobs(sequences, prompts, top_logprobs=k, temperature=temperature)
+    assert_right(answer, model, sequences, prompts, k, temperature)
+
+
+def test_chosen_ids_are_scored(url: str, model: Any) -> None:
+    sequences, prompts = random_sequences(5)
+    generator = np.random.default_rng(1)
+    counts = [max(len(s) - max(p, 1), 0) for s, p in zip(sequences, prompts, strict=True)]
+    ids = [generator.integers(0, VOCAB, (count, 3)).tolist() for count in counts]
+    with TeacherClient(url, request_tokens=20) as client:
+        answer = client.get_sequence_logprobs(sequences, prompts, score_ids=ids)
+    chosen = torch.tensor([row for own in ids for row in own])
+    want = direct(model, sequences, prompts).gather(-1, chosen)
+    assert answer.score_logprobs is not None
+    np.testing.assert_allclose(answer.score_logprobs, want.numpy(), atol=2e-5)
+
+
+def post(url: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{url}/get_sequence_logprobs/", json=body)
+
+
+def test_binary_and_json_responses_carry_the_same_fields(url: str) -> None:
+    asked = {
+        "sequences": [[1, 2, 3, 4], [5, 6]],
+        "prompt_lengths": [2, 0],
+        "top_logprobs": 3,
+        "score_ids": [[[1], [2]], [[3]]],
+    }
+    binary = wire.decode_binary(post(url, **asked, response_format="binary").content)
+    for form in ("json", "base64"):
+        other = wire.decode_json(post(url, **asked, response_format=form).json())
+        for name in ("lengths", "logprobs", "ids", "actual_logprobs", "score_logprobs"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(binary, name))
+
+
+GOOD: dict[str, Any] = {"sequences": [[1, 2, 3]], "prompt_lengths": [1]}
+BAD = [
+    ("sequences", {"sequences": []}),
+    ("sequences", {"sequences": [["a"]]}),
+    ("sequences.0.0", {"sequences": [[-1]]}),
+    (r"sequences\[0\]", {"sequences": [[]], "prompt_lengths": [0]}),
+    (r"sequences\[0\]", {"sequences": [[VOCAB]]}),
+    (r"sequences\[1\]", {"sequences": [[1], [1] * (LENGTH + 1)], "prompt_lengths": [0, 0]}),
+    ("prompt_lengths", {"prompt_lengths": [1, 1]}),
+    (r"prompt_lengths\[0\]", {"prompt_lengths": [4]}),
+    (r"prompt_lengths\[0\]", {"prompt_lengths": [-1]}),
+    ("top_logprobs", {"top_logprobs": VOCAB + 1}),
+    ("top_logprobs", {"top_logprobs": -1}),
+    ("temperature", {"temperature": 0}),
+    ("response_format", {"response_format": "xml"}),
+    ("score_ids", {"score_ids": [[[1]], [[1]]]}),
+    (r"score_ids\[0\]", {"score_ids": [[[1]]]}),
+    ("score_ids", {"score_ids": [[[1], [1, 2]]]}),
+    (r"score_ids\[0\]", {"score_ids": [[[1], [VOCAB]]]}),
+    ("unknown", {"unknown": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), BAD, ids=[f"{n}-{i}" for i, (n, _) in enumerate(BAD)])
+def test_a_bad_field_is_named(url: str, name: str, change: dict[str, Any]) -> None:
+    response = post(url, **{**GOOD, **change})
+    assert response.status_code == 422
+    assert response.json()["detail"].startswith(name.replace("\\", ""))
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[1, 2", b"null"])
+def test_garbage_bodies_are_refused(url: str, body: bytes) -> None:
+    response = httpx.post(f"{url}/get_sequence_logprobs/", content=body)
+    assert response.status_code == 422
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_body_that_is_too_large_is_refused_unread(model: Any) -> None:
+    with serving(TransformersEngine(model), limits=ServerLimits(body_bytes=1000)) as served:
+        response = httpx.post(f"{served.url}/get_sequence_logprobs/", content=b"x" * 1001)
+        assert response.status_code == 413
+
+
+def test_a_token_is_asked_for(model: Any) -> None:
+    with serving(TransformersEngine(model), token="secret") as served:
+        assert httpx.get(f"{served.url}/v1/teacher").status_code == 401
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        with TeacherClient(served.url, token="secret") as client:
+            assert client.info()["vocab_size"] == VOCAB
+        with TeacherClient(served.url, token="other") as client, pytest.raises(TeacherError, match="401"):
+            client.get_sequence_logprobs([[1, 2]], [1])
+
+
+def test_the_teacher_describes_itself(url: str) -> None:
+    with TeacherClient(url) as client:
+        info = client.info()
+    assert info["vocab_size"] == VOCAB
+    assert info["max_length"] == LENGTH
+    assert info["wire_version"] == wire.VERSION
+
+
+def test_metrics_count_requests_and_positions(model: Any) -> None:
+    with serving(TransformersEngine(model)) as served:
+        post(served.url, sequences=[[1, 2, 3, 4]], prompt_lengths=[1])
+        post(served.url, sequences=[[1, 2]], prompt_lengths=[9])
+        text = httpx.get(f"{served.url}/metrics").text
+    assert 'teacher_requests_total{status="200"} 1.0' in text
+    assert 'teacher_requests_total{status="422"} 1.0' in text
+    assert "teacher_positions_total 3.0" in text
+    assert "teacher_waiting_requests 0.0" in text
+
+
+class FakeEngine:
+    """Answers with the sequences' own tokens; can be held, can fail, knows whether two calls overlapped."""
+
+    def __init__(self) -> None:
+        self.info = TeacherInfo("fake", 1000, 1000, None)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.started = threading.Event()
+        self.batches: list[tuple[list[Sequence], Execution]] = []
+        self.inside = self.overlaps = 0
+
+    def score(self, batch: list[Sequence], execution: Execution) -> list[Answer]:
+        self.inside += 1
+        self.overlaps += self.inside > 1
+        self.batches.append((batch, execution))
+        self.started.set()
+        assert self.gate.wait(20)
+        self.inside -= 1
+        if any(13 in s.tokens for s in batch):
+            raise RuntimeError("token 13 is bad luck")
+        return [
+            Answer(
+                np.array([s.positions]),
+                np.zeros((s.positions, execution.top_logprobs), np.float32),
+                np.zeros((s.positions, execution.top_logprobs), np.int32),
+                -np.array(s.tokens[s.start :], np.float32),
+            )
+            for s in batch
+        ]
+
+
+@contextmanager
+def in_background(count: int, call: Any) -> Iterator[list[Any]]:
+    with ThreadPoolExecutor(count) as pool:
+        yield [pool.submit(call, i) for i in range(count)]
+
+
+def wait_until(condition: Any) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def waiting(url: str) -> int:
+    text = httpx.get(f"{url}/metrics").text
+    return int(float(text.split("teacher_waiting_requests ")[-1].split()[0]))
+
+
+def test_requests_of_several_clients_share_a_batch_within_the_token_budget() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    with serving(engine, batch_limits=BatchLimits(batch_tokens=12)) as served:
+
+        def ask(i: int) -> httpx.Response:
+            return post(served.url, sequences=[[1, 2, 3, 20 + i]], prompt_lengths=[1], top_logprobs=i % 2)
+
+        with in_background(1, ask) as first:
+            engine.started.wait(5)
+            with in_background(8, ask) as others:
+                wait_until(lambda: waiting(served.url) == 8)
+                engine.gate.set()
+        for i, future in enumerate(others):
+            answer = wire.decode_json(future.result().json())
+            assert answer.actual_logprobs.tolist() == [-2, -3, -(20 + i)]
+        assert first[0].result().status_code == 200
+    # 4 requests of either K; 3 of them are 12 tokens.
+    assert sorted(len(batch) for batch, _ in engine.batches) == [1, 1, 1, 3, 3]
+    assert all(len({len(batch), execution.top_logprobs}) for batch, execution in engine.batches)
+
+
+def test_one_owner_talks_to_the_engine() -> None:
+    engine = FakeEngine()
+    with (
+        serving(engine) as served,
+        in_background(
+            16, lambda i: post(served.url, sequences=[[i, 1]], prompt_lengths=[1], top_logprobs=i % 4)
+        ) as futures,
+    ):
+        assert all(f.result().status_code == 200 for f in futures)
+    assert engine.overlaps == 0
+
+
+def test_an_error_reaches_every_request_of_its_batch_and_no_other() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    with serving(engine) as served:
+
+        def ask(i: int) -> httpx.Response:
+            # Requests 1 and 3 have K 1, and 3 holds the bad token; 0, 2 and 4 have K 0.
+            return post(
+                served.url, sequences=[[5, 13 if i == 3 else 1]], prompt_lengths=[1], top_logprobs=i % 2
+            )
+
+        with in_background(1, lambda _: ask(0)):
+            engine.started.wait(5)
+            with in_background(5, ask) as futures:
+                wait_until(lambda: waiting(served.url) == 5)
+                engine.gate.set()
+        assert [f.result().status_code for f in futures] == [200, 500, 200, 500, 200]
+        assert "token 13 is bad luck" in futures[1].result().json()["detail"]
+        assert ask(0).status_code == 200
+
+
+def test_a_full_queue_answers_429_with_a_time() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    with serving(engine, batch_limits=BatchLimits(max_waiting=2)) as served:
+        with in_background(3, lambda i: post(served.url, sequences=[[1, i]], prompt_lengths=[1])) as futures:
+            engine.started.wait(5)
+            wait_until(lambda: waiting(served.url) >= 1)
+            time.sleep(0.2)
+            while waiting(served.url) < 2:  # the first batch may have taken two
+                futures.append(threading.Thread(target=post, args=(served.url,), kwargs=GOOD, daemon=True))
+                futures[-1].start()
+                time.sleep(0.1)
+            refused = post(served.url, **GOOD)
+            engine.gate.set()
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+
+
+def test_a_client_that_leaves_frees_its_place() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    with serving(engine) as served:
+        with in_background(1, lambda _: post(served.url, **GOOD)):
+            engine.started.wait(5)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(
+                    f"{served.url}/get_sequence_logprobs/", json={**GOOD, "top_logprobs": 9}, timeout=0.3
+                )
+            wait_until(lambda: waiting(served.url) == 0)
+            engine.gate.set()
+        post(served.url, **GOOD)
+    assert all(execution.top_logprobs != 9 for _, execution in engine.batches)
+
+
+def test_a_request_that_takes_too_long_answers_504() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    with serving(engine, limits=ServerLimits(request_seconds=0.2)) as served:
+        assert post(served.url, **GOOD).status_code == 504
+        engine.gate.set()
+        wait_until(lambda: post(served.url, **GOOD).status_code == 200)
+
+
+def test_a_stopping_server_finishes_what_it_has() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    served = Served(engine)
+    with in_background(1, lambda _: post(served.url, **GOOD)) as futures:
+        engine.started.wait(5)
+        served.server.should_exit = True
+        time.sleep(0.3)
+        engine.gate.set()
+        assert futures[0].result().status_code == 200
+    served.stop()
+
+
+def test_the_client_survives_a_restart_of_the_server(model: Any) -> None:
+    served = Served(TransformersEngine(model))
+    sequences, prompts = random_sequences(12)
+    patient = RetryPolicy(attempts=60, first_wait_seconds=0.05, longest_wait_seconds=0.2)
+    with TeacherClient(served.url, request_tokens=1, concurrency=3, retries=patient) as client:
+        client.get_sequence_logprobs(sequences[:1], prompts[:1])
+        served.stop()
+        with in_background(
+            1, lambda _: client.get_sequence_logprobs(sequences, prompts, top_logprobs=4)
+        ) as futures:
+            time.sleep(0.3)
+            again = Served(TransformersEngine(model), port=served.port)
+            answer = futures[0].result()
+        again.stop()
+    assert_right(answer, model, sequences, prompts, 4, 1.0)
+
+
+def test_the_client_goes_to_the_next_server(url: str, model: Any) -> None:
+    with TeacherClient(["http://127.0.0.1:9", url], retries=FAST) as client:
+        assert_right(
+            client.get_sequence_logprobs([[1, 2, 3]], [1], top_logprobs=2), model, [[1, 2, 3]], [1], 2, 1.0
+        )
+
+
+def answering(*responses: httpx.Response) -> tuple[TeacherClient, list[httpx.Request]]:
+    """A client whose server gives these responses, the last one again and again."""
+    seen: list[httpx.Request] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return responses[min(len(seen), len(responses)) - 1]
+
+    client = TeacherClient("http://teacher", protocol="fused-distill", retries=FAST)
+    client._http = httpx.Client(transport=httpx.MockTransport(handle), timeout=5)
+    return client, seen
+
+
+def one_position(logprob: float = -1.0, actual: float = -2.0) -> httpx.Response:
+    answer = Answer(
+        np.array([1]),
+        np.array([[logprob]], np.float32),
+        np.array([[4]], np.int32),
+        np.array([actual], np.float32),
+    )
+    return httpx.Response(200, content=wire.encode_binary(answer))
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_what_may_pass_is_tried_again(status: int) -> None:
+    client, seen = answering(httpx.Response(status), httpx.Response(status), one_position())
+    assert client.get_sequence_logprobs([[1, 2]], [1]).actual_logprobs.tolist() == [-2]
+    assert len(seen) == 3
+    assert len({request.content for request in seen}) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
+def test_what_will_not_pass_is_not_tried_again(status: int) -> None:
+    client, seen = answering(httpx.Response(status, json={"detail": "because"}))
+    with pytest.raises(TeacherError, match=f"{status} because"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert len(seen) == 1
+
+
+def test_the_deadline_ends_all_attempts() -> None:
+    client, seen = answering(httpx.Response(503, headers={"Retry-After": "60"}))
+    client.deadline_seconds = 0.2
+    with pytest.raises(TeacherError, match="503"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        (one_position(actual=-np.inf), "no number for sequence 0 at token 1"),
+        (one_position(actual=np.nan), "no number for sequence 0 at token 1"),
+        (one_position(logprob=np.nan), "no number for sequence 0 at token 1"),
+        (one_position(logprob=-np.inf), "no number for sequence 0 at token 1"),
+    ],
+)
+def test_a_missing_number_is_an_error_that_names_the_position(response: httpx.Response, message: str) -> None:
+    client, _ = answering(response)
+    with pytest.raises(TeacherError, match=message):
+        client.get_sequence_logprobs([[1, 2]], [1])
+
+
+def test_an_answer_to_another_question_is_an_error() -> None:
+    client, _ = answering(one_position())
+    with pytest.raises(TeacherError, match=r"\[1\] positions, expected \[2\]"):
+        client.get_sequence_logprobs([[1, 2, 3]], [1])
+    with pytest.raises(TeacherError, match="1 log-probabilities a position, expected 3"):
+        client.get_sequence_logprobs([[1, 2]], [1], top_logprobs=3)
+
+
+CLIENT_BAD = [
+    ("sequences", {"sequences": []}),
+    (r"sequences\[1\]", {"sequences": [[1], []], "prompt_lengths": [0, 0]}),
+    ("prompt_lengths", {"prompt_lengths": [1, 2]}),
+    (r"prompt_lengths\[0\]", {"prompt_lengths": [4]}),
+    (r"prompt_lengths\[0\]", {"prompt_lengths": [-1]}),
+    ("score_ids", {"score_ids": []}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), CLIENT_BAD, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CLIENT_BAD)]
+)
+def test_the_client_names_a_bad_argument_before_any_request(name: str, change: dict[str, Any]) -> None:
+    client, seen = answering(one_position())
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        client.get_sequence_logprobs(**{**GOOD, **change})
+    assert not seen
+
+
+def vllm_server(logprobs: list[dict[str, Any] | None]) -> tuple[TeacherClient, list[httpx.Request]]:
+    seen: list[httpx.Request] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        if request.url.path == "/v1/teacher":
+            return httpx.Response(404)
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "stock"}]})
+        return httpx.Response(200, json={"choices": [{"index": 0, "prompt_logprobs": logprobs}]})
+
+    client = TeacherClient("http://vllm", retries=FAST)
+    client._http = httpx.Client(transport=httpx.MockTransport(handle), timeout=5)
+    return client, seen
+
+
+def test_a_stock_vllm_server_is_detected_and_asked_for_prompt_logprobs() -> None:
+    position = {
+        "7": {"logprob": -0.5, "rank": 1},
+        "3": {"logprob": -1.5, "rank": 2},
+        "9": {"logprob": -4.0, "rank": 20},
+    }
+    client, seen = vllm_server([None, position])
+    answer = client.get_sequence_logprobs([[1, 9]], [1], top_logprobs=2)
+    assert answer.ids.tolist() == [[7, 3]]
+    assert answer.logprobs.tolist() == [[-0.5, -1.5]]
+    assert answer.actual_logprobs.tolist() == [-4.0]
+    asked = json.loads(seen[-1].content)
+    assert (asked["model"], asked["prompt"], asked["prompt_logprobs"]) == ("stock", [[1, 9]], 2)
+
+
+@pytest.mark.parametrize(
+    "position", [None, {}, {"7": {"logprob": None, "rank": 1}}, {"7": {"logprob": -0.5, "rank": 1}}]
+)
+def test_a_number_that_vllm_leaves_out_is_an_error(position: Any) -> None:
+    client, _ = vllm_server([None, position])
+    with pytest.raises(TeacherError, match="no number for sequence 0 at token 1"):
+        client.get_sequence_logprobs([[1, 9]], [1])
+
+
+def test_what_vllm_cannot_do_is_refused_with_the_reason() -> None:
+    client, _ = vllm_server([])
+    with pytest.raises(ValueError, match="temperature must be 1 with a stock vLLM server, which ignores it"):
+        client.get_sequence_logprobs([[1, 2]], [1], temperature=0.5)
+    with pytest.raises(ValueError, match="score_ids must be None with a stock vLLM server"):
+        client.get_sequence_logprobs([[1, 2]], [1], score_ids=[[[1]]])
+
+
+@pytest.mark.parametrize("layout", ["left and right padded", "packed"])
+def test_aligned_answers_give_the_loss_of_the_teacher_itself(url: str, model: Any, layout: str) -> None:
+    sequences, prompts = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11]], [3, 1, 2]
+    with TeacherClient(url) as client:
+        answer = client.get_sequence_logprobs(sequences, prompts, top_logprobs=6)
+    if layout == "packed":  # one row, sequences one after the other
+        rows = [[(i, t) for i, s in enumerate(sequences) for t in range(len(s))]]
+    else:  # prompts end at column 3
+        rows = [
+            [None] * (3 - p) + [(i, t) for t in range(len(s))] + [None] * (5 - (3 - p) - len(s))
+            for i, (s, p) in enumerate(zip(sequences, prompts, strict=True))
+        ]
+    # True where the next token of the same sequence belongs to its completion.
+    mask = torch.tensor(
+        [[c is not None and prompts[c[0]] <= c[1] + 1 < len(sequences[c[0]]) for c in row] for row in rows]
+    )
+    aligned = align(answer, mask)
+    hidden = torch.randn(*mask.shape, 8)
+    head = torch.randn(VOCAB, 8)
+    want = direct(model, sequences, prompts).topk(6)
+    got = fused_linear_topk_jsd(hidden, head, aligned.logprobs, aligned.ids, mask=mask)
+    plain = fused_linear_topk_jsd(hidden[mask], head, want.values, want.indices)
+    torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-6)
+    assert (aligned.logprobs[~mask] == -torch.inf).all()
+
+
+def test_a_mask_that_does_not_fit_the_answer_is_named() -> None:
+    answer = wire.decode_binary(one_position().content)
+    with pytest.raises(ValueError, match="mask must be True at the answer's 1 positions, got 2"):
+        align(answer, torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask must be bool"):
+        align(answer, torch.ones(1))
