@@ -14,36 +14,6 @@ transformers = pytest.importorskip("transformers")
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Gemma 3 of three layers with a tokenizer of single characters."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    path = tmp_path_factory.mktemp("tiny")
-    characters = [chr(c) for c in range(32, 127)]
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(path)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        final_logit_softcapping=30.0,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=1,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    return path
-
-
 def run_demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(

@@ -43,9 +43,7 @@ def test_logits_equal_the_models(family: str) -> None:
     tokens = torch.randint(40, (2, 7))
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=tokens).last_hidden_state
-        weight, bias, scale, softcap = output_head(model)
-        logits = scale * torch.nn.functional.linear(hidden, weight, bias)
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = output_head(model).logits(hidden)
         torch.testing.assert_close(logits, model(input_ids=tokens).logits)
 
 

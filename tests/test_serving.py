@@ -146,7 +146,7 @@ def test_chosen_ids_are_scored(url: str, model: Any) -> None:
 
 
 def post(url: str, **body: Any) -> httpx.Response:
-    return httpx.post(f"{url}/get_sequence_logprobs/", json=body)
+    return httpx.post(f"{url}/get_sequence_logprobs/", json=body, timeout=60)
 
 
 def test_binary_and_json_responses_carry_the_same_fields(url: str) -> None:
@@ -183,6 +183,9 @@ BAD = [
     ("score_ids", {"score_ids": [[[1], [1, 2]]]}),
     (r"score_ids\[0\]", {"score_ids": [[[1], [VOCAB]]]}),
     ("unknown", {"unknown": 1}),
+    ("sequences.0.0", {"sequences": [[True]]}),
+    ("prompt_lengths.0", {"prompt_lengths": ["1"]}),
+    ("temperature", {"temperature": 1e-9}),
 ]
 
 
@@ -193,10 +196,23 @@ def test_a_bad_field_is_named(url: str, name: str, change: dict[str, Any]) -> No
     assert response.json()["detail"].startswith(name.replace("\\", ""))
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[1, 2", b"null"])
+GARBAGE = [
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b"[1, 2",
+    b"null",
+    b"[" * 10**5,
+    b'{"sequences": [[' + b"9" * 5000 + b"]]}",
+]
+
+
+@pytest.mark.parametrize("body", GARBAGE, ids=range(len(GARBAGE)))
 def test_garbage_bodies_are_refused(url: str, body: bytes) -> None:
-    response = httpx.post(f"{url}/get_sequence_logprobs/", content=body)
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{url}/get_sequence_logprobs/", content=body, headers=headers)
     assert response.status_code == 422
+    assert len(response.content) < 1000
     assert httpx.get(f"{url}/health").status_code == 200
 
 
@@ -204,6 +220,17 @@ def test_a_body_that_is_too_large_is_refused_unread(model: Any) -> None:
     with serving(TransformersEngine(model), limits=ServerLimits(body_bytes=1000)) as served:
         response = httpx.post(f"{served.url}/get_sequence_logprobs/", content=b"x" * 1001)
         assert response.status_code == 413
+
+
+def test_a_body_without_a_length_is_refused(url: str) -> None:
+    response = httpx.post(f"{url}/get_sequence_logprobs/", content=iter([b"{}"]))
+    assert response.status_code == 411
+
+
+def test_a_body_full_of_errors_gets_a_short_answer(url: str) -> None:
+    response = post(url, sequences=[[-1] * 10**5], prompt_lengths=[0])
+    assert response.status_code == 422
+    assert len(response.content) < 1000
 
 
 def test_a_token_is_asked_for(model: Any) -> None:
@@ -251,7 +278,8 @@ class FakeEngine:
         self.overlaps += self.inside > 1
         self.batches.append((batch, execution))
         self.started.set()
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
+        time.sleep(0.01)  # long enough for a second call to be seen
         self.inside -= 1
         if any(13 in s.tokens for s in batch):
             raise RuntimeError("token 13 is bad luck")
@@ -293,7 +321,7 @@ def test_requests_of_several_clients_share_a_batch_within_the_token_budget() -> 
             return post(served.url, sequences=[[1, 2, 3, 20 + i]], prompt_lengths=[1], top_logprobs=i % 2)
 
         with in_background(1, ask) as first:
-            engine.started.wait(5)
+            assert engine.started.wait(30)
             with in_background(8, ask) as others:
                 wait_until(lambda: waiting(served.url) == 8)
                 engine.gate.set()
@@ -301,9 +329,21 @@ def test_requests_of_several_clients_share_a_batch_within_the_token_budget() -> 
             answer = wire.decode_json(future.result().json())
             assert answer.actual_logprobs.tolist() == [-2, -3, -(20 + i)]
         assert first[0].result().status_code == 200
-    # 4 requests of either K; 3 of them are 12 tokens.
+    # 4 requests of either K; 3 of them are 12 tokens. Odd ones asked for K 1.
     assert sorted(len(batch) for batch, _ in engine.batches) == [1, 1, 1, 3, 3]
-    assert all(len({len(batch), execution.top_logprobs}) for batch, execution in engine.batches)
+    for batch, execution in engine.batches:
+        assert {s.tokens[-1] % 2 for s in batch} == {execution.top_logprobs}
+
+
+def test_a_long_request_is_cut_into_batches_within_the_token_budget() -> None:
+    engine = FakeEngine()
+    with serving(engine, batch_limits=BatchLimits(batch_tokens=12)) as served:
+        sequences = [[1] * n for n in (2, 9, 3, 30, 1, 4)]
+        answer = wire.decode_json(post(served.url, sequences=sequences, prompt_lengths=[1] * 6).json())
+    assert answer.lengths.tolist() == [1, 8, 2, 29, 0, 3]
+    sizes = [len(batch) * max(len(s.tokens) for s in batch) for batch, _ in engine.batches]
+    assert sorted(sizes)[-1] == 30  # the sequence that is longer than the budget, alone
+    assert sorted(sizes)[-2] <= 12
 
 
 def test_one_owner_talks_to_the_engine() -> None:
@@ -311,7 +351,7 @@ def test_one_owner_talks_to_the_engine() -> None:
     with (
         serving(engine) as served,
         in_background(
-            16, lambda i: post(served.url, sequences=[[i, 1]], prompt_lengths=[1], top_logprobs=i % 4)
+            16, lambda i: post(served.url, sequences=[[20 + i, 1]], prompt_lengths=[1], top_logprobs=i % 4)
         ) as futures,
     ):
         assert all(f.result().status_code == 200 for f in futures)
@@ -330,7 +370,7 @@ def test_an_error_reaches_every_request_of_its_batch_and_no_other() -> None:
             )
 
         with in_background(1, lambda _: ask(0)):
-            engine.started.wait(5)
+            assert engine.started.wait(30)
             with in_background(5, ask) as futures:
                 wait_until(lambda: waiting(served.url) == 5)
                 engine.gate.set()
@@ -342,19 +382,18 @@ def test_an_error_reaches_every_request_of_its_batch_and_no_other() -> None:
 def test_a_full_queue_answers_429_with_a_time() -> None:
     engine = FakeEngine()
     engine.gate.clear()
-    with serving(engine, batch_limits=BatchLimits(max_waiting=2)) as served:
-        with in_background(3, lambda i: post(served.url, sequences=[[1, i]], prompt_lengths=[1])) as futures:
-            engine.started.wait(5)
-            wait_until(lambda: waiting(served.url) >= 1)
-            time.sleep(0.2)
-            while waiting(served.url) < 2:  # the first batch may have taken two
-                futures.append(threading.Thread(target=post, args=(served.url,), kwargs=GOOD, daemon=True))
-                futures[-1].start()
-                time.sleep(0.1)
+    with (
+        serving(engine, batch_limits=BatchLimits(max_waiting=2)) as served,
+        in_background(1, lambda _: post(served.url, **GOOD)),
+    ):
+        assert engine.started.wait(30)  # that one is in the engine and does not wait
+        with in_background(2, lambda _: post(served.url, **GOOD)) as futures:
+            wait_until(lambda: waiting(served.url) == 2)
             refused = post(served.url, **GOOD)
             engine.gate.set()
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"
+        assert [f.result().status_code for f in futures] == [200, 200]
 
 
 def test_a_client_that_leaves_frees_its_place() -> None:
@@ -362,7 +401,7 @@ def test_a_client_that_leaves_frees_its_place() -> None:
     engine.gate.clear()
     with serving(engine) as served:
         with in_background(1, lambda _: post(served.url, **GOOD)):
-            engine.started.wait(5)
+            assert engine.started.wait(30)
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(
                     f"{served.url}/get_sequence_logprobs/", json={**GOOD, "top_logprobs": 9}, timeout=0.3
@@ -371,6 +410,63 @@ def test_a_client_that_leaves_frees_its_place() -> None:
             engine.gate.set()
         post(served.url, **GOOD)
     assert all(execution.top_logprobs != 9 for _, execution in engine.batches)
+
+
+class BrokenEngine(FakeEngine):
+    """Answers that do not fit together, then NaN, then too few, then a way out of the process."""
+
+    def score(self, batch: list[Sequence], execution: Execution) -> list[Answer]:
+        good = super().score(batch, execution)
+        call = len(self.batches)
+        if call == 1:
+            bad = good[0]
+            return [
+                Answer(
+                    bad.lengths, np.zeros((1, 9), np.float32), np.zeros((1, 9), np.int32), bad.actual_logprobs
+                ),
+                *good[1:],
+            ]
+        if call == 2:
+            good[0].actual_logprobs[:] = np.nan
+        if call == 4:
+            raise SystemExit(1)
+        return good[:1] if call == 3 else good
+
+
+@pytest.mark.parametrize("response_format", ["binary", "json"])
+def test_an_engine_that_breaks_its_word_ends_no_server(response_format: str) -> None:
+    with serving(BrokenEngine()) as served:
+        asked = {"sequences": [[1, 2], [3, 4]], "prompt_lengths": [1, 1], "response_format": response_format}
+        assert [post(served.url, **asked).status_code for _ in range(5)] == [500, 500, 500, 500, 200]
+
+
+@pytest.mark.parametrize("sequences", [[[3]], [[3, 4]]])
+def test_a_request_without_positions_gets_an_empty_answer(url: str, sequences: list[list[int]]) -> None:
+    with TeacherClient(url) as client:
+        answer = client.get_sequence_logprobs(sequences, [len(sequences[0])], top_logprobs=4)
+    assert answer.lengths.tolist() == [0]
+
+
+def test_score_ids_may_leave_a_part_without_positions(url: str) -> None:
+    with TeacherClient(url, request_tokens=3) as client:
+        answer = client.get_sequence_logprobs([[1, 2, 3], [5]], [1, 1], score_ids=[[[1], [2]], []])
+    assert answer.score_logprobs is not None
+    assert answer.score_logprobs.shape == (2, 1)
+
+
+def test_more_sequences_than_a_request_takes_are_cut(url: str) -> None:
+    with TeacherClient(url) as client:
+        answer = client.get_sequence_logprobs([[1, 2, 3]] * 600, [2] * 600)
+    assert answer.lengths.tolist() == [1] * 600
+
+
+def test_numpy_arguments_are_taken(url: str) -> None:
+    with TeacherClient(url) as client:
+        plain = client.get_sequence_logprobs([[1, 2, 3]], [1], score_ids=[[[4, 5], [6, 7]]])
+        same = client.get_sequence_logprobs(
+            np.array([[1, 2, 3]]), np.array([1]), score_ids=[np.array([[4, 5], [6, 7]])]
+        )
+    np.testing.assert_array_equal(same.score_logprobs, plain.score_logprobs)
 
 
 def test_a_request_that_takes_too_long_answers_504() -> None:
@@ -387,7 +483,7 @@ def test_a_stopping_server_finishes_what_it_has() -> None:
     engine.gate.clear()
     served = Served(engine)
     with in_background(1, lambda _: post(served.url, **GOOD)) as futures:
-        engine.started.wait(5)
+        assert engine.started.wait(30)
         served.server.should_exit = True
         time.sleep(0.3)
         engine.gate.set()
@@ -425,11 +521,11 @@ def answering(*responses: httpx.Response) -> tuple[TeacherClient, list[httpx.Req
 
     def handle(request: httpx.Request) -> httpx.Response:
         seen.append(request)
-        return responses[min(len(seen), len(responses)) - 1]
+        given = responses[min(len(seen), len(responses)) - 1]
+        return httpx.Response(given.status_code, headers=given.headers, content=given.content)
 
-    client = TeacherClient("http://teacher", protocol="fused-distill", retries=FAST)
-    client._http = httpx.Client(transport=httpx.MockTransport(handle), timeout=5)
-    return client, seen
+    transport = httpx.MockTransport(handle)
+    return TeacherClient("http://teacher", protocol="fused-distill", retries=FAST, transport=transport), seen
 
 
 def one_position(logprob: float = -1.0, actual: float = -2.0) -> httpx.Response:
@@ -448,6 +544,29 @@ def test_what_may_pass_is_tried_again(status: int) -> None:
     assert client.get_sequence_logprobs([[1, 2]], [1]).actual_logprobs.tolist() == [-2]
     assert len(seen) == 3
     assert len({request.content for request in seen}) == 1
+
+
+BROKEN = [
+    httpx.Response(200, content=b"FDT nonsense"),
+    httpx.Response(200, content=b""),
+    httpx.Response(503, json=[]),
+    httpx.Response(503, json="busy"),
+    httpx.Response(500, content=b"<html>"),
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=range(len(BROKEN)))
+def test_an_answer_that_cannot_be_read_is_asked_for_again(broken: httpx.Response) -> None:
+    client, seen = answering(broken, one_position())
+    assert client.get_sequence_logprobs([[1, 2]], [1]).actual_logprobs.tolist() == [-2]
+    assert len(seen) == 2
+
+
+def test_a_teacher_that_stays_broken_is_an_error_of_its_own() -> None:
+    client, seen = answering(httpx.Response(200, content=b"nonsense"))
+    with pytest.raises(TeacherError, match="WireError"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert len(seen) == FAST.attempts
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
@@ -485,7 +604,7 @@ def test_an_answer_to_another_question_is_an_error() -> None:
     client, _ = answering(one_position())
     with pytest.raises(TeacherError, match=r"\[1\] positions, expected \[2\]"):
         client.get_sequence_logprobs([[1, 2, 3]], [1])
-    with pytest.raises(TeacherError, match="1 log-probabilities a position, expected 3"):
+    with pytest.raises(TeacherError, match=r"\(1, None\) log-probabilities a position, expected \(3, None\)"):
         client.get_sequence_logprobs([[1, 2]], [1], top_logprobs=3)
 
 
@@ -520,9 +639,7 @@ def vllm_server(logprobs: list[dict[str, Any] | None]) -> tuple[TeacherClient, l
             return httpx.Response(200, json={"data": [{"id": "stock"}]})
         return httpx.Response(200, json={"choices": [{"index": 0, "prompt_logprobs": logprobs}]})
 
-    client = TeacherClient("http://vllm", retries=FAST)
-    client._http = httpx.Client(transport=httpx.MockTransport(handle), timeout=5)
-    return client, seen
+    return TeacherClient("http://vllm", retries=FAST, transport=httpx.MockTransport(handle)), seen
 
 
 def test_a_stock_vllm_server_is_detected_and_asked_for_prompt_logprobs() -> None:
@@ -547,6 +664,17 @@ def test_a_number_that_vllm_leaves_out_is_an_error(position: Any) -> None:
     client, _ = vllm_server([None, position])
     with pytest.raises(TeacherError, match="no number for sequence 0 at token 1"):
         client.get_sequence_logprobs([[1, 9]], [1])
+
+
+def test_the_actual_token_is_not_taken_for_a_missing_likely_one() -> None:
+    client, _ = vllm_server([None, {"7": {"logprob": -0.5, "rank": 1}, "9": {"logprob": -4.0, "rank": 30}}])
+    with pytest.raises(TeacherError, match="no number for sequence 0 at token 1"):
+        client.get_sequence_logprobs([[1, 9]], [1], top_logprobs=2)
+
+
+def test_vllm_may_be_asked_for_the_actual_tokens_alone() -> None:
+    client, _ = vllm_server([None, {"9": {"logprob": -4.0, "rank": 30}}])
+    assert client.get_sequence_logprobs([[1, 9]], [1], top_logprobs=0).logprobs.shape == (1, 0)
 
 
 def test_what_vllm_cannot_do_is_refused_with_the_reason() -> None:

@@ -95,16 +95,34 @@ def test_random_bytes_are_rejected(payload: bytes) -> None:
         wire.decode_binary(payload)
 
 
-@given(st.binary(max_size=60), st.integers(0, 255), st.integers(0, 65535), st.integers(0, 2**32 - 1))
-def test_a_forged_header_with_a_right_checksum_is_rejected(body: bytes, code: int, k: int, n: int) -> None:
-    # What a hostile server would send: huge counts, no memory taken for them.
-    forged = struct.pack("<3sBBBHHI", b"FDT", 1, code, 0, k, 0, n) + body
-    payload = forged + struct.pack("<I", zlib.crc32(forged))
+@given(
+    st.integers(0, 2),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.data(),
+)
+def test_random_numbers_in_a_fitting_frame_are_an_answer_or_rejected(
+    code: int, k: int, m: int, lengths: list[int], data: st.DataObject
+) -> None:
+    positions, size = sum(lengths), 4 >> min(code, 1)
+    count = positions * (k * (size + 4) + size * (1 + m))
+    body = struct.pack("<3sBBBHHI", b"FDT", 1, code, m > 0, k, m, len(lengths))
+    body += np.array(lengths, "<u4").tobytes() + data.draw(st.binary(min_size=count, max_size=count))
     try:
-        answer = wire.decode_binary(payload)
+        answer = wire.decode_binary(body + struct.pack("<I", zlib.crc32(body)))
     except WireError:
         return
-    assert answer.logprobs.nbytes <= 2 * len(payload)
+    assert answer.lengths.tolist() == lengths
+    assert (answer.ids >= 0).all()
+    assert not (answer.logprobs == np.inf).any()
+
+
+@pytest.mark.parametrize("n", [1, 2**31, 2**32 - 1])
+def test_counts_beyond_the_payload_take_no_memory(n: int) -> None:
+    forged = struct.pack("<3sBBBHHI", b"FDT", 1, 0, 0, 65535, 0, n) + struct.pack("<I", 2**32 - 1)
+    with pytest.raises(WireError):
+        wire.decode_binary(forged + struct.pack("<I", zlib.crc32(forged)))
 
 
 JSON_VALUES = st.recursive(
@@ -122,18 +140,62 @@ def test_any_other_json_is_rejected(content: object) -> None:
         wire.decode_json(content)
 
 
-@given(answers(), st.data())
-def test_json_with_a_field_changed_is_rejected_or_still_an_answer(
-    answer: Answer, data: st.DataObject
+STRANGE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from(
+        [10**5000, -(10**5000), 1e300, -1e300, float("nan"), float("inf"), 2**31, -1, "1", [], {}]
+    ),
+)
+
+
+def changed(content: Any, data: st.DataObject) -> Any:
+    """The content with something strange at a random place in it."""
+    if isinstance(content, (dict, list)) and content and data.draw(st.integers(0, 3)):
+        copy = content.copy()
+        keys = sorted(content) if isinstance(content, dict) else range(len(content))
+        key = data.draw(st.sampled_from(keys))
+        copy[key] = changed(content[key], data)
+        return copy
+    return data.draw(STRANGE)
+
+
+@pytest.mark.parametrize("form", ["json", "base64"])
+@given(answer=answers(), data=st.data())
+def test_json_with_anything_changed_is_rejected_or_still_an_answer(
+    form: str, answer: Answer, data: st.DataObject
 ) -> None:
-    content = wire.encode_json(answer)
-    name = data.draw(st.sampled_from(sorted(content)))
-    content[name] = data.draw(JSON_VALUES)
+    content = (wire.encode_json if form == "json" else wire.encode_base64)(answer)
     try:
-        decoded = wire.decode_json(content)
+        decoded = wire.decode_json(changed(content, data))
     except WireError:
         return
     assert decoded.lengths.sum() == len(decoded.actual_logprobs)
+    assert (decoded.ids >= 0).all()
+    assert not (decoded.logprobs == np.inf).any()
+
+
+def test_float16_never_makes_an_entry_absent() -> None:
+    answer = Answer(
+        np.array([1]),
+        np.full((1, 1), -1e6, np.float32),
+        np.zeros((1, 1), np.int32),
+        np.full(1, -1e6, np.float32),
+    )
+    got = wire.decode_binary(wire.encode_binary(answer, "float16"))
+    assert got.logprobs.item() == got.actual_logprobs.item() == -65504
+
+
+def test_parts_without_positions_join_with_any() -> None:
+    empty = Answer(
+        np.array([0]), np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int32), np.zeros(0, np.float32)
+    )
+    full = Answer(
+        np.array([1]), np.zeros((1, 2), np.float32), np.ones((1, 2), np.int32), np.zeros(1, np.float32)
+    )
+    joined = Answer.join([empty, full, empty])
+    assert joined.lengths.tolist() == [0, 1, 0]
+    assert joined.ids.tolist() == [[1, 1]]
 
 
 def test_another_version_is_named() -> None:

@@ -22,21 +22,32 @@ def main(arguments: list[str] | None = None) -> None:
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     serve.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    serve.add_argument("--max-length", type=int, help="longest sequence (default: the model's)")
     serve.add_argument("--batch-tokens", type=int, default=16384, help="tokens of one forward pass")
     serve.add_argument("--max-waiting", type=int, default=256, help="requests that may wait; more get 429")
     serve.add_argument("--request-seconds", type=float, default=300.0, help="time limit of a request")
     options = parser.parse_args(arguments)
-    serve_teacher(options)
+    try:
+        serve_teacher(options)
+    except (ImportError, OSError, ValueError) as error:
+        parser.exit(2, f"fused-distill {options.command}: {error}\n")
 
 
 def serve_teacher(options: argparse.Namespace) -> None:
     """Serve a teacher. FUSED_DISTILL_TOKEN in the environment is the bearer token that clients must send."""
-    import torch
-    import uvicorn
-
     from .serving.batching import BatchLimits
     from .serving.engine import TransformersEngine
     from .serving.server import ServerLimits, create_app
+
+    # Checked before a model is loaded.
+    limits = ServerLimits(request_seconds=options.request_seconds)
+    batch_limits = BatchLimits(options.max_waiting, options.batch_tokens)
+    token = os.environ.get("FUSED_DISTILL_TOKEN")
+    if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
+        print("warning: without FUSED_DISTILL_TOKEN everybody who reaches this address may use the teacher")
+
+    import torch
+    import uvicorn
 
     device = options.device
     if device == "auto":
@@ -44,10 +55,14 @@ def serve_teacher(options: argparse.Namespace) -> None:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    app = create_app(
-        TransformersEngine.load(options.model, device, dtype),
-        token=os.environ.get("FUSED_DISTILL_TOKEN"),
-        limits=ServerLimits(request_seconds=options.request_seconds),
-        batch_limits=BatchLimits(options.max_waiting, options.batch_tokens),
+    engine = TransformersEngine.load(options.model, device, dtype, options.max_length)
+    uvicorn.run(
+        create_app(engine, token=token, limits=limits, batch_limits=batch_limits),
+        host=options.host,
+        port=options.port,
+        timeout_graceful_shutdown=int(options.request_seconds) + 10,
     )
-    uvicorn.run(app, host=options.host, port=options.port, log_level="info", timeout_graceful_shutdown=60)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class OutputHead(NamedTuple):
@@ -17,6 +19,11 @@ class OutputHead(NamedTuple):
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) from hidden (..., D)."""
+        logits = self.logit_scale * F.linear(hidden, self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 # config field -> logit scale. A family that is not here scales nothing.

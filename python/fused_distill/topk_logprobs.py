@@ -92,8 +92,7 @@ def topk_logprobs(
                 f"actual_ids must have the shape of the tokens, {tuple(shape)}, or one dimension more, "
                 f"got {tuple(actual_ids.shape)}"
             )
-        as_rows = actual_ids if actual_ids.dim() > len(shape) else actual_ids.unsqueeze(-1)
-        check_id_range("actual_ids", as_rows, n_columns, mask=mask)
+        check_id_range("actual_ids", _as_rows(actual_ids, len(shape)), n_columns, mask=mask)
 
     settings = LossSettings(temperature=temperature, student_logit_scale=logit_scale, student_softcap=softcap)
     dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
@@ -121,7 +120,10 @@ def _topk_logprobs(
     tokens = (
         torch.arange(len(hidden), device=device) if mask is None else mask.reshape(-1).nonzero().squeeze(1)
     )
-    actual = None if actual_ids is None else actual_ids.reshape(len(hidden), -1).long()
+    actual = None
+    if actual_ids is not None:
+        actual = _as_rows(actual_ids, len(shape))
+        actual = actual.reshape(len(hidden), actual.shape[-1]).long()
 
     logprobs = torch.full((len(hidden), k), -torch.inf, dtype=dtype, device=device)
     ids = torch.zeros(len(hidden), k, dtype=torch.int64, device=device)
@@ -163,3 +165,8 @@ def _topk_logprobs(
         ids.reshape(*shape, k),
         None if actual_logprobs is None or actual_ids is None else actual_logprobs.reshape(actual_ids.shape),
     )
+
+
+def _as_rows(ids: Tensor, token_dimensions: int) -> Tensor:
+    """(...) or (..., M) ids as (..., M)."""
+    return ids if ids.dim() > token_dimensions else ids.unsqueeze(-1)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from .engine import Execution, Sequence, TeacherEngine
 from .wire import Answer
@@ -15,20 +18,50 @@ class QueueFull(Exception):
     """No place is free; the client should come again."""
 
 
+class Stopped(Exception):
+    """The server is stopping and takes nothing new."""
+
+
 @dataclass(frozen=True)
 class BatchLimits:
     """How requests wait and are put together."""
 
     max_waiting: int = 256  # requests
-    batch_tokens: int = 16384  # of one engine call; a longer request goes alone
+    batch_tokens: int = 16384  # of one engine call, padding included; a longer sequence goes alone
     window_seconds: float = 0.005  # how long a batch waits for company
+
+    def __post_init__(self) -> None:
+        if self.max_waiting < 1 or self.batch_tokens < 1 or not self.window_seconds >= 0:
+            raise ValueError(f"batch limits must be positive, got {self}")
 
 
 @dataclass(eq=False)
 class _Job:
+    """One request; its sequences may go through the engine in several batches, the longest first."""
+
     sequences: list[Sequence]
     execution: Execution
-    answer: asyncio.Future[Answer]
+    result: asyncio.Future[Answer]
+    waiting: deque[int] = field(init=False)
+    answers: dict[int, Answer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i].tokens))
+        self.waiting = deque(order)
+
+    def take(self, index: int, answer: Answer) -> None:
+        """Keep one sequence's answer; with the last one the request is done."""
+        if np.isnan(answer.actual_logprobs).any() or np.isnan(answer.logprobs).any():
+            raise RuntimeError(f"the engine gave NaN for sequence {index}")
+        self.answers[index] = answer
+        if len(self.answers) == len(self.sequences) and not self.result.done():
+            self.result.set_result(Answer.join([self.answers[i] for i in range(len(self.sequences))]))
+
+    def fail(self, error: Exception) -> None:
+        """The request is done with this error."""
+        self.waiting.clear()
+        if not self.result.done():
+            self.result.set_exception(error)
 
 
 class Batcher:
@@ -37,87 +70,102 @@ class Batcher:
     def __init__(self, engine: TeacherEngine, limits: BatchLimits | None = None):
         self.engine = engine
         self.limits = limits or BatchLimits()
-        self.waiting: deque[_Job] = deque()
-        self.running = 0  # requests in the engine
+        self.queue: deque[_Job] = deque()  # requests with sequences that wait
+        self.running = 0  # sequences in the engine
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-engine")
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Batcher:
         """Start taking requests."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-engine")
         self._task = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop; whoever still waits is cancelled, a running engine call is waited for."""
-        assert self._task is not None
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        while self.waiting:
-            self.waiting.popleft().answer.cancel()
+        """Stop: whoever still waits gets `Stopped`, a running engine call is waited for."""
+        task, self._task = self._task, None
+        assert task is not None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        while self.queue:
+            self.queue.popleft().fail(Stopped())
         await asyncio.to_thread(self._thread.shutdown)
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken and will be answered."""
+        return self._task is not None and not self._task.done()
+
     async def submit(self, sequences: list[Sequence], execution: Execution) -> Answer:
-        """The answer for these sequences. Cancelling this call frees its place.
+        """The answer for these sequences, at least one. Cancelling this call frees its place.
 
         Raises:
             QueueFull: `max_waiting` requests wait already.
-            Exception: whatever the engine raised on the batch.
+            Stopped: the server is stopping.
+            Exception: whatever the engine raised on a batch with one of the sequences.
         """
-        if len(self.waiting) >= self.limits.max_waiting:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting")
+        if not self.alive:
+            raise Stopped
+        if len(self.queue) >= self.limits.max_waiting:
+            raise QueueFull(f"{len(self.queue)} requests are waiting")
         job = _Job(sequences, execution, asyncio.get_running_loop().create_future())
-        self.waiting.append(job)
+        self.queue.append(job)
         self._arrived.set()
         try:
-            return await job.answer
+            return await job.result
         finally:
-            if job in self.waiting:
-                self.waiting.remove(job)
+            job.waiting.clear()
+            if job in self.queue:
+                self.queue.remove(job)
 
     async def _run(self) -> None:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            while self.waiting:
+            while self.queue:
                 await asyncio.sleep(self.limits.window_seconds)
-                batch = self._take_batch()
+                batch = list(self._next_batch())
                 if batch:
                     await self._score(batch)
 
-    def _take_batch(self) -> list[_Job]:
-        """The first waiting request and those behind it that share its execution, within the token budget."""
-        batch: list[_Job] = []
+    def _next_batch(self) -> Iterator[tuple[_Job, int]]:
+        """Sequences of the first request and of those behind it with its execution, within the budget."""
         longest = count = 0
-        for job in list(self.waiting):
-            if batch and job.execution != batch[0].execution:
+        execution = None
+        for job in list(self.queue):
+            if execution not in (None, job.execution):
                 continue
-            wider = max(longest, max(len(s.tokens) for s in job.sequences))
-            if batch and wider * (count + len(job.sequences)) > self.limits.batch_tokens:
-                continue
-            longest, count = wider, count + len(job.sequences)
-            batch.append(job)
-            self.waiting.remove(job)
-        return batch
+            while job.waiting:
+                length = max(longest, len(job.sequences[job.waiting[0]].tokens))
+                if count and length * (count + 1) > self.limits.batch_tokens:
+                    break
+                longest, count, execution = length, count + 1, job.execution
+                yield job, job.waiting.popleft()
+            if not job.waiting:
+                self.queue.remove(job)
 
-    async def _score(self, batch: list[_Job]) -> None:
-        sequences = [s for job in batch for s in job.sequences]
+    async def _score(self, batch: list[tuple[_Job, int]]) -> None:
+        sequences = [job.sequences[i] for job, i in batch]
+        jobs = list(dict.fromkeys(job for job, _ in batch))
         self.running = len(batch)
         try:
             answers = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self.engine.score, sequences, batch[0].execution
+                self._thread, self.engine.score, sequences, jobs[0].execution
             )
             if len(answers) != len(sequences):
                 raise RuntimeError(f"the engine gave {len(answers)} answers for {len(sequences)} sequences")
-        except Exception as error:
-            for job in batch:
-                if not job.answer.done():
-                    job.answer.set_exception(error)
+        except asyncio.CancelledError:
+            for job in jobs:
+                job.fail(Stopped())
+            raise
+        except BaseException as error:  # even SystemExit of an engine must not leave requests waiting
+            for job in jobs:
+                job.fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
             return
         finally:
             self.running = 0
-        remaining = iter(answers)
-        for job in batch:
-            own = [next(remaining) for _ in job.sequences]
-            if not job.answer.done():
-                job.answer.set_result(Answer.join(own))
+        for (job, index), answer in zip(batch, answers, strict=True):
+            try:
+                job.take(index, answer)
+            except Exception as error:
+                job.fail(error)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import httpx
 import numpy as np
+from numpy.typing import NDArray
 
 from . import wire
 from .openai_protocol import openai_answer, openai_request
 from .wire import Answer
 
 Protocol = Literal["auto", "fused-distill", "openai"]
+Ids = Sequence[int] | NDArray[Any]  # of integers
+T = TypeVar("T")
+
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
+_REQUEST_SEQUENCES = 256
+_SCORE_IDS_PER_TOKEN = 16  # so many score ids weigh as much as a token when a call is cut into requests
 
 
 class TeacherError(RuntimeError):
@@ -28,13 +36,44 @@ class TeacherError(RuntimeError):
 class RetryPolicy:
     """How a request is repeated: it is idempotent, so repeating it is safe."""
 
-    attempts: int = 6
-    first_wait_seconds: float = 0.25  # doubled at every attempt, half of it random
+    attempts: int = 6  # rounds over all servers; a full queue (429) does not count, only the deadline does
+    first_wait_seconds: float = 0.25  # after a round; doubled every time, half of it random
     longest_wait_seconds: float = 8.0
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """One call of get_sequence_logprobs."""
+
+    sequences: list[list[int]]
+    prompt_lengths: list[int]
+    top_logprobs: int
+    temperature: float
+    score_ids: list[list[list[int]]] | None
+    deadline: float
+
+    @property
+    def starts(self) -> list[int]:
+        return [max(p, 1) for p in self.prompt_lengths]
+
+    @property
+    def positions(self) -> list[int]:
+        return [max(len(s) - start, 0) for s, start in zip(self.sequences, self.starts, strict=True)]
+
+    @property
+    def score_count(self) -> int:
+        rows = itertools.chain.from_iterable(self.score_ids or [])
+        return len(next(rows, []))
+
+    def part(self, indices: range) -> _Asked:
+        scores = None if self.score_ids is None else [self.score_ids[i] for i in indices]
+        sequences = [self.sequences[i] for i in indices]
+        prompts = [self.prompt_lengths[i] for i in indices]
+        return _Asked(sequences, prompts, self.top_logprobs, self.temperature, scores, self.deadline)
+
+
 class TeacherClient:
-    """A client of one teacher behind one or more servers.
+    """A client of one teacher behind one or more servers. Threads may share it.
 
     Args:
         url: a server, or several that serve the same teacher; a failing one is passed over for the next.
@@ -42,11 +81,15 @@ class TeacherClient:
         protocol: "fused-distill", "openai" (a stock vLLM server's /v1/completions with prompt_logprobs), or
             "auto": asked of the first server that answers.
         model: the model's name, for "openai" only. None: the first that the server lists.
-        timeout_seconds: of one attempt.
-        deadline_seconds: of one call of `get_sequence_logprobs`, all attempts together.
+        timeout_seconds: between two bytes of one attempt; longer than the server's own limit of 300 s.
+        deadline_seconds: of one call, all attempts together.
         concurrency: requests under way at once.
         request_tokens: tokens of one request; a call is cut into as many as that takes.
         retries: see RetryPolicy.
+        transport: of httpx, for tests and proxies.
+
+    Raises:
+        ValueError: an argument that does not fit, by name.
 
     Example:
         >>> with TeacherClient("http://127.0.0.1:8000") as teacher:
@@ -60,13 +103,17 @@ class TeacherClient:
         token: str | None = None,
         protocol: Protocol = "auto",
         model: str | None = None,
-        timeout_seconds: float = 120.0,
-        deadline_seconds: float = 600.0,
+        timeout_seconds: float = 330.0,
+        deadline_seconds: float = 1200.0,
         concurrency: int = 4,
         request_tokens: int = 8192,
         retries: RetryPolicy | None = None,
+        transport: httpx.BaseTransport | None = None,
     ):
         self.urls = [u.rstrip("/") for u in ([url] if isinstance(url, str) else url)]
+        for one in self.urls:
+            if not one.startswith(("http://", "https://")):
+                raise ValueError(f"url must begin with http:// or https://, got {one!r}")
         if not self.urls:
             raise ValueError("url must name at least one server, got none")
         for name, value in (("concurrency", concurrency), ("request_tokens", request_tokens)):
@@ -75,13 +122,15 @@ class TeacherClient:
         if protocol not in ("auto", "fused-distill", "openai"):
             raise ValueError(f"protocol must be 'auto', 'fused-distill' or 'openai', got {protocol!r}")
         self.retries = retries or RetryPolicy()
-        self.deadline_seconds, self.request_tokens = deadline_seconds, request_tokens
+        self.timeout_seconds, self.deadline_seconds = timeout_seconds, deadline_seconds
+        self.request_tokens = request_tokens
         self._protocol: Protocol = protocol
         self._model = model
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._http = httpx.Client(headers=headers, timeout=timeout_seconds)
+        self._http = httpx.Client(headers=headers, transport=transport)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
         self._preferred = 0  # the server that answered last
+        self._closed = threading.Event()
 
     def __enter__(self) -> TeacherClient:
         return self
@@ -90,34 +139,26 @@ class TeacherClient:
         self.close()
 
     def close(self) -> None:
-        """Give up connections and threads."""
+        """Give up connections and threads; a call under way fails."""
+        self._closed.set()
         self._pool.shutdown(cancel_futures=True)
         self._http.close()
 
     def info(self) -> dict[str, Any]:
         """What the server says of itself: /v1/teacher, or for "openai" the first of /v1/models."""
         deadline = time.monotonic() + self.deadline_seconds
-        if self.protocol == "openai":
-            return self._send("GET", "/v1/models", deadline).json()["data"][0]
-        return self._send("GET", "/v1/teacher", deadline).json()
-
-    @property
-    def protocol(self) -> Protocol:
-        """What the servers speak, found out at the first use."""
-        if self._protocol == "auto":
-            deadline = time.monotonic() + self.deadline_seconds
-            found = self._send("GET", "/v1/teacher", deadline, accepted=(200, 404))
-            self._protocol = "fused-distill" if found.status_code == 200 else "openai"
-        return self._protocol
+        if self._detected(deadline) == "openai":
+            return self._send("GET", "/v1/models", deadline, _first_model)
+        return self._send("GET", "/v1/teacher", deadline, lambda response: dict(response.json()))
 
     def get_sequence_logprobs(
         self,
-        sequences: Sequence[Sequence[int]],
-        prompt_lengths: Sequence[int],
+        sequences: Sequence[Ids] | NDArray[Any],
+        prompt_lengths: Ids,
         *,
         top_logprobs: int = 1,
         temperature: float = 1.0,
-        score_ids: Sequence[Sequence[Sequence[int]]] | None = None,
+        score_ids: Sequence[Sequence[Ids] | NDArray[Any]] | NDArray[Any] | None = None,
     ) -> Answer:
         """The teacher's log-probabilities at every completion position.
 
@@ -136,8 +177,18 @@ class TeacherClient:
             ValueError: an argument that does not fit, by name and index.
             TeacherError: no server gave a whole answer before the deadline, or one refused the request.
         """
-        _check(sequences, prompt_lengths, score_ids)
-        if self.protocol == "openai":
+        asked = _Asked(
+            [[int(t) for t in s] for s in sequences],
+            [int(p) for p in prompt_lengths],
+            int(top_logprobs),
+            float(temperature),
+            None
+            if score_ids is None
+            else [[[int(t) for t in position] for position in own] for own in score_ids],
+            time.monotonic() + self.deadline_seconds,
+        )
+        _check(asked)
+        if self._detected(asked.deadline) == "openai":
             if temperature != 1:
                 raise ValueError(
                     "temperature must be 1 with a stock vLLM server, which ignores it for prompt "
@@ -147,154 +198,190 @@ class TeacherClient:
                 raise ValueError(
                     "score_ids must be None with a stock vLLM server, which scores its own top tokens only"
                 )
-        deadline = time.monotonic() + self.deadline_seconds
-        futures = [
-            self._pool.submit(
-                self._score, sequences, prompt_lengths, part, top_logprobs, temperature, score_ids, deadline
-            )
-            for part in _parts(sequences, self.request_tokens)
-        ]
+        parts = _parts(asked, self.request_tokens)
+        futures = [self._pool.submit(self._score, asked.part(part), part.start) for part in parts]
         try:
-            answers = [future.result() for future in futures]
+            return Answer.join([future.result() for future in futures])
         finally:
             for future in futures:
                 future.cancel()
-        return Answer.join(answers)
 
-    def _score(
-        self,
-        sequences: Sequence[Sequence[int]],
-        prompt_lengths: Sequence[int],
-        part: range,
-        top_logprobs: int,
-        temperature: float,
-        score_ids: Sequence[Sequence[Sequence[int]]] | None,
-        deadline: float,
-    ) -> Answer:
-        tokens = [list(sequences[i]) for i in part]
-        prompts = [prompt_lengths[i] for i in part]
-        if self.protocol == "openai":
-            body = openai_request(self._openai_model(), tokens, top_logprobs)
-            answer = openai_answer(
-                self._send("POST", "/v1/completions", deadline, body).json(), tokens, prompts, top_logprobs
+    def _score(self, asked: _Asked, first: int) -> Answer:
+        def checked(answer: Answer) -> Answer:
+            _check_answer(answer, asked, first)
+            return answer
+
+        if self._protocol == "openai":
+            model = self._model or self._send("GET", "/v1/models", asked.deadline, _first_model)["id"]
+            body = openai_request(model, asked.sequences, asked.top_logprobs)
+
+            def decode(response: httpx.Response) -> Answer:
+                return openai_answer(
+                    response.json(), asked.sequences, asked.prompt_lengths, asked.top_logprobs
+                )
+
+            return checked(self._send("POST", "/v1/completions", asked.deadline, decode, body))
+        body = {
+            "sequences": asked.sequences,
+            "prompt_lengths": asked.prompt_lengths,
+            "top_logprobs": asked.top_logprobs,
+            "temperature": asked.temperature,
+            "score_ids": asked.score_ids,
+            "response_format": "binary",
+        }
+        return checked(
+            self._send(
+                "POST",
+                "/get_sequence_logprobs/",
+                asked.deadline,
+                lambda r: wire.decode_binary(r.content),
+                body,
             )
-        else:
-            body = {
-                "sequences": tokens,
-                "prompt_lengths": prompts,
-                "top_logprobs": top_logprobs,
-                "temperature": temperature,
-                "score_ids": None if score_ids is None else [score_ids[i] for i in part],
-                "response_format": "binary",
-            }
-            answer = wire.decode_binary(self._send("POST", "/get_sequence_logprobs/", deadline, body).content)
-        _check_answer(answer, tokens, prompts, top_logprobs, part.start)
-        return answer
+        )
 
-    def _openai_model(self) -> str:
-        if self._model is None:
-            self._model = self.info()["id"]
-        return self._model
+    def _detected(self, deadline: float) -> Protocol:
+        """What the servers speak, found out at the first use."""
+        if self._protocol == "auto":
+            found = self._send("GET", "/v1/teacher", deadline, lambda r: r.status_code, accepted=(200, 404))
+            if found == 404:
+                self._send("GET", "/v1/models", deadline, _first_model)  # a 404 alone may be a gateway's
+            self._protocol = "fused-distill" if found == 200 else "openai"
+        return self._protocol
 
     def _send(
         self,
         method: str,
         path: str,
         deadline: float,
+        decode: Callable[[httpx.Response], T],
         body: object = None,
         accepted: tuple[int, ...] = (200,),
-    ) -> httpx.Response:
-        """The first good response of any server; repeats what may succeed later."""
-        problem = "no attempt was made"
-        for attempt in range(self.retries.attempts):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            index = (self._preferred + attempt) % len(self.urls)
-            wait = self._backoff(attempt)
+    ) -> T:
+        """What `decode` makes of the first good response of any server; repeats what may succeed later."""
+        problem, first, failures = "no attempt was made", self._preferred, 0
+        for attempt in itertools.count():
+            index = (first + attempt) % len(self.urls)
+            wait = 0.0
             try:
-                timeout = httpx.Timeout(min(left, self._http.timeout.read or left))
-                response = self._http.request(method, self.urls[index] + path, json=body, timeout=timeout)
-            except httpx.TransportError as error:
-                problem = f"{self.urls[index]}: {type(error).__name__}: {error}"
-            else:
+                response = self._attempt(method, self.urls[index] + path, deadline, body)
                 if response.status_code in accepted:
+                    result = decode(response)
                     self._preferred = index
-                    return response
+                    return result
                 problem = f"{self.urls[index]}: {response.status_code} {_detail(response)}"
                 if response.status_code not in _RETRIED:
                     raise TeacherError(problem)
                 asked = response.headers.get("retry-after", "")
-                wait = max(wait, float(asked)) if asked.isdigit() else wait
-            time.sleep(max(0.0, min(wait, deadline - time.monotonic())))
-        raise TeacherError(f"no answer after {self.retries.attempts} attempts or the deadline: {problem}")
+                wait = float(asked) if asked.isdigit() and len(asked) < 6 else 0.0
+                failures += response.status_code != 429
+            except (httpx.RequestError, ValueError, LookupError, TypeError, AttributeError) as error:
+                problem = f"{self.urls[index]}: {type(error).__name__}: {error}"
+                failures += 1
+            if failures >= self.retries.attempts * len(self.urls):
+                break
+            if (attempt + 1) % len(self.urls) == 0:
+                self._wait(max(wait, self._backoff(attempt // len(self.urls))), deadline)
+            if time.monotonic() >= deadline or self._closed.is_set():
+                break
+        raise TeacherError(f"no usable answer in time or after {self.retries.attempts} rounds: {problem}")
 
-    def _backoff(self, attempt: int) -> float:
-        longest = min(self.retries.longest_wait_seconds, self.retries.first_wait_seconds * 2**attempt)
+    def _attempt(self, method: str, url: str, deadline: float, body: object) -> httpx.Response:
+        """One request whose body is read no longer than until the deadline."""
+        left = max(0.001, deadline - time.monotonic())
+        timeout = httpx.Timeout(min(left, self.timeout_seconds), connect=min(left, 10.0))
+        with self._http.stream(method, url, json=body, timeout=timeout) as response:
+            content = bytearray()
+            for chunk in response.iter_bytes():
+                content += chunk
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the deadline passed while the answer came in")
+            headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
+            return httpx.Response(response.status_code, headers=headers, content=bytes(content))
+
+    def _wait(self, seconds: float, deadline: float) -> None:
+        self._closed.wait(max(0.0, min(seconds, deadline - time.monotonic())))
+
+    def _backoff(self, rounds: int) -> float:
+        longest = min(
+            self.retries.longest_wait_seconds, self.retries.first_wait_seconds * 2.0 ** min(rounds, 30)
+        )
         return longest * random.uniform(0.5, 1.0)
+
+
+def _first_model(response: httpx.Response) -> dict[str, Any]:
+    return dict(response.json()["data"][0])
 
 
 def _detail(response: httpx.Response) -> str:
     try:
-        return str(response.json().get("detail", response.text[:500]))
+        content = response.json()
     except ValueError:
-        return response.text[:500]
+        content = None
+    return str(
+        content["detail"] if isinstance(content, dict) and "detail" in content else response.text[:500]
+    )
 
 
-def _check(
-    sequences: Sequence[Sequence[int]],
-    prompt_lengths: Sequence[int],
-    score_ids: Sequence[Sequence[Sequence[int]]] | None,
-) -> None:
-    if not sequences:
+def _check(asked: _Asked) -> None:
+    count = len(asked.sequences)
+    if not count:
         raise ValueError("sequences must not be empty")
-    if len(prompt_lengths) != len(sequences):
-        raise ValueError(
-            f"prompt_lengths must be {len(sequences)}, one a sequence, got {len(prompt_lengths)}"
-        )
-    if score_ids is not None and len(score_ids) != len(sequences):
-        raise ValueError(f"score_ids must be {len(sequences)}, one a sequence, got {len(score_ids)}")
-    for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+    if len(asked.prompt_lengths) != count:
+        raise ValueError(f"prompt_lengths must be {count}, one a sequence, got {len(asked.prompt_lengths)}")
+    if asked.top_logprobs < 0:
+        raise ValueError(f"top_logprobs must not be negative, got {asked.top_logprobs}")
+    if not asked.temperature > 0:
+        raise ValueError(f"temperature must be positive, got {asked.temperature}")
+    for i, (tokens, prompt_length) in enumerate(zip(asked.sequences, asked.prompt_lengths, strict=True)):
         if len(tokens) < 1:
-            raise ValueError(f"sequences[{i}] must have at least one token")
+            raise ValueError(f"sequences[{i}] must have at least one token, got none")
         if not 0 <= prompt_length <= len(tokens):
             raise ValueError(
                 f"prompt_lengths[{i}] must be between 0 and the sequence's {len(tokens)} tokens, "
                 f"got {prompt_length}"
             )
+    if asked.score_ids is None:
+        return
+    if len(asked.score_ids) != count:
+        raise ValueError(f"score_ids must be {count}, one a sequence, got {len(asked.score_ids)}")
+    for i, (own, positions) in enumerate(zip(asked.score_ids, asked.positions, strict=True)):
+        if len(own) != positions or any(len(ids) != asked.score_count for ids in own):
+            raise ValueError(
+                f"score_ids[{i}] must have {positions} positions of {asked.score_count} ids, "
+                f"got {len(own)} of {sorted({len(ids) for ids in own})}"
+            )
 
 
-def _parts(sequences: Sequence[Sequence[int]], most_tokens: int) -> list[range]:
+def _parts(asked: _Asked, most_tokens: int) -> list[range]:
     """Consecutive sequences of about most_tokens each; a longer sequence goes alone."""
+    weight = 1 + asked.score_count / _SCORE_IDS_PER_TOKEN
     parts: list[range] = []
-    start = tokens = 0
-    for i, sequence in enumerate(sequences):
-        if i > start and tokens + len(sequence) > most_tokens:
+    start, tokens = 0, 0.0
+    for i, sequence in enumerate(asked.sequences):
+        full = tokens + weight * len(sequence) > most_tokens or i - start >= _REQUEST_SEQUENCES
+        if i > start and full:
             parts.append(range(start, i))
-            start, tokens = i, 0
-        tokens += len(sequence)
-    parts.append(range(start, len(sequences)))
+            start, tokens = i, 0.0
+        tokens += weight * len(sequence)
+    parts.append(range(start, len(asked.sequences)))
     return parts
 
 
-def _check_answer(
-    answer: Answer, sequences: list[list[int]], prompt_lengths: list[int], top_logprobs: int, first: int
-) -> None:
+def _check_answer(answer: Answer, asked: _Asked, first: int) -> None:
     """The answer covers what was asked, without a missing number."""
-    starts = [max(p, 1) for p in prompt_lengths]
-    expected = [max(len(s) - start, 0) for s, start in zip(sequences, starts, strict=True)]
-    if answer.lengths.tolist() != expected:
-        raise TeacherError(f"the answer has {answer.lengths.tolist()} positions, expected {expected}")
-    if answer.logprobs.shape[1] != top_logprobs:
-        raise TeacherError(
-            f"the answer has {answer.logprobs.shape[1]} log-probabilities a position, expected {top_logprobs}"
-        )
-    at = 0
-    for i, (part, start) in enumerate(zip(answer.split(), starts, strict=True)):
+    if answer.lengths.tolist() != asked.positions:
+        raise TeacherError(f"the answer has {answer.lengths.tolist()} positions, expected {asked.positions}")
+    scores = answer.score_logprobs
+    widths = (answer.logprobs.shape[1], None if scores is None else scores.shape[1])
+    expected = (asked.top_logprobs, None if asked.score_ids is None else asked.score_count)
+    if len(answer.actual_logprobs) and widths != expected:
+        raise TeacherError(f"the answer has {widths} log-probabilities a position, expected {expected}")
+    for i, (part, start) in enumerate(zip(answer.split(), asked.starts, strict=True)):
         missing = ~np.isfinite(part.actual_logprobs) | np.isnan(part.logprobs).any(-1)
-        if top_logprobs:
+        if asked.top_logprobs:
             missing |= part.logprobs[:, 0] == -np.inf
+        if part.score_logprobs is not None:
+            missing |= np.isnan(part.score_logprobs).any(-1)
         if missing.any():
             position = start + int(missing.argmax())
             raise TeacherError(f"the answer has no number for sequence {first + i} at token {position}")
-        at += len(part.actual_logprobs)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import topk_logprobs
@@ -65,19 +66,26 @@ class TeacherEngine(Protocol):
 class TransformersEngine:
     """Any causal language model of transformers, on any device, through `topk_logprobs`."""
 
-    def __init__(self, model: Any, tokenizer: Any | None = None, name: str | None = None):
+    def __init__(
+        self, model: Any, tokenizer: Any | None = None, name: str | None = None, max_length: int | None = None
+    ):
+        """Raises ValueError where max_length is needed, or the model's logits are not those of its head."""
         self.model = model.eval()
         self.head = output_head(model)
         config = model.config.get_text_config()
+        max_length = max_length or getattr(config, "max_position_embeddings", None)
+        if max_length is None:
+            raise ValueError(f"max_length must be given for {type(model).__name__}, whose config names none")
         self.info = TeacherInfo(
             name or model.config.name_or_path or type(model).__name__,
             min(config.vocab_size, len(self.head.weight)),
-            config.max_position_embeddings,
+            max_length,
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         )
+        self._check_head()
 
     @classmethod
-    def load(cls, name: str, device: str, dtype: str) -> TransformersEngine:
+    def load(cls, name: str, device: str, dtype: str, max_length: int | None = None) -> TransformersEngine:
         """From a local path or a hub name.
 
         Raises:
@@ -90,7 +98,28 @@ class TransformersEngine:
                 "the transformers engine needs transformers: pip install 'fused-distill[trainer]'"
             ) from error
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-        return cls(model.to(device), AutoTokenizer.from_pretrained(name), name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError):  # a model may come without one
+            tokenizer = None
+        return cls(model.to(device), tokenizer, name, max_length)
+
+    def _hidden(self, tokens: Tensor, attention: Tensor) -> Tensor:
+        decoder = self.model.get_decoder()
+        return decoder(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state
+
+    def _check_head(self) -> None:
+        """The head as read from the config gives the model's own logits; a family may compute others."""
+        tokens = torch.arange(min(4, self.info.vocab_size), device=self.head.weight.device).unsqueeze(0)
+        ones = torch.ones_like(tokens)
+        with torch.inference_mode():
+            logits = self.head.logits(self._hidden(tokens, ones)).float()
+            own = self.model(input_ids=tokens, attention_mask=ones, use_cache=False).logits.float()
+        if logits.shape != own.shape or not torch.allclose(logits, own, rtol=0.05, atol=0.05):
+            raise ValueError(
+                "model must have logits that follow from its head and config, "
+                f"got {type(self.model).__name__}, whose own are different"
+            )
 
     def score(self, batch: list[Sequence], execution: Execution) -> list[Answer]:
         """One forward pass of the whole batch, right-padded; the head at scored positions only."""
@@ -102,7 +131,7 @@ class TransformersEngine:
         scored = (index >= starts.unsqueeze(1)) & (index < lengths.unsqueeze(1))  # tokens with a predecessor
         with torch.inference_mode():
             attention = (index < lengths.unsqueeze(1)).long()
-            hidden = self.model.get_decoder()(input_ids=tokens, attention_mask=attention).last_hidden_state
+            hidden = self._hidden(tokens, attention)
             asked = tokens[scored].unsqueeze(-1)
             if execution.score_count is not None:
                 rows = [row for s in batch for row in s.score_ids or ()]

@@ -40,15 +40,18 @@ def openai_answer(
         lengths.append(len(positions))
         for token, position in zip(tokens[start:], positions, strict=False):
             found = {int(key): entry for key, entry in (position or {}).items()}
-            best = sorted(found.items(), key=lambda pair: pair[1].get("rank") or np.inf)[:top_logprobs]
+            ranked = [
+                (e["rank"], key) for key, e in found.items() if (e.get("rank") or np.inf) <= top_logprobs
+            ]
+            best = [(key, found[key]) for _, key in sorted(ranked)][:top_logprobs]
             absent = top_logprobs - len(best)
             logprobs.append([_number(entry) for _, entry in best] + [np.nan] * absent)
             ids.append([key for key, _ in best] + [0] * absent)
             actual.append(_number(found.get(token, {})))
     return Answer(
         np.array(lengths, dtype=np.int64),
-        np.array(logprobs, dtype=np.float32).reshape(-1, top_logprobs),
-        np.array(ids, dtype=np.int32).reshape(-1, top_logprobs),
+        np.array(logprobs, dtype=np.float32).reshape(len(actual), top_logprobs),
+        np.array(ids, dtype=np.int32).reshape(len(actual), top_logprobs),
         np.array(actual, dtype=np.float32),
     )
 

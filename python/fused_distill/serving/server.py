@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from . import wire
-from .batching import Batcher, BatchLimits, QueueFull
+from .batching import Batcher, BatchLimits, QueueFull, Stopped
 from .engine import Execution, Sequence, TeacherEngine
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+SCORE_PATH = "/get_sequence_logprobs/"
+
+
+class _FirstError(FailFast):
+    """The first wrong element ends the check: a body full of them must not make a message for each."""
+
+    __hash__ = object.__hash__  # unions of annotated types ask for it
+
+
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], _FirstError()]
 
 
 @dataclass(frozen=True)
@@ -28,95 +37,166 @@ class ServerLimits:
 
     body_bytes: int = 64 << 20
     sequences: int = 512
+    tokens: int = 1 << 20  # of all sequences together
     top_logprobs: int = 4096
     score_ids: int = 4096  # per position
+    numbers: int = 1 << 26  # log-probabilities of one answer
     request_seconds: float = 300.0
     retry_after_seconds: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if max(self.top_logprobs, self.score_ids) > wire.MOST_K:
+            raise ValueError(f"top_logprobs and score_ids must be at most {wire.MOST_K}")
 
 
 class ScoreRequest(BaseModel):
     """Body of POST /get_sequence_logprobs/."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    sequences: list[list[TokenId]] = Field(min_length=1)
-    prompt_lengths: list[int]
+    sequences: Annotated[list[_Ids], Field(min_length=1), _FirstError()]
+    prompt_lengths: Annotated[list[int], _FirstError()]
     top_logprobs: int = Field(1, ge=0)
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    score_ids: list[list[list[TokenId]]] | None = None  # per sequence, per position, M ids
+    temperature: float = Field(1.0, ge=1e-3, le=1e3)
+    score_ids: Annotated[list[list[_Ids]], _FirstError()] | None = None  # per sequence, per position, M ids
     response_format: wire.Format = "json"
     dtype: wire.Dtype = "float32"  # of the binary forms
 
 
-class RequestError(ValueError):
-    """A request that does not fit the teacher; the message names the field and the index."""
+class Refused(Exception):
+    """A request that gets no answer: an HTTP status and the reason."""
+
+    def __init__(self, status: int, reason: str, **headers: str):
+        super().__init__(reason)
+        self.response = JSONResponse({"detail": reason}, status, headers)
 
 
-def checked(
-    request: ScoreRequest, engine: TeacherEngine, limits: ServerLimits
-) -> tuple[list[Sequence], Execution]:
-    """What the engine is to do.
+def parsed(
+    body: bytes, engine: TeacherEngine, limits: ServerLimits
+) -> tuple[ScoreRequest, list[Sequence], Execution]:
+    """A request and what the engine is to do for it.
 
     Raises:
-        RequestError: a field that does not fit, by name and index.
+        Refused: 422, naming a field that does not fit and its index.
     """
+    try:
+        request = ScoreRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise Refused(422, f"{where}: {first['msg']}") from None
+    try:
+        return request, *_work(request, engine, limits)
+    except ValueError as error:
+        raise Refused(422, str(error)) from None
+
+
+def _work(
+    request: ScoreRequest, engine: TeacherEngine, limits: ServerLimits
+) -> tuple[list[Sequence], Execution]:
     sequences, prompt_lengths, info = request.sequences, request.prompt_lengths, engine.info
     if len(sequences) > limits.sequences:
-        raise RequestError(f"sequences must be at most {limits.sequences}, got {len(sequences)}")
+        raise ValueError(f"sequences must be at most {limits.sequences}, got {len(sequences)}")
+    total = sum(map(len, sequences))
+    if total > limits.tokens:
+        raise ValueError(f"sequences must hold at most {limits.tokens} tokens in all, got {total}")
     if len(prompt_lengths) != len(sequences):
-        raise RequestError(
+        raise ValueError(
             f"prompt_lengths must be {len(sequences)}, one a sequence, got {len(prompt_lengths)}"
         )
     most = min(limits.top_logprobs, info.vocab_size)
     if request.top_logprobs > most:
-        raise RequestError(f"top_logprobs must be at most {most}, got {request.top_logprobs}")
+        raise ValueError(f"top_logprobs must be at most {most}, got {request.top_logprobs}")
     scores = request.score_ids
     if scores is not None and len(scores) != len(sequences):
-        raise RequestError(f"score_ids must be {len(sequences)}, one a sequence, got {len(scores)}")
+        raise ValueError(f"score_ids must be {len(sequences)}, one a sequence, got {len(scores)}")
 
     items: list[Sequence] = []
     widths: set[int] = set()
     for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        if not 1 <= len(tokens) <= info.max_length:
+            raise ValueError(f"sequences[{i}] must have 1 to {info.max_length} tokens, got {len(tokens)}")
         if not 0 <= prompt_length <= len(tokens):
-            raise RequestError(
+            raise ValueError(
                 f"prompt_lengths[{i}] must be between 0 and the sequence's {len(tokens)} tokens, "
                 f"got {prompt_length}"
             )
-        if not 1 <= len(tokens) <= info.max_length:
-            raise RequestError(f"sequences[{i}] must have 1 to {info.max_length} tokens, got {len(tokens)}")
         if max(tokens) >= info.vocab_size:
-            raise RequestError(f"sequences[{i}] must hold ids below {info.vocab_size}, got {max(tokens)}")
-        own = None if scores is None else scores[i]
-        item = Sequence(tuple(tokens), prompt_length, None if own is None else tuple(map(tuple, own)))
+            raise ValueError(f"sequences[{i}] must hold ids below {info.vocab_size}, got {max(tokens)}")
+        own = None if scores is None else tuple(map(tuple, scores[i]))
+        items.append(Sequence(tuple(tokens), prompt_length, own))
         if own is not None:
-            if len(own) != item.positions:
-                raise RequestError(f"score_ids[{i}] must have {item.positions} positions, got {len(own)}")
-            widths |= {len(ids) for ids in own}
+            if len(own) != items[i].positions:
+                raise ValueError(f"score_ids[{i}] must have {items[i].positions} positions, got {len(own)}")
+            widths |= set(map(len, own))
             highest = max((max(ids, default=0) for ids in own), default=0)
             if highest >= info.vocab_size:
-                raise RequestError(f"score_ids[{i}] must hold ids below {info.vocab_size}, got {highest}")
-        items.append(item)
-    if len(widths) > 1 or max(widths, default=0) > limits.score_ids:
-        raise RequestError(
+                raise ValueError(f"score_ids[{i}] must hold ids below {info.vocab_size}, got {highest}")
+    count = max(widths, default=0)
+    if len(widths) > 1 or count > limits.score_ids:
+        raise ValueError(
             f"score_ids must hold the same number of ids, at most {limits.score_ids}, at every position, "
             f"got {sorted(widths)[:5]}"
         )
-    count = None if scores is None else max(widths, default=0)
-    return items, Execution(request.top_logprobs, count, request.temperature)
+    numbers = sum(item.positions for item in items) * (1 + request.top_logprobs + count)
+    if numbers > limits.numbers:
+        raise ValueError(f"top_logprobs must leave at most {limits.numbers} numbers to answer, got {numbers}")
+    return items, Execution(request.top_logprobs, None if scores is None else count, request.temperature)
 
 
 class _Metrics:
-    def __init__(self, batcher: Batcher):
+    def __init__(self, batcher: Batcher, limits: ServerLimits):
         self.registry = CollectorRegistry()
         self.requests = Counter("teacher_requests", "Requests by status", ["status"], registry=self.registry)
         self.positions = Counter("teacher_positions", "Positions scored", registry=self.registry)
         self.seconds = Histogram(
-            "teacher_request_seconds", "From a request to its answer", registry=self.registry
+            "teacher_request_seconds",
+            "From a request to its answer",
+            buckets=[limits.request_seconds * 2**-i for i in reversed(range(16))],
+            registry=self.registry,
         )
-        waiting = Gauge("teacher_waiting_requests", "Requests without a batch yet", registry=self.registry)
-        waiting.set_function(lambda: len(batcher.waiting))
-        running = Gauge("teacher_running_requests", "Requests in the engine", registry=self.registry)
+        waiting = Gauge(
+            "teacher_waiting_requests", "Requests with sequences that wait", registry=self.registry
+        )
+        waiting.set_function(lambda: len(batcher.queue))
+        running = Gauge("teacher_running_sequences", "Sequences in the engine", registry=self.registry)
         running.set_function(lambda: batcher.running)
+
+
+class _Guard:
+    """ASGI middleware: the bearer token, the body's size before it is read, a count of every status."""
+
+    def __init__(self, app: Any, token: bytes | None, limits: ServerLimits, metrics: _Metrics):
+        self.app, self.limits, self.metrics = app, limits, metrics
+        self.authorization = None if token is None else b"Bearer " + token
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start" and scope["path"] == SCORE_PATH:
+                self.metrics.requests.labels(str(message["status"])).inc()
+            await send(message)
+
+        refusal = self._refusal(scope["method"], scope["path"], dict(scope["headers"]))
+        await (self.app if refusal is None else refusal.response)(scope, receive, counted)
+
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> Refused | None:
+        given = headers.get(b"authorization", b"")
+        needed = None if path == "/health" else self.authorization
+        if needed is not None and not secrets.compare_digest(given, needed):
+            return Refused(401, "a bearer token is needed", **{"WWW-Authenticate": "Bearer"})
+        length = headers.get(b"content-length")
+        if b"transfer-encoding" in headers or (method == "POST" and length is None):
+            return Refused(411, "the body must come with Content-Length")
+        if length is not None and (not length.isdigit() or int(length) > self.limits.body_bytes):
+            return Refused(413, f"the body must have at most {self.limits.body_bytes} bytes")
+        return None
 
 
 def create_app(
@@ -133,10 +213,15 @@ def create_app(
         token: bearer token that every request but /health must carry. None: none.
         limits: of a request.
         batch_limits: of waiting and batching.
+
+    Raises:
+        ValueError: an empty token.
     """
+    if token is not None and not token.strip():
+        raise ValueError("token must not be empty")
     limits = limits or ServerLimits()
     batcher = Batcher(engine, batch_limits)
-    metrics = _Metrics(batcher)
+    metrics = _Metrics(batcher, limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -144,30 +229,18 @@ def create_app(
             yield
 
     app = FastAPI(title="fused-distill teacher", lifespan=lifespan)
+    app.add_middleware(
+        _Guard, token=None if token is None else token.encode(), limits=limits, metrics=metrics
+    )  # pyright: ignore[reportArgumentType]
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if token is not None and request.url.path != "/health":
-            given = request.headers.get("authorization", "")
-            if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                return JSONResponse(
-                    {"detail": "a bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"}
-                )
-        length = request.headers.get("content-length")
-        if request.method == "POST" and length is None:
-            return JSONResponse({"detail": "Content-Length is needed"}, 411)
-        if length is not None and (not length.isdigit() or int(length) > limits.body_bytes):
-            return JSONResponse({"detail": f"the body must have at most {limits.body_bytes} bytes"}, 413)
-        return await call_next(request)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return error.response
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        if not batcher.alive:
+            raise Refused(503, "the engine takes no requests")
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -175,63 +248,64 @@ def create_app(
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/teacher")
-    async def teacher() -> dict[str, object]:
+    async def teacher() -> dict[str, Any]:
+        most = min(limits.top_logprobs, engine.info.vocab_size)
         return {
             **engine.info._asdict(),
             "wire_version": wire.VERSION,
-            "max_sequences": limits.sequences,
-            "max_top_logprobs": min(limits.top_logprobs, engine.info.vocab_size),
-            "max_score_ids": limits.score_ids,
-            "max_body_bytes": limits.body_bytes,
+            "limits": {**asdict(limits), "top_logprobs": most},
         }
 
-    @app.post("/get_sequence_logprobs/")
-    async def get_sequence_logprobs(request: Request, body: ScoreRequest) -> Response:
-        with metrics.seconds.time():
-            try:
-                answer = await _answer(request, body)
-            except HTTPException as error:
-                metrics.requests.labels(str(error.status_code)).inc()
-                raise
-        metrics.requests.labels("200").inc()
-        metrics.positions.inc(len(answer.actual_logprobs))
-        if body.response_format == "binary":
-            payload = await asyncio.to_thread(wire.encode_binary, answer, body.dtype)
-            return Response(payload, media_type="application/octet-stream")
-        if body.response_format == "base64":
-            return JSONResponse(await asyncio.to_thread(wire.encode_base64, answer, body.dtype))
-        return JSONResponse(await asyncio.to_thread(wire.encode_json, answer))
+    schema = {"content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}, "required": True}
 
-    async def _answer(request: Request, body: ScoreRequest) -> wire.Answer:
-        try:
-            sequences, execution = checked(body, engine, limits)
-        except RequestError as error:
-            raise HTTPException(422, str(error)) from None
+    @app.post(SCORE_PATH, openapi_extra={"requestBody": schema})
+    async def get_sequence_logprobs(request: Request) -> Response:
+        with metrics.seconds.time():
+            answering = asyncio.create_task(answer(request))
+            try:
+                return await asyncio.wait_for(answering, limits.request_seconds)
+            except asyncio.TimeoutError:
+                raise Refused(504, f"no answer within {limits.request_seconds:g} s") from None
+
+    async def answer(request: Request) -> Response:
+        # Whatever grows with the request runs in a thread: the loop must stay free for everybody else.
+        body = await request.body()
+        asked, sequences, execution = await asyncio.to_thread(parsed, body, engine, limits)
         scoring = asyncio.create_task(batcher.submit(sequences, execution))
         leaving = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait(
-                (scoring, leaving), timeout=limits.request_seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            if scoring.done():
-                return scoring.result()
-            if leaving.done():
-                raise HTTPException(499, "the client has gone")
-            raise HTTPException(504, f"no answer within {limits.request_seconds:g} s")
+            await asyncio.wait((scoring, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not scoring.done():
+                raise Refused(499, "the client has gone")
+            result = scoring.result()
         except QueueFull as error:
-            headers = {"Retry-After": str(limits.retry_after_seconds)}
-            raise HTTPException(429, str(error), headers) from None
-        except HTTPException:
+            raise Refused(429, str(error), **{"Retry-After": str(limits.retry_after_seconds)}) from None
+        except Stopped:
+            raise Refused(503, "the server is stopping") from None
+        except Refused:
             raise
         except Exception as error:
-            raise HTTPException(500, f"the engine failed: {type(error).__name__}: {error}") from error
+            raise Refused(500, f"the engine failed: {type(error).__name__}: {error}") from error
         finally:
             scoring.cancel()
             leaving.cancel()
+        metrics.positions.inc(len(result.actual_logprobs))
+        return await asyncio.to_thread(_encoded, result, asked)
 
     return app
 
 
 async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
+    """Return when the client has gone: after the body nothing else can be received."""
+    await request.receive()
+
+
+def _encoded(answer: wire.Answer, asked: ScoreRequest) -> Response:
+    if asked.response_format == "binary":
+        return Response(wire.encode_binary(answer, asked.dtype), media_type="application/octet-stream")
+    content = (
+        wire.encode_base64(answer, asked.dtype)
+        if asked.response_format == "base64"
+        else wire.encode_json(answer)
+    )
+    return Response(json.dumps(content, separators=(",", ":")), media_type="application/json")

@@ -2,7 +2,7 @@
 
 An answer covers some sequences. Of a sequence of n tokens with prompt length p it has one position for every
 token from index max(p, 1) on: the first token of a sequence has nothing before it, hence no log-probability.
-A position has the teacher's K most likely tokens with their log-probabilities, the log-probability of the token
+A position has the K most likely tokens with their log-probabilities, the log-probability of the token
 that is there (actual), and those of M tokens that the caller chose (score). With P positions in all, one
 sequence after the other, the binary form is, little-endian and without padding:
 
@@ -32,15 +32,14 @@ and the base64 form is {"version": 1, "binary": "<the binary form in base64>"}.
 from __future__ import annotations
 
 import base64
-import binascii
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 VERSION = 1
 Format = Literal["binary", "base64", "json"]
@@ -51,7 +50,7 @@ _HEADER = struct.Struct("<3sBBBHHI")
 _DTYPES: tuple[Dtype, ...] = ("float32", "float16")
 # What a decoder allocates for is bounded by the payload's own size; these bound absurd counts before that.
 _MOST_SEQUENCES = 1 << 20
-_MOST_K = (1 << 16) - 1
+MOST_K = (1 << 16) - 1  # of K and of M
 
 
 class WireError(ValueError):
@@ -102,23 +101,31 @@ class Answer:
         """
         if not answers:
             raise WireError("answers must not be empty")
-        with_scores = {a.score_logprobs is not None for a in answers}
-        if len(with_scores) > 1:
+        # Without positions K and M mean nothing.
+        filled = [a for a in answers if len(a.actual_logprobs)] or answers[:1]
+        scores = [a.score_logprobs for a in filled if a.score_logprobs is not None]
+        if scores and len(scores) < len(filled):
             raise WireError("all answers must carry score_logprobs or none, got a mixture")
-        widths = {
-            (a.logprobs.shape[-1], 0 if a.score_logprobs is None else a.score_logprobs.shape[-1])
-            for a in answers
-        }
-        if len(widths) > 1:
-            raise WireError(f"answers must agree in K and M, got {sorted(widths)}")
-        scores = [a.score_logprobs for a in answers if a.score_logprobs is not None]
+        widths = {a.logprobs.shape[-1] for a in filled}, {s.shape[-1] for s in scores}
+        if max(map(len, widths)) > 1:
+            raise WireError(f"answers must agree in K and M, got K in {widths[0]} and M in {widths[1]}")
         return cls(
             np.concatenate([a.lengths for a in answers]),
-            np.concatenate([a.logprobs for a in answers]),
-            np.concatenate([a.ids for a in answers]),
-            np.concatenate([a.actual_logprobs for a in answers]),
+            np.concatenate([a.logprobs for a in filled]),
+            np.concatenate([a.ids for a in filled]),
+            np.concatenate([a.actual_logprobs for a in filled]),
             np.concatenate(scores) if scores else None,
         )
+
+    def checked(self) -> Answer:
+        """Itself, if its numbers can be log-probabilities and ids. NaN may be: the client says where."""
+        for name in ("logprobs", "actual_logprobs", "score_logprobs"):
+            values = getattr(self, name)
+            if values is not None and (values == np.inf).any():
+                raise WireError(f"{name} must not be infinite")
+        if (self.ids < 0).any():
+            raise WireError("ids must not be negative")
+        return self
 
 
 def encode_binary(answer: Answer, dtype: Dtype = "float32") -> bytes:
@@ -135,15 +142,20 @@ def encode_binary(answer: Answer, dtype: Dtype = "float32") -> bytes:
         0 if scores is None else scores.shape[1],
         len(answer.lengths),
     )
+
+    def packed(values: NDArray[np.float32]) -> bytes:
+        least = np.finfo(kind).min  # a finite number stays finite: -inf would say that the entry is absent
+        return np.where(np.isneginf(values), values, np.maximum(values, least)).astype(kind).tobytes()
+
     parts = [
         header,
         answer.lengths.astype("<u4").tobytes(),
-        answer.logprobs.astype(kind).tobytes(),
+        packed(answer.logprobs),
         answer.ids.astype("<i4").tobytes(),
-        answer.actual_logprobs.astype(kind).tobytes(),
+        packed(answer.actual_logprobs),
     ]
     if scores is not None:
-        parts.append(scores.astype(kind).tobytes())
+        parts.append(packed(scores))
     body = b"".join(parts)
     return body + struct.pack("<I", zlib.crc32(body))
 
@@ -186,20 +198,31 @@ def decode_binary(payload: bytes) -> Answer:
     ids = take("<i4", positions, k).astype(np.int32)
     actual = take(kind, positions).astype(np.float32)
     scores = take(kind, positions, m).astype(np.float32) if has_scores else None
-    return Answer(lengths, logprobs, ids, actual, scores)
+    return Answer(lengths, logprobs, ids, actual, scores).checked()
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
+_Numbers = Annotated[list[float | None], FailFast()]
 
 
 class _JsonAnswer(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    version: int
-    lengths: list[int]
-    logprobs: list[list[list[float | None]]]
-    ids: list[list[list[int]]]
-    actual_logprobs: list[list[float | None]]
-    score_logprobs: list[list[list[float | None]]] | None
-    k: int
-    m: int
+    version: _Count
+    k: Annotated[int, Field(ge=0, le=MOST_K)]
+    m: Annotated[int, Field(ge=0, le=MOST_K)]
+    lengths: Annotated[list[_Count], FailFast()]
+    logprobs: list[list[_Numbers]]
+    ids: list[list[Annotated[list[_Count], FailFast()]]]
+    actual_logprobs: list[_Numbers]
+    score_logprobs: list[list[_Numbers]] | None
+
+
+class _Base64Answer(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    version: _Count
+    binary: str
 
 
 def encode_json(answer: Answer) -> dict[str, Any]:
@@ -231,16 +254,17 @@ def decode_json(content: object) -> Answer:
     Raises:
         WireError: as `decode_binary`.
     """
-    if isinstance(content, dict) and "binary" in content:
-        return _decode_base64(content)
+    base64_form = isinstance(content, dict) and "binary" in content
     try:
-        found = _JsonAnswer.model_validate(content)
+        found = (_Base64Answer if base64_form else _JsonAnswer).model_validate(content)
     except (ValidationError, RecursionError) as error:
         raise WireError(f"JSON is no answer: {str(error).splitlines()[0]}") from None
     if found.version != VERSION:
         raise WireError(f"version must be {VERSION}, got {found.version}")
-    if min([0, *found.lengths]) < 0 or not 0 <= found.k <= _MOST_K or not 0 <= found.m <= _MOST_K:
-        raise WireError("lengths, k and m must not be negative")
+    if isinstance(found, _Base64Answer):
+        return _decode_base64(found.binary)
+    if found.m and found.score_logprobs is None:
+        raise WireError("m must be 0 without score_logprobs")
     positions = sum(found.lengths)
 
     def array(name: str, rows: list[Any], dtype: Any, *width: int) -> NDArray[Any]:
@@ -250,11 +274,10 @@ def decode_json(content: object) -> Answer:
         if width and any(len(row) != width[0] for row in flat):
             raise WireError(f"{name} must have {width[0]} entries a position")
         values = [v for row in flat for v in row] if width else flat
-        try:
-            whole = np.array([-np.inf if v is None else v for v in values], dtype=dtype)
-        except OverflowError as error:
-            raise WireError(f"{name} holds a number out of range") from error
-        return whole.reshape(positions, *width)
+        whole = np.array([-np.inf if v is None else v for v in values], dtype=np.float64)
+        if whole.size and np.abs(whole, where=np.isfinite(whole), out=np.zeros_like(whole)).max() > 3e38:
+            raise WireError(f"{name} holds a number out of range")
+        return whole.astype(dtype).reshape(positions, *width)
 
     logprobs = array("logprobs", found.logprobs, np.float32, found.k)
     ids = array("ids", found.ids, np.int32, found.k)
@@ -262,7 +285,8 @@ def decode_json(content: object) -> Answer:
     scores = None
     if found.score_logprobs is not None:
         scores = array("score_logprobs", found.score_logprobs, np.float32, found.m)
-    return Answer(np.array(found.lengths, dtype=np.int64), logprobs, ids, actual, scores)
+    lengths = np.array(found.lengths, dtype=np.int64)
+    return Answer(lengths, logprobs, ids, actual, scores).checked()
 
 
 def encode_base64(answer: Answer, dtype: Dtype = "float32") -> dict[str, Any]:
@@ -270,13 +294,9 @@ def encode_base64(answer: Answer, dtype: Dtype = "float32") -> dict[str, Any]:
     return {"version": VERSION, "binary": base64.b64encode(encode_binary(answer, dtype)).decode()}
 
 
-def _decode_base64(content: dict[str, Any]) -> Answer:
-    text = content["binary"]
-    if not isinstance(text, str):
-        raise WireError(f"binary must be a string, got {type(text).__name__}")
+def _decode_base64(text: str) -> Answer:
     try:
-        return decode_binary(base64.b64decode(text, validate=True))
-    except (binascii.Error, ValueError) as error:
-        if isinstance(error, WireError):
-            raise
+        payload = base64.b64decode(text, validate=True)
+    except ValueError as error:
         raise WireError("binary is not base64") from error
+    return decode_binary(payload)
