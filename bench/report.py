@@ -126,22 +126,24 @@ def table(content: dict[str, Any], part: str | None = None) -> str:
 
 
 def plot(path: Path) -> None:
-    """Time and memory of one result file beside each other, one row of panels per shape and beta."""
+    """Time and memory of one result file side by side, for every shape and beta that a peer has, else for all."""
     from matplotlib.figure import Figure
 
     rows = [row for row in load(path)["rows"] if "seconds" in row]
-    panels = [
+    measured = [
         (shape, beta)
         for shape in shapes(rows)
         for beta in dict.fromkeys(row["beta"] for row in rows if row["provider"] != "floor")
         if any(_in_panel(row, shape, beta) for row in rows)
     ]
+    peers = [row for row in rows if not _is_ours(row)]
+    panels = [panel for panel in measured if any(_in_panel(row, *panel) for row in peers)] or measured
     figure = Figure(figsize=(9, 0.8 + 2.2 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 2, squeeze=False)
     for (left, right), (shape, beta) in zip(axes, panels, strict=True):
         shown = [row for row in rows if _in_panel(row, shape, beta)][::-1]
         names = [row["provider"] for row in shown]
-        colors = ["C0" if name.startswith("fused-distill") else "0.7" for name in names]
+        colors = ["C0" if _is_ours(row) else "0.7" for row in shown]
         left.barh(names, [statistics.median(row["seconds"]) for row in shown], color=colors)
         floor = floor_seconds(rows, shape)
         if floor is not None:
@@ -156,6 +158,10 @@ def plot(path: Path) -> None:
             one.tick_params(labelsize=8)
             one.xaxis.label.set_size(8)
     figure.savefig(path.with_suffix(".png"), dpi=130)
+
+
+def _is_ours(row: Row) -> bool:
+    return row["provider"].startswith("fused-distill")
 
 
 def _in_panel(row: Row, shape: tuple[Any, ...], beta: float) -> bool:
