@@ -126,7 +126,7 @@ def table(content: dict[str, Any], part: str | None = None) -> str:
 
 
 def plot(path: Path) -> None:
-    """Time and memory of one result file side by side, for every shape and beta that a peer has, else for all."""
+    """Time and memory of a result file side by side, per shape and beta that peers have, else for all."""
     from matplotlib.figure import Figure
 
     rows = [row for row in load(path)["rows"] if "seconds" in row]
