@@ -20,8 +20,9 @@ from fused_distill import fused_linear_topk_jsd
 from fused_distill.serving import wire
 from fused_distill.serving.align import align
 from fused_distill.serving.batching import BatchLimits
-from fused_distill.serving.client import RetryPolicy, TeacherClient, TeacherError
+from fused_distill.serving.client import TeacherClient, TeacherError
 from fused_distill.serving.engine import Execution, Sequence, TeacherInfo, TransformersEngine
+from fused_distill.serving.patient_http import RetryPolicy, ServerError
 from fused_distill.serving.server import ServerLimits, create_app
 from fused_distill.serving.wire import Answer
 
@@ -239,7 +240,7 @@ def test_a_token_is_asked_for(model: Any) -> None:
         assert httpx.get(f"{served.url}/health").status_code == 200
         with TeacherClient(served.url, token="secret") as client:
             assert client.info()["vocab_size"] == VOCAB
-        with TeacherClient(served.url, token="other") as client, pytest.raises(TeacherError, match="401"):
+        with TeacherClient(served.url, token="other") as client, pytest.raises(ServerError, match="401"):
             client.get_sequence_logprobs([[1, 2]], [1])
 
 
@@ -564,7 +565,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(broken: httpx.Response
 
 def test_a_teacher_that_stays_broken_is_an_error_of_its_own() -> None:
     client, seen = answering(httpx.Response(200, content=b"nonsense"))
-    with pytest.raises(TeacherError, match="WireError"):
+    with pytest.raises(ServerError, match="WireError"):
         client.get_sequence_logprobs([[1, 2]], [1])
     assert len(seen) == FAST.attempts
 
@@ -572,7 +573,7 @@ def test_a_teacher_that_stays_broken_is_an_error_of_its_own() -> None:
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
 def test_what_will_not_pass_is_not_tried_again(status: int) -> None:
     client, seen = answering(httpx.Response(status, json={"detail": "because"}))
-    with pytest.raises(TeacherError, match=f"{status} because"):
+    with pytest.raises(ServerError, match=f"{status} because"):
         client.get_sequence_logprobs([[1, 2]], [1])
     assert len(seen) == 1
 
@@ -580,7 +581,7 @@ def test_what_will_not_pass_is_not_tried_again(status: int) -> None:
 def test_the_deadline_ends_all_attempts() -> None:
     client, seen = answering(httpx.Response(503, headers={"Retry-After": "60"}))
     client.deadline_seconds = 0.2
-    with pytest.raises(TeacherError, match="503"):
+    with pytest.raises(ServerError, match="503"):
         client.get_sequence_logprobs([[1, 2]], [1])
     assert len(seen) == 1
 

@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import itertools
-import random
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import httpx
 import numpy as np
 from numpy.typing import NDArray
 
 from . import wire
-from .openai_protocol import openai_answer, openai_request
+from .openai_protocol import first_model, openai_answer, openai_request
+from .patient_http import PatientHttp, RetryPolicy, ServerError
 from .wire import Answer
 
 Protocol = Literal["auto", "fused-distill", "openai"]
 Ids = Sequence[int] | NDArray[Any]  # of integers
-T = TypeVar("T")
 
-_RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _REQUEST_SEQUENCES = 256
 _SCORE_IDS_PER_TOKEN = 16  # so many score ids weigh as much as a token when a call is cut into requests
 
 
-class TeacherError(RuntimeError):
-    """The teacher gave no usable answer; the message says what it said."""
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How a request is repeated: it is idempotent, so repeating it is safe."""
-
-    attempts: int = 6  # rounds over all servers; a full queue (429) does not count, only the deadline does
-    first_wait_seconds: float = 0.25  # after a round; doubled every time, half of it random
-    longest_wait_seconds: float = 8.0
+class TeacherError(ServerError):
+    """A teacher's answer that is not one to the question asked."""
 
 
 @dataclass(frozen=True)
@@ -110,27 +98,18 @@ class TeacherClient:
         retries: RetryPolicy | None = None,
         transport: httpx.BaseTransport | None = None,
     ):
-        self.urls = [u.rstrip("/") for u in ([url] if isinstance(url, str) else url)]
-        for one in self.urls:
-            if not one.startswith(("http://", "https://")):
-                raise ValueError(f"url must begin with http:// or https://, got {one!r}")
-        if not self.urls:
-            raise ValueError("url must name at least one server, got none")
         for name, value in (("concurrency", concurrency), ("request_tokens", request_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if protocol not in ("auto", "fused-distill", "openai"):
             raise ValueError(f"protocol must be 'auto', 'fused-distill' or 'openai', got {protocol!r}")
-        self.retries = retries or RetryPolicy()
-        self.timeout_seconds, self.deadline_seconds = timeout_seconds, deadline_seconds
-        self.request_tokens = request_tokens
+        self.deadline_seconds, self.request_tokens = deadline_seconds, request_tokens
         self._protocol: Protocol = protocol
         self._model = model
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._http = httpx.Client(headers=headers, transport=transport)
+        self._http = PatientHttp(
+            url, token=token, timeout_seconds=timeout_seconds, retries=retries, transport=transport
+        )
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
-        self._preferred = 0  # the server that answered last
-        self._closed = threading.Event()
 
     def __enter__(self) -> TeacherClient:
         return self
@@ -140,7 +119,7 @@ class TeacherClient:
 
     def close(self) -> None:
         """Give up connections and threads; a call under way fails."""
-        self._closed.set()
+        self._http.stop_waiting()
         self._pool.shutdown(cancel_futures=True)
         self._http.close()
 
@@ -148,8 +127,8 @@ class TeacherClient:
         """What the server says of itself: /v1/teacher, or for "openai" the first of /v1/models."""
         deadline = time.monotonic() + self.deadline_seconds
         if self._detected(deadline) == "openai":
-            return self._send("GET", "/v1/models", deadline, _first_model)
-        return self._send("GET", "/v1/teacher", deadline, lambda response: dict(response.json()))
+            return self._http.send("GET", "/v1/models", deadline, first_model)
+        return self._http.send("GET", "/v1/teacher", deadline, lambda response: dict(response.json()))
 
     def get_sequence_logprobs(
         self,
@@ -175,7 +154,8 @@ class TeacherClient:
 
         Raises:
             ValueError: an argument that does not fit, by name and index.
-            TeacherError: no server gave a whole answer before the deadline, or one refused the request.
+            ServerError: no server gave a whole answer before the deadline, or one refused the request;
+                TeacherError, a kind of it: one answered another question, or without a number.
         """
         asked = _Asked(
             [[int(t) for t in s] for s in sequences],
@@ -212,7 +192,7 @@ class TeacherClient:
             return answer
 
         if self._protocol == "openai":
-            model = self._model or self._send("GET", "/v1/models", asked.deadline, _first_model)["id"]
+            model = self._model or self._http.send("GET", "/v1/models", asked.deadline, first_model)["id"]
             body = openai_request(model, asked.sequences, asked.top_logprobs)
 
             def decode(response: httpx.Response) -> Answer:
@@ -220,7 +200,7 @@ class TeacherClient:
                     response.json(), asked.sequences, asked.prompt_lengths, asked.top_logprobs
                 )
 
-            return checked(self._send("POST", "/v1/completions", asked.deadline, decode, body))
+            return checked(self._http.send("POST", "/v1/completions", asked.deadline, decode, body))
         body = {
             "sequences": asked.sequences,
             "prompt_lengths": asked.prompt_lengths,
@@ -230,7 +210,7 @@ class TeacherClient:
             "response_format": "binary",
         }
         return checked(
-            self._send(
+            self._http.send(
                 "POST",
                 "/get_sequence_logprobs/",
                 asked.deadline,
@@ -242,84 +222,13 @@ class TeacherClient:
     def _detected(self, deadline: float) -> Protocol:
         """What the servers speak, found out at the first use."""
         if self._protocol == "auto":
-            found = self._send("GET", "/v1/teacher", deadline, lambda r: r.status_code, accepted=(200, 404))
+            found = self._http.send(
+                "GET", "/v1/teacher", deadline, lambda r: r.status_code, accepted=(200, 404)
+            )
             if found == 404:
-                self._send("GET", "/v1/models", deadline, _first_model)  # a 404 alone may be a gateway's
+                self._http.send("GET", "/v1/models", deadline, first_model)  # a 404 alone may be a gateway's
             self._protocol = "fused-distill" if found == 200 else "openai"
         return self._protocol
-
-    def _send(
-        self,
-        method: str,
-        path: str,
-        deadline: float,
-        decode: Callable[[httpx.Response], T],
-        body: object = None,
-        accepted: tuple[int, ...] = (200,),
-    ) -> T:
-        """What `decode` makes of the first good response of any server; repeats what may succeed later."""
-        problem, first, failures = "no attempt was made", self._preferred, 0
-        for attempt in itertools.count():
-            index = (first + attempt) % len(self.urls)
-            wait = 0.0
-            try:
-                response = self._attempt(method, self.urls[index] + path, deadline, body)
-                if response.status_code in accepted:
-                    result = decode(response)
-                    self._preferred = index
-                    return result
-                problem = f"{self.urls[index]}: {response.status_code} {_detail(response)}"
-                if response.status_code not in _RETRIED:
-                    raise TeacherError(problem)
-                asked = response.headers.get("retry-after", "")
-                wait = float(asked) if asked.isdigit() and len(asked) < 6 else 0.0
-                failures += response.status_code != 429
-            except (httpx.RequestError, ValueError, LookupError, TypeError, AttributeError) as error:
-                problem = f"{self.urls[index]}: {type(error).__name__}: {error}"
-                failures += 1
-            if failures >= self.retries.attempts * len(self.urls):
-                break
-            if (attempt + 1) % len(self.urls) == 0:
-                self._wait(max(wait, self._backoff(attempt // len(self.urls))), deadline)
-            if time.monotonic() >= deadline or self._closed.is_set():
-                break
-        raise TeacherError(f"no usable answer in time or after {self.retries.attempts} rounds: {problem}")
-
-    def _attempt(self, method: str, url: str, deadline: float, body: object) -> httpx.Response:
-        """One request whose body is read no longer than until the deadline."""
-        left = max(0.001, deadline - time.monotonic())
-        timeout = httpx.Timeout(min(left, self.timeout_seconds), connect=min(left, 10.0))
-        with self._http.stream(method, url, json=body, timeout=timeout) as response:
-            content = bytearray()
-            for chunk in response.iter_bytes():
-                content += chunk
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the deadline passed while the answer came in")
-            headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
-            return httpx.Response(response.status_code, headers=headers, content=bytes(content))
-
-    def _wait(self, seconds: float, deadline: float) -> None:
-        self._closed.wait(max(0.0, min(seconds, deadline - time.monotonic())))
-
-    def _backoff(self, rounds: int) -> float:
-        longest = min(
-            self.retries.longest_wait_seconds, self.retries.first_wait_seconds * 2.0 ** min(rounds, 30)
-        )
-        return longest * random.uniform(0.5, 1.0)
-
-
-def _first_model(response: httpx.Response) -> dict[str, Any]:
-    return dict(response.json()["data"][0])
-
-
-def _detail(response: httpx.Response) -> str:
-    try:
-        content = response.json()
-    except ValueError:
-        content = None
-    return str(
-        content["detail"] if isinstance(content, dict) and "detail" in content else response.text[:500]
-    )
 
 
 def _check(asked: _Asked) -> None:

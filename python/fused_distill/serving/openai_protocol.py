@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import numpy as np
 
 from .wire import Answer
+
+
+def first_model(response: httpx.Response) -> dict[str, Any]:
+    """The first entry of /v1/models."""
+    return dict(response.json()["data"][0])
 
 
 def openai_request(model: str, sequences: list[list[int]], top_logprobs: int) -> dict[str, Any]:
