@@ -16,6 +16,7 @@ import pytest
 import torch
 from fused_distill.serving.client import TeacherClient
 from fused_distill.serving.engine import TransformersEngine
+from fused_distill.serving.rollouts import Sampling, TransformersRollouts, VllmRollouts
 from test_serving import serving
 
 PYTHON = os.environ.get("FUSED_DISTILL_VLLM_PYTHON")
@@ -67,7 +68,12 @@ def vllm(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_SERVER_DEV_MODE": "1",
+                "HF_HUB_OFFLINE": "1",
+            },
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -120,3 +126,49 @@ def test_a_stock_vllm_server_ignores_temperature_for_prompt_logprobs(vllm: str) 
         for t in (0.5, 1.0)
     )
     assert cold["choices"][0]["prompt_logprobs"] == warm["choices"][0]["prompt_logprobs"]
+
+
+def load(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_greedy_rollouts_equal_those_of_transformers(vllm: str, folder: Path) -> None:
+    prompts, sampling = [[5, 9, 30], [7], [8, 8]], Sampling(temperature=0, max_tokens=12)
+    with VllmRollouts(vllm) as rollouts:
+        theirs = rollouts.generate(prompts, sampling, groups=[4, 5, 4])
+    mine = TransformersRollouts(load(folder)).generate(prompts, sampling, groups=[4, 5, 4])
+    for a, b in zip(theirs, mine, strict=True):
+        assert (a.group, a.prompt, a.tokens, a.finish_reason) == (
+            b.group,
+            b.prompt,
+            b.tokens,
+            b.finish_reason,
+        )
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+def test_seeded_rollouts_repeat_and_differ_within_a_group(vllm: str) -> None:
+    with VllmRollouts(vllm) as rollouts:
+        first, again = (
+            rollouts.generate([[5, 9], [5, 9]], Sampling(n=4, max_tokens=10, seed=3)) for _ in range(2)
+        )
+    assert first == again
+    assert len({tuple(c.tokens) for c in first}) == 8
+    assert {c.finish_reason for c in first} <= {"stop", "length"}
+
+
+def test_rollouts_follow_new_weights_after_a_sync(vllm: str, folder: Path, tmp_path: Path) -> None:
+    prompts, sampling = [[5, 9, 30], [7]], Sampling(temperature=0, max_tokens=12)
+    changed = load(folder)
+    with torch.no_grad():
+        changed.lm_head.weight.copy_(changed.lm_head.weight.roll(7, 0))
+    changed.save_pretrained(tmp_path)
+    with VllmRollouts(vllm) as rollouts:
+        before = rollouts.generate(prompts, sampling)
+        rollouts.sync_from_disk(tmp_path)
+        after = rollouts.generate(prompts, sampling)
+        rollouts.sync_from_disk(folder)
+        back = rollouts.generate(prompts, sampling)
+    want = TransformersRollouts(changed).generate(prompts, sampling)
+    assert [c.tokens for c in after] == [c.tokens for c in want] != [c.tokens for c in before]
+    assert [c.tokens for c in back] == [c.tokens for c in before]
