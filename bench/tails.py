@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
+from fused_distill.output_heads import output_head
 from suite import ROOT, header, results_folder, write_json
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -31,8 +32,8 @@ TAILS = ("bucket", "renormalize", "truncate")
 def states_and_head(model: demo.Model, rollouts: list[demo.Rollout]) -> tuple[Tensor, Tensor, float | None]:
     """(n, D) the states that predict the completions' tokens, the output head, its softcap."""
     states = torch.cat([demo.hidden_states(model, one)[one.completion] for one in rollouts])
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    return states, model.get_output_embeddings().weight.detach(), softcap
+    head = output_head(model)
+    return states, head.weight.detach(), head.softcap
 
 
 def rows(teacher: demo.Model, student: demo.Model, rollouts: list[demo.Rollout]) -> list[dict[str, Any]]:

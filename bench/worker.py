@@ -145,12 +145,13 @@ class _Measured:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # else a step would find the memory of the one before in the heap
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        before = _status_bytes("VmRSS")
+        before = status_bytes("VmRSS")
         function()
-        return _status_bytes("VmHWM") - before
+        return status_bytes("VmHWM") - before
 
 
-def _status_bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """A size from /proc/self/status, Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 

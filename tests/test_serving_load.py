@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,12 @@ from fused_distill.serving.client import TeacherClient
 from fused_distill.serving.engine import TransformersEngine
 from test_serving import VOCAB, completions, direct, random_sequences, serving
 from test_serving import model as model
+from worker import status_bytes
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 
 CLIENTS, REQUESTS = 64, 2000
 TEXTS = 150  # different sequences, scored beforehand one by one
-
-
-def resident_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
 @pytest.mark.slow
@@ -60,7 +55,7 @@ def test_2000_requests_of_64_clients_get_their_own_answers(model: Any) -> None:
                     right &= np.allclose(answer.logprobs, want.topk(k).values.numpy(), atol=2e-5)
                     seen["right" if right else "wrong"] += 1
                     if first == 0:
-                        memory.append(resident_bytes())
+                        memory.append(status_bytes("VmRSS"))
             return seen
 
         with ThreadPoolExecutor(CLIENTS) as pool:

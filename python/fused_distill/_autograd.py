@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._backends import choose_backend
 from ._engine import Backend, Engine, LossTensors
+from ._products import autocast_dtype
 from ._settings import DistillStats, LossSettings
 
 
@@ -49,9 +50,7 @@ def _fused_loss(tensors: LossTensors, call: Call) -> Tensor | tuple[Tensor, Dist
         call.make_backend(name, tensors.n_counted * call.vocab_size),
         call.vocab_size,
         needs_grad=tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[:3]),
-        autocast_dtype=torch.get_autocast_dtype(device.type)
-        if torch.is_autocast_enabled(device.type)
-        else None,
+        autocast_dtype=autocast_dtype(device),
         return_stats=call.return_stats,
         workspace_bytes=call.workspace_bytes,
         support_size=call.support_size,

@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ._heads import GatheredHead, Head, StudentHead
+from ._heads import GatheredHead, Head, StudentHead, logit_buffer
 from ._plan import ChunkPlan, default_workspace_bytes, plan_chunks
+from ._products import accumulation_dtype
 from ._settings import DistillStats, LossSettings, RowResult
 from ._teachers import Teacher, TeacherRows
 
@@ -81,9 +82,8 @@ class LossTensors(NamedTuple):
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
-        """The dtype of logits, losses and accumulated gradients: float64 where an input is, else float32."""
-        inputs = (self.student_hidden, self.student_weight, *self.teacher.floats)
-        return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
+        """See `_products.accumulation_dtype`."""
+        return accumulation_dtype(self.student_hidden, self.student_weight, *self.teacher.floats)
 
     @property
     def n_counted(self) -> int:
@@ -169,11 +169,11 @@ class Engine:
             token_weight = torch.ones((), dtype=dtype, device=device).expand(len(hidden))
 
         rows = min(plan.rows, plan.n_tokens)
-        student_buffer = _logit_buffer(rows, student.n_columns, dtype, device)
-        teacher_buffer = _logit_buffer(rows, teacher.buffer_columns(self.vocab_size), dtype, device)
+        student_buffer = logit_buffer(rows, student.n_columns, dtype, device)
+        teacher_buffer = logit_buffer(rows, teacher.buffer_columns(self.vocab_size), dtype, device)
         grad_buffer = None
         if self._separate_grad(student, dtype):
-            grad_buffer = _logit_buffer(rows, student.n_columns, student.dtype, device)
+            grad_buffer = logit_buffer(rows, student.n_columns, student.dtype, device)
 
         results: list[RowResult] = []
         for chunk in plan.chunks():
@@ -252,10 +252,3 @@ def _accumulate(
         student.add_weight_gradient(grad, student_hidden, gradients.weight, ids, first=first)
     if gradients.bias is not None:
         student.add_bias_gradient(grad, gradients.bias, ids)
-
-
-def _logit_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, columns). On the CPU 64 bytes lie between rows: at a distance of a power of two, as most
-    vocabularies give, all rows compete for the same places in the caches."""
-    padding = 64 // dtype.itemsize if device.type == "cpu" else 0
-    return torch.empty(rows, columns + padding, dtype=dtype, device=device)[:, :columns]

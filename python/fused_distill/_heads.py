@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ._plan import blocks
 from ._products import multiplies_into_float32, multiply, onednn_multiplies
 
 # A CPU multiplies tile by tile, of a size that fits its caches. Elsewhere only a head that must be converted
@@ -139,8 +140,7 @@ class Head:
         """Columns of the logits that are multiplied at once."""
         cut = self.weight.device.type == "cpu" or self.weight.dtype != self.dtype
         step = self._tile_rows if cut else len(self.weight)
-        for start in range(0, len(self.weight), step):
-            yield slice(start, min(start + step, len(self.weight)))
+        return blocks(len(self.weight), step)
 
     def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None = None) -> Tensor:
         """out (n, V) = hidden (n, D) @ weight^T."""
@@ -204,24 +204,20 @@ class GatheredHead:
         gathered = self.weight.dtype.itemsize if self.weight.dtype != self.dtype else 0
         return self.n_columns * self.weight.shape[1] * (self.dtype.itemsize + gathered)
 
-    def _blocks(self, n: int) -> Iterator[slice]:
-        for start in range(0, n, self.block_rows):
-            yield slice(start, start + self.block_rows)
-
     def _rows(self, ids: Tensor) -> Tensor:
         return self.weight[ids].to(self.dtype)  # (n, K, D)
 
     def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
         """out[n, k] = hidden[n] . weight[ids[n, k]]."""
         assert ids is not None
-        for block in self._blocks(len(out)):
+        for block in blocks(len(out), self.block_rows):
             torch.bmm(self._rows(ids[block]), hidden[block].unsqueeze(-1), out=out[block].unsqueeze(-1))
         return out
 
     def back_project(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
         """out[n] = sum over k of grad[n, k] weight[ids[n, k]]."""
         assert ids is not None
-        for block in self._blocks(len(out)):
+        for block in blocks(len(out), self.block_rows):
             torch.bmm(grad[block].unsqueeze(1), self._rows(ids[block]), out=out[block].unsqueeze(1))
         return out
 
@@ -230,7 +226,7 @@ class GatheredHead:
     ) -> None:
         """out[ids[n, k]] += grad[n, k] hidden[n]."""
         assert ids is not None
-        for block in self._blocks(len(grad)):
+        for block in blocks(len(grad), self.block_rows):
             terms = grad[block].unsqueeze(-1) * hidden[block].unsqueeze(1)
             out.index_add_(0, ids[block].flatten(), terms.flatten(0, 1))
 
@@ -238,3 +234,10 @@ class GatheredHead:
         """out[ids[n, k]] += grad[n, k]."""
         assert ids is not None
         out.index_add_(0, ids.flatten(), grad.flatten())
+
+
+def logit_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, columns). On the CPU 64 bytes lie between rows: at a distance of a power of two, as most
+    vocabularies give, all rows compete for the same places in the caches."""
+    padding = 64 // dtype.itemsize if device.type == "cpu" else 0
+    return torch.empty(rows, columns + padding, dtype=dtype, device=device)[:, :columns]

@@ -20,8 +20,13 @@ class ChunkPlan:
 
     def chunks(self) -> Iterator[slice]:
         """The chunks, in order; an empty one if there is no token."""
-        for start in range(0, max(self.n_tokens, 1), self.rows):
-            yield slice(start, min(start + self.rows, self.n_tokens))
+        return blocks(self.n_tokens, self.rows)
+
+
+def blocks(n: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover n in order; an empty one if n is 0."""
+    for start in range(0, max(n, 1), size):
+        yield slice(start, min(start + size, n))
 
 
 def default_workspace_bytes(device_type: str, head_bytes: int) -> int:

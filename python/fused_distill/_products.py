@@ -23,6 +23,16 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Non
         torch.mm(a, b, out=out, **options)
 
 
+def accumulation_dtype(*inputs: Tensor) -> torch.dtype:
+    """The dtype of logits, losses and accumulated gradients: float64 where an input is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of products under autocast, None outside it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 @lru_cache
 def onednn_multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products are left to oneDNN: float32 on an AMD processor.

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._plan import blocks
 from ._settings import DistillStats, LossSettings, RowResult
 from ._teachers import TeacherRows
 
@@ -63,7 +64,8 @@ def row_divergence(
     stages = (_maxima, _sums, _losses, _gradient)
     maxima, sums, losses, gradient = map(compiled_stage, stages) if compiled else stages
     results: list[RowResult] = []
-    for block in row_blocks(len(student_logits), None if compiled else block_rows):
+    n = len(student_logits)
+    for block in blocks(n, max(n, 1) if compiled or block_rows is None else block_rows):
         rows = _Rows(
             student_logits[block],
             teacher.values[block],
@@ -109,12 +111,6 @@ class _Normalizers(NamedTuple):
     log_ratio: Tensor  # c = lse_t - lse_s
     max_y: Tensor  # of the student's logits at temperature 1
     sum_y: Tensor | None  # None without labels
-
-
-def row_blocks(n: int, block_rows: int | None) -> list[slice]:
-    """Slices of at most block_rows rows that cover n, one empty slice if n is 0."""
-    step = block_rows or max(n, 1)
-    return [slice(start, start + step) for start in range(0, max(n, 1), step)]
 
 
 @cache

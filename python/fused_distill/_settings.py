@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ class LossSettings:
     teacher_softcap: float | None = None
     hard_weight: float = 0.0
     soft_weight: float = 1.0
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> LossSettings:
+        """From a public function's keywords; those that are not fields are left out."""
+        return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options})
+
+    @property
+    def needs_two_softmaxes(self) -> bool:
+        """Whether the cross entropy is at another temperature than the divergence."""
+        return self.hard_weight != 0 and self.temperature != 1
 
     def as_tensor(self, dtype: torch.dtype) -> Tensor:
         """The numbers for compiled row arithmetic, on the CPU, in the order in which `_rows` unbinds them."""

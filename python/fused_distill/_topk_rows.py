@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._plan import blocks
 from ._rows import (
     Divergence,
     compiled_stage,
     delta,
     mixture_log_ratios,
-    row_blocks,
     row_divergence,
     times,
     transform,
@@ -223,11 +223,10 @@ def _divergence(
     if tail == "truncate":
         assert rest is not None
         log_normalizer = _log_normalizer(z, rest.max_z, rest.sum_z)
-        loss, grad_logp, stats = _truncated(
-            z - log_normalizer.unsqueeze(-1), logprobs, settings, return_stats
-        )
+        log_s = z - log_normalizer.unsqueeze(-1)
+        loss, grad_logp, stats = _truncated(log_s, logprobs, settings, return_stats)
         total = grad_logp.sum(-1)
-        grad_support = grad_logp - (z - log_normalizer.unsqueeze(-1)).exp() * total.unsqueeze(-1)
+        grad_support = grad_logp - log_s.exp() * total.unsqueeze(-1)
         grad_rest = -total * rest.sum_z * (rest.max_z - log_normalizer).exp()
     else:
         if tail == "bucket":
@@ -305,9 +304,9 @@ def rest_statistics(
     """Log-sum-exp parts of each row's other columns, in PyTorch."""
     rest_maxima, rest_sums = map(compiled_stage, (_maxima, _sums)) if compiled else (_maxima, _sums)
     numbers, has_softcap = settings.as_tensor(logits.dtype), settings.student_softcap is not None
-    same = settings.temperature == 1 or settings.hard_weight == 0
+    same = not settings.needs_two_softmaxes
     parts: list[tuple[Tensor, ...]] = []
-    for block in row_blocks(len(logits), None if compiled else block_rows):
+    for block in blocks(len(logits), max(len(logits), 1) if compiled else block_rows):
         max_z, max_y = rest_maxima(logits[block], bias, numbers, has_softcap, same)
         sum_z, sum_y = rest_sums(logits[block], bias, numbers, has_softcap, same, max_z, max_y)
         parts.append((max_z, sum_z, max_y, sum_y))
@@ -337,7 +336,7 @@ def rest_gradient(
 
     max_z, max_y, factor_z = column(rest.max_z), column(rest.max_y), column(factor_z)
     factor_y = None if factor_y is None else column(factor_y)
-    for block in row_blocks(len(logits), None if compiled else block_rows):
+    for block in blocks(len(logits), max(len(logits), 1) if compiled else block_rows):
         x = logits[block]
         stage(
             x,
@@ -382,8 +381,8 @@ def _sums(
 ) -> tuple[Tensor, Tensor]:
     y, _, z = _rest_logits(x, bias, numbers, has_softcap)
     wide = wide_dtype(x.device)
-    sum_z = _exp_below(z, max_z).sum(-1, keepdim=True, dtype=wide)
-    return sum_z, sum_z if same else _exp_below(y, max_y).sum(-1, keepdim=True, dtype=wide)
+    sum_z = exp_below(z, max_z).sum(-1, keepdim=True, dtype=wide)
+    return sum_z, sum_z if same else exp_below(y, max_y).sum(-1, keepdim=True, dtype=wide)
 
 
 def _gradient(
@@ -398,12 +397,12 @@ def _gradient(
     out: Tensor,
 ) -> None:
     y, slope, z = _rest_logits(x, bias, numbers, has_softcap)
-    grad = factor_z * _exp_below(z, max_z)
+    grad = factor_z * exp_below(z, max_z)
     if factor_y is not None:
-        grad = grad + factor_y * _exp_below(y, max_y)
+        grad = grad + factor_y * exp_below(y, max_y)
     out.copy_(grad * slope)
 
 
-def _exp_below(z: Tensor, top: Tensor) -> Tensor:
+def exp_below(z: Tensor, top: Tensor) -> Tensor:
     """e^(z - top), 0 where top is -inf."""
     return (z - torch.where(top == -torch.inf, 0.0, top)).exp()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._settings import LossSettings
 from ._teachers import wide_dtype
-from ._topk_rows import RestStatistics
+from ._topk_rows import RestStatistics, exp_below
 
 
 def rest_statistics(
@@ -22,7 +22,7 @@ def rest_statistics(
 ) -> RestStatistics:
     """`_topk_rows.rest_statistics` by a kernel; block_rows is not needed."""
     del block_rows
-    want_y = _wants_y(settings)
+    want_y = settings.needs_two_softmaxes
     parts = rest_sums(logits, bias=bias, want_y=want_y, **_transform(settings)).to(wide_dtype(logits.device))
     z = _combine(parts[:, 0], parts[:, 1])
     return RestStatistics(*z, *(_combine(parts[:, 2], parts[:, 3]) if want_y else z))
@@ -46,10 +46,6 @@ def rest_gradient(
     rest_gradients(logits, rows, out, bias=bias, want_y=factor_y is not None, **_transform(settings))
 
 
-def _wants_y(settings: LossSettings) -> bool:
-    return settings.hard_weight != 0 and settings.temperature != 1
-
-
 def _transform(settings: LossSettings) -> dict[str, Any]:
     return {
         "temperature": settings.temperature,
@@ -60,6 +56,5 @@ def _transform(settings: LossSettings) -> dict[str, Any]:
 
 def _combine(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """A row's maximum and sum of exponentials from its tiles' (n, tiles)."""
-    top = maxima.amax(-1)
-    below = maxima - torch.where(top == -torch.inf, 0.0, top).unsqueeze(-1)
-    return top, (sums * below.exp()).sum(-1)
+    top = maxima.amax(-1, keepdim=True)
+    return top.squeeze(-1), (sums * exp_below(maxima, top)).sum(-1)

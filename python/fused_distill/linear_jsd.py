@@ -147,16 +147,6 @@ def fused_linear_jsd(
             normalizer=normalizer,
             **options,
         )
-    settings = LossSettings(
-        beta=beta,
-        temperature=temperature,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        hard_weight=hard_weight,
-        soft_weight=soft_weight,
-    )
     teacher = FullTeacher(
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_weight.detach(),
@@ -174,7 +164,7 @@ def fused_linear_jsd(
     return fused_loss(
         tensors,
         Call(
-            settings,
+            LossSettings.of(options),
             full_backend,
             backend,
             n_columns,

@@ -157,14 +157,7 @@ def fused_linear_topk_jsd(
     return fused_loss(
         tensors,
         Call(
-            LossSettings(
-                beta=beta,
-                temperature=temperature,
-                student_logit_scale=student_logit_scale,
-                student_softcap=student_softcap,
-                hard_weight=hard_weight,
-                soft_weight=soft_weight,
-            ),
+            LossSettings.of(options),
             partial(topk_backend, tail=tail, support_size=support_size, gathered=gathered),
             backend,
             n_columns,

@@ -18,8 +18,9 @@ from ._check import (
     check_tokens,
     check_vocab_size,
 )
-from ._heads import Head
+from ._heads import Head, logit_buffer
 from ._plan import default_workspace_bytes, plan_chunks
+from ._products import accumulation_dtype, autocast_dtype
 from ._settings import LossSettings
 from ._teachers import wide_dtype
 
@@ -95,16 +96,16 @@ def topk_logprobs(
         check_id_range("actual_ids", _as_rows(actual_ids, len(shape)), n_columns, mask=mask)
 
     settings = LossSettings(temperature=temperature, student_logit_scale=logit_scale, student_softcap=softcap)
-    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    head = Head.of(hidden, weight[:n_columns], dtype, autocast)
+    dtype = accumulation_dtype(hidden, weight)
+    head = Head.of(hidden, weight[:n_columns], dtype, autocast_dtype(device))
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return _topk_logprobs(hidden, head, k, actual_ids, bias, mask, settings, workspace_bytes)
+        return _topk_logprobs(hidden, head, dtype, k, actual_ids, bias, mask, settings, workspace_bytes)
 
 
 def _topk_logprobs(
     hidden: Tensor,
     head: Head,
+    dtype: torch.dtype,
     k: int,
     actual_ids: Tensor | None,
     bias: Tensor | None,
@@ -114,12 +115,10 @@ def _topk_logprobs(
 ) -> TopKLogprobs:
     """`topk_logprobs` for checked arguments."""
     device, shape, n_columns = hidden.device, hidden.shape[:-1], head.n_columns
-    dtype = torch.float64 if torch.float64 in (hidden.dtype, head.weight.dtype) else torch.float32
     hidden = hidden.reshape(-1, hidden.shape[-1])
     bias = None if bias is None else bias[:n_columns].to(dtype)
-    tokens = (
-        torch.arange(len(hidden), device=device) if mask is None else mask.reshape(-1).nonzero().squeeze(1)
-    )
+    counted = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+    n_tokens = len(hidden) if counted is None else len(counted)
     actual = None
     if actual_ids is not None:
         actual = _as_rows(actual_ids, len(shape))
@@ -131,19 +130,19 @@ def _topk_logprobs(
         None if actual is None else torch.full(actual.shape, -torch.inf, dtype=dtype, device=device)
     )
     plan = plan_chunks(
-        len(tokens),
+        n_tokens,
         workspace_bytes or default_workspace_bytes(device.type, head.weight.numel() * dtype.itemsize),
         fixed_bytes=head.fixed_bytes + 64 * len(hidden),
         row_bytes=head.row_bytes + 2 * n_columns * dtype.itemsize + hidden.shape[-1] * dtype.itemsize + 512,
         block_row_bytes=0,
         block_rows=1,
     )
-    buffer = torch.empty(min(plan.rows, len(tokens)), n_columns, dtype=dtype, device=device)
+    buffer = logit_buffer(min(plan.rows, n_tokens), n_columns, dtype, device)
     numbers = settings.as_tensor(dtype)
     _, _, inv_temperature, scale, _, cap, *_ = numbers.unbind()
     for chunk in plan.chunks():
-        some = tokens[chunk]
-        logits = head.project(hidden[some].to(head.dtype), buffer[: len(some)])
+        some = chunk if counted is None else counted[chunk]
+        logits = head.project(hidden[some].to(head.dtype), buffer[: chunk.stop - chunk.start])
         if bias is not None:
             logits += bias
         if settings.student_softcap is not None:

@@ -42,11 +42,12 @@ class _Asked:
 
     @property
     def starts(self) -> list[int]:
-        return [max(p, 1) for p in self.prompt_lengths]
+        return [wire.first_scored(p) for p in self.prompt_lengths]
 
     @property
     def positions(self) -> list[int]:
-        return [max(len(s) - start, 0) for s, start in zip(self.sequences, self.starts, strict=True)]
+        lengths = zip(self.sequences, self.prompt_lengths, strict=True)
+        return [wire.scored_positions(len(tokens), prompt_length) for tokens, prompt_length in lengths]
 
     @property
     def score_count(self) -> int:
@@ -212,7 +213,7 @@ class TeacherClient:
         return checked(
             self._http.send(
                 "POST",
-                "/get_sequence_logprobs/",
+                wire.SCORE_PATH,
                 asked.deadline,
                 lambda r: wire.decode_binary(r.content),
                 body,
@@ -232,27 +233,18 @@ class TeacherClient:
 
 
 def _check(asked: _Asked) -> None:
-    count = len(asked.sequences)
-    if not count:
+    if not asked.sequences:
         raise ValueError("sequences must not be empty")
-    if len(asked.prompt_lengths) != count:
-        raise ValueError(f"prompt_lengths must be {count}, one a sequence, got {len(asked.prompt_lengths)}")
+    wire.check_request(asked.sequences, asked.prompt_lengths, asked.score_ids)
     if asked.top_logprobs < 0:
         raise ValueError(f"top_logprobs must not be negative, got {asked.top_logprobs}")
     if not asked.temperature > 0:
         raise ValueError(f"temperature must be positive, got {asked.temperature}")
-    for i, (tokens, prompt_length) in enumerate(zip(asked.sequences, asked.prompt_lengths, strict=True)):
+    for i, tokens in enumerate(asked.sequences):
         if len(tokens) < 1:
             raise ValueError(f"sequences[{i}] must have at least one token, got none")
-        if not 0 <= prompt_length <= len(tokens):
-            raise ValueError(
-                f"prompt_lengths[{i}] must be between 0 and the sequence's {len(tokens)} tokens, "
-                f"got {prompt_length}"
-            )
     if asked.score_ids is None:
         return
-    if len(asked.score_ids) != count:
-        raise ValueError(f"score_ids must be {count}, one a sequence, got {len(asked.score_ids)}")
     for i, (own, positions) in enumerate(zip(asked.score_ids, asked.positions, strict=True)):
         if len(own) != positions or any(len(ids) != asked.score_count for ids in own):
             raise ValueError(

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import topk_logprobs
 from ..output_heads import output_head
-from .wire import Answer
+from .wire import Answer, first_scored, scored_positions
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Sequence:
     @property
     def start(self) -> int:
         """The first token with a log-probability."""
-        return max(self.prompt_length, 1)
+        return first_scored(self.prompt_length)
 
     @property
     def positions(self) -> int:
         """Tokens that are scored."""
-        return max(len(self.tokens) - self.start, 0)
+        return scored_positions(len(self.tokens), self.prompt_length)
 
 
 class Execution(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from .wire import Answer
+from .wire import Answer, first_scored
 
 
 def first_model(response: httpx.Response) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def openai_answer(
     ids: list[list[int]] = []
     actual: list[float] = []
     for tokens, prompt_length, choice in zip(sequences, prompt_lengths, choices, strict=True):
-        start = max(prompt_length, 1)
+        start = first_scored(prompt_length)
         positions = (choice.get("prompt_logprobs") or [])[start:]
         lengths.append(len(positions))
         for token, position in zip(tokens[start:], positions, strict=False):

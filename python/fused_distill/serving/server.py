@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from . import wire
 from .batching import Batcher, BatchLimits, QueueFull, Stopped
 from .engine import Execution, Sequence, TeacherEngine
-
-SCORE_PATH = "/get_sequence_logprobs/"
+from .wire import SCORE_PATH
 
 
 class _FirstError(FailFast):
@@ -104,27 +103,17 @@ def _work(
     total = sum(map(len, sequences))
     if total > limits.tokens:
         raise ValueError(f"sequences must hold at most {limits.tokens} tokens in all, got {total}")
-    if len(prompt_lengths) != len(sequences):
-        raise ValueError(
-            f"prompt_lengths must be {len(sequences)}, one a sequence, got {len(prompt_lengths)}"
-        )
+    scores = request.score_ids
+    wire.check_request(sequences, prompt_lengths, scores)
     most = min(limits.top_logprobs, info.vocab_size)
     if request.top_logprobs > most:
         raise ValueError(f"top_logprobs must be at most {most}, got {request.top_logprobs}")
-    scores = request.score_ids
-    if scores is not None and len(scores) != len(sequences):
-        raise ValueError(f"score_ids must be {len(sequences)}, one a sequence, got {len(scores)}")
 
     items: list[Sequence] = []
     widths: set[int] = set()
     for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         if not 1 <= len(tokens) <= info.max_length:
             raise ValueError(f"sequences[{i}] must have 1 to {info.max_length} tokens, got {len(tokens)}")
-        if not 0 <= prompt_length <= len(tokens):
-            raise ValueError(
-                f"prompt_lengths[{i}] must be between 0 and the sequence's {len(tokens)} tokens, "
-                f"got {prompt_length}"
-            )
         if max(tokens) >= info.vocab_size:
             raise ValueError(f"sequences[{i}] must hold ids below {info.vocab_size}, got {max(tokens)}")
         own = None if scores is None else tuple(map(tuple, scores[i]))

@@ -34,6 +34,7 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,36 @@ _DTYPES: tuple[Dtype, ...] = ("float32", "float16")
 # What a decoder allocates for is bounded by the payload's own size; these bound absurd counts before that.
 _MOST_SEQUENCES = 1 << 20
 MOST_K = (1 << 16) - 1  # of K and of M
+
+
+SCORE_PATH = "/get_sequence_logprobs/"
+
+
+def first_scored(prompt_length: int) -> int:
+    """The first token of a sequence with a log-probability."""
+    return max(prompt_length, 1)
+
+
+def scored_positions(n_tokens: int, prompt_length: int) -> int:
+    """How many tokens of a sequence have one."""
+    return max(n_tokens - first_scored(prompt_length), 0)
+
+
+def check_request(
+    sequences: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    score_ids: Sequence[Sequence[Sequence[int]]] | None,
+) -> None:
+    """What client and server ask of a request alike. Raises ValueError naming the field and the index."""
+    for name, values in (("prompt_lengths", prompt_lengths), ("score_ids", score_ids)):
+        if values is not None and len(values) != len(sequences):
+            raise ValueError(f"{name} must be {len(sequences)}, one a sequence, got {len(values)}")
+    for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        if not 0 <= prompt_length <= len(tokens):
+            raise ValueError(
+                f"prompt_lengths[{i}] must be between 0 and the sequence's {len(tokens)} tokens, "
+                f"got {prompt_length}"
+            )
 
 
 class WireError(ValueError):
