@@ -19,10 +19,13 @@ from cases import INTERPRETED
 from fused_distill import fused_linear_topk_jsd
 from fused_distill.serving import wire
 from fused_distill.serving.align import align
+from fused_distill.serving.asked import TeacherError
 from fused_distill.serving.batching import BatchLimits
-from fused_distill.serving.client import TeacherClient, TeacherError
-from fused_distill.serving.engine import Execution, Sequence, TeacherInfo, TransformersEngine
+from fused_distill.serving.client import TeacherClient
+from fused_distill.serving.engine import TeacherInfo, TransformersEngine
+from fused_distill.serving.framing import VERSION
 from fused_distill.serving.patient_http import RetryPolicy, ServerError
+from fused_distill.serving.sequences import Execution, Sequence
 from fused_distill.serving.server import ServerLimits, create_app
 from fused_distill.serving.wire import Answer
 
@@ -249,7 +252,7 @@ def test_the_teacher_describes_itself(url: str) -> None:
         info = client.info()
     assert info["vocab_size"] == VOCAB
     assert info["max_length"] == LENGTH
-    assert info["wire_version"] == wire.VERSION
+    assert info["wire_version"] == VERSION
 
 
 def test_metrics_count_requests_and_positions(model: Any) -> None:
@@ -268,6 +271,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.info = TeacherInfo("fake", 1000, 1000, None)
+        self.head_file = None
         self.gate = threading.Event()
         self.gate.set()
         self.started = threading.Event()

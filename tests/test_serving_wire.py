@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from cases import INTERPRETED
 from fused_distill.serving import wire
-from fused_distill.serving.wire import Answer, WireError
+from fused_distill.serving.framing import WireError
+from fused_distill.serving.wire import Answer
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-for _name in ("numpy", "pydantic", "httpx", "fastapi", "uvicorn", "prometheus_client"):
+for _name in ("numpy", "pydantic", "httpx", "fastapi", "uvicorn", "prometheus_client", "safetensors"):
     if find_spec(_name) is None:
         raise ImportError(f"fused_distill.serving needs {_name}: pip install 'fused-distill[serving]'")

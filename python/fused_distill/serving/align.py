@@ -1,4 +1,4 @@
-"""From a teacher's answer to the tensors of `fused_linear_topk_jsd`."""
+"""From a teacher's answer to the tensors of the losses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .hidden_wire import HiddenStates
 from .wire import Answer
 
 
@@ -34,16 +35,10 @@ def align(answer: Answer, mask: Tensor) -> AlignedAnswer:
     Raises:
         ValueError, TypeError: the mask does not fit the answer.
     """
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
-    places, positions = mask.reshape(-1).nonzero().squeeze(1), len(answer.actual_logprobs)
-    if len(places) != positions:
-        raise ValueError(f"mask must be True at the answer's {positions} positions, got {len(places)}")
+    places = _places(mask, len(answer.actual_logprobs))
 
     def spread(values: NDArray[Any], fill: float, dtype: torch.dtype) -> Tensor:
-        rows = torch.as_tensor(values, dtype=dtype, device=mask.device)
-        whole = rows.new_full((mask.numel(), *rows.shape[1:]), fill)
-        return whole.index_copy_(0, places, rows).reshape(*mask.shape, *rows.shape[1:])
+        return _spread(torch.as_tensor(values, dtype=dtype, device=mask.device), fill, mask, places)
 
     return AlignedAnswer(
         spread(answer.logprobs, -torch.inf, torch.float32),
@@ -51,3 +46,23 @@ def align(answer: Answer, mask: Tensor) -> AlignedAnswer:
         spread(answer.actual_logprobs, 0.0, torch.float32),
         None if answer.score_logprobs is None else spread(answer.score_logprobs, -torch.inf, torch.float32),
     )
+
+
+def align_hidden_states(hidden: HiddenStates, mask: Tensor) -> Tensor:
+    """The same for hidden states: the (..., Dt) teacher_hidden of `fused_linear_jsd`, 0 elsewhere."""
+    places = _places(mask, len(hidden.states))
+    return _spread(hidden.states.to(mask.device), 0.0, mask, places)
+
+
+def _places(mask: Tensor, positions: int) -> Tensor:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    places = mask.reshape(-1).nonzero().squeeze(1)
+    if len(places) != positions:
+        raise ValueError(f"mask must be True at the answer's {positions} positions, got {len(places)}")
+    return places
+
+
+def _spread(rows: Tensor, fill: float, mask: Tensor, places: Tensor) -> Tensor:
+    whole = rows.new_full((mask.numel(), *rows.shape[1:]), fill)
+    return whole.index_copy_(0, places, rows).reshape(*mask.shape, *rows.shape[1:])

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from .engine import Execution, Sequence, TeacherEngine
-from .wire import Answer
+from .engine import Result, TeacherEngine
+from .sequences import Execution, Sequence
 
 
 class QueueFull(Exception):
@@ -41,21 +39,22 @@ class _Job:
 
     sequences: list[Sequence]
     execution: Execution
-    result: asyncio.Future[Answer]
+    result: asyncio.Future[Result]
     waiting: deque[int] = field(init=False)
-    answers: dict[int, Answer] = field(default_factory=dict)
+    answers: dict[int, Result] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i].tokens))
         self.waiting = deque(order)
 
-    def take(self, index: int, answer: Answer) -> None:
+    def take(self, index: int, answer: Result) -> None:
         """Keep one sequence's answer; with the last one the request is done."""
-        if np.isnan(answer.actual_logprobs).any() or np.isnan(answer.logprobs).any():
-            raise RuntimeError(f"the engine gave NaN for sequence {index}")
+        if not answer.valid:
+            raise RuntimeError(f"the engine gave numbers that are not finite for sequence {index}")
         self.answers[index] = answer
         if len(self.answers) == len(self.sequences) and not self.result.done():
-            self.result.set_result(Answer.join([self.answers[i] for i in range(len(self.sequences))]))
+            parts = [self.answers[i] for i in range(len(self.sequences))]
+            self.result.set_result(type(answer).join(parts))  # pyright: ignore[reportArgumentType]
 
     def fail(self, error: Exception) -> None:
         """The request is done with this error."""
@@ -96,7 +95,7 @@ class Batcher:
         """Whether requests are taken and will be answered."""
         return self._task is not None and not self._task.done()
 
-    async def submit(self, sequences: list[Sequence], execution: Execution) -> Answer:
+    async def submit(self, sequences: list[Sequence], execution: Execution) -> Result:
         """The answer for these sequences, at least one. Cancelling this call frees its place.
 
         Raises:

@@ -2,63 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, Literal, TypeVar
 
 import httpx
-import numpy as np
 from numpy.typing import NDArray
 
+from ..output_heads import OutputHead
 from . import wire
+from .asked import Asked, Ids, TeacherError
+from .head import file_sha256, load_head
+from .hidden_wire import HiddenDtype, HiddenStates, decode_hidden
 from .openai_protocol import first_model, openai_answer, openai_request
-from .patient_http import PatientHttp, RetryPolicy, ServerError
+from .patient_http import PatientHttp, RetryPolicy
 from .wire import Answer
 
 Protocol = Literal["auto", "fused-distill", "openai"]
-Ids = Sequence[int] | NDArray[Any]  # of integers
-
-_REQUEST_SEQUENCES = 256
-_SCORE_IDS_PER_TOKEN = 16  # so many score ids weigh as much as a token when a call is cut into requests
-
-
-class TeacherError(ServerError):
-    """A teacher's answer that is not one to the question asked."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """One call of get_sequence_logprobs."""
-
-    sequences: list[list[int]]
-    prompt_lengths: list[int]
-    top_logprobs: int
-    temperature: float
-    score_ids: list[list[list[int]]] | None
-    deadline: float
-
-    @property
-    def starts(self) -> list[int]:
-        return [wire.first_scored(p) for p in self.prompt_lengths]
-
-    @property
-    def positions(self) -> list[int]:
-        lengths = zip(self.sequences, self.prompt_lengths, strict=True)
-        return [wire.scored_positions(len(tokens), prompt_length) for tokens, prompt_length in lengths]
-
-    @property
-    def score_count(self) -> int:
-        rows = itertools.chain.from_iterable(self.score_ids or [])
-        return len(next(rows, []))
-
-    def part(self, indices: range) -> _Asked:
-        scores = None if self.score_ids is None else [self.score_ids[i] for i in indices]
-        sequences = [self.sequences[i] for i in indices]
-        prompts = [self.prompt_lengths[i] for i in indices]
-        return _Asked(sequences, prompts, self.top_logprobs, self.temperature, scores, self.deadline)
+T = TypeVar("T")
 
 
 class TeacherClient:
@@ -107,6 +72,7 @@ class TeacherClient:
         self.deadline_seconds, self.request_tokens = deadline_seconds, request_tokens
         self._protocol: Protocol = protocol
         self._model = model
+        self._head_sha256: str | None = None  # of the head that head() gave
         self._http = PatientHttp(
             url, token=token, timeout_seconds=timeout_seconds, retries=retries, transport=transport
         )
@@ -130,6 +96,65 @@ class TeacherClient:
         if self._detected(deadline) == "openai":
             return self._http.send("GET", "/v1/models", deadline, first_model)
         return self._http.send("GET", "/v1/teacher", deadline, lambda response: dict(response.json()))
+
+    def head(self, cache: Path | None = None) -> OutputHead:
+        """The teacher's head, on the CPU; downloaded once and kept by its checksum.
+
+        Args:
+            cache: folder to keep it in. None: fused-distill under $XDG_CACHE_HOME or ~/.cache.
+
+        Raises:
+            ServerError: no server gave it, say for want of the capability "hidden_states".
+        """
+        deadline = time.monotonic() + self.deadline_seconds
+        sha256 = self._http.send("HEAD", wire.HEAD_PATH, deadline, _etag)
+        folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fused-distill"
+        path = folder / f"head-{sha256}.safetensors"
+        if not path.exists() or file_sha256(path) != sha256:
+            folder.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile(dir=folder, delete=False) as file:
+                partial = Path(file.name)
+
+                def whole(_: httpx.Response) -> None:
+                    file.flush()
+                    if file_sha256(partial) != sha256:
+                        raise ValueError("the head is not the one that its checksum names")
+
+                try:
+                    self._http.send("GET", wire.HEAD_PATH, deadline, whole, file=file.file)
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
+        self._head_sha256 = sha256
+        return load_head(path)
+
+    def get_hidden_states(
+        self,
+        sequences: Sequence[Ids] | NDArray[Any],
+        prompt_lengths: Ids,
+        *,
+        dtype: HiddenDtype = "bfloat16",
+    ) -> HiddenStates:
+        """The teacher's last hidden states at every completion position, for the exact loss with `head()`.
+
+        Args:
+            sequences: token ids, prompt and completion.
+            prompt_lengths: tokens of each sequence that are its prompt.
+            dtype: of the answer.
+
+        Returns:
+            `HiddenStates` in the order of the sequences; `align_hidden_states` puts them where the loss wants
+            them.
+
+        Raises:
+            ValueError: an argument that does not fit, by name and index.
+            ServerError: as `get_sequence_logprobs`; TeacherError also where they belong to another head than
+                `head()` gave.
+        """
+        asked = Asked.of(sequences, prompt_lengths, 0, 1.0, None, self.deadline_seconds)
+        if self._detected(asked.deadline) == "openai":
+            raise ValueError("hidden states cannot be asked of a stock vLLM server")
+        return HiddenStates.join(self._in_parts(asked, lambda part, first: self._states(part, first, dtype)))
 
     def get_sequence_logprobs(
         self,
@@ -158,17 +183,9 @@ class TeacherClient:
             ServerError: no server gave a whole answer before the deadline, or one refused the request;
                 TeacherError, a kind of it: one answered another question, or without a number.
         """
-        asked = _Asked(
-            [[int(t) for t in s] for s in sequences],
-            [int(p) for p in prompt_lengths],
-            int(top_logprobs),
-            float(temperature),
-            None
-            if score_ids is None
-            else [[[int(t) for t in position] for position in own] for own in score_ids],
-            time.monotonic() + self.deadline_seconds,
+        asked = Asked.of(
+            sequences, prompt_lengths, top_logprobs, temperature, score_ids, self.deadline_seconds
         )
-        _check(asked)
         if self._detected(asked.deadline) == "openai":
             if temperature != 1:
                 raise ValueError(
@@ -179,17 +196,36 @@ class TeacherClient:
                 raise ValueError(
                     "score_ids must be None with a stock vLLM server, which scores its own top tokens only"
                 )
-        parts = _parts(asked, self.request_tokens)
-        futures = [self._pool.submit(self._score, asked.part(part), part.start) for part in parts]
+        return Answer.join(self._in_parts(asked, self._score))
+
+    def _in_parts(self, asked: Asked, call: Callable[[Asked, int], T]) -> list[T]:
+        parts = asked.parts(self.request_tokens)
+        futures = [self._pool.submit(call, asked.part(part), part.start) for part in parts]
         try:
-            return Answer.join([future.result() for future in futures])
+            return [future.result() for future in futures]
         finally:
             for future in futures:
                 future.cancel()
 
-    def _score(self, asked: _Asked, first: int) -> Answer:
+    def _states(self, asked: Asked, first: int, dtype: HiddenDtype) -> HiddenStates:
+        body = {
+            "sequences": asked.sequences,
+            "prompt_lengths": asked.prompt_lengths,
+            "response": "hidden_states",
+            "response_format": "binary",
+            "dtype": dtype,
+        }
+        hidden = self._http.send(
+            "POST", wire.SCORE_PATH, asked.deadline, lambda r: decode_hidden(r.content), body
+        )
+        asked.check_hidden_states(hidden, first)
+        if self._head_sha256 not in (None, hidden.head_sha256):
+            raise TeacherError("hidden states are of another head than head() gave")
+        return hidden
+
+    def _score(self, asked: Asked, first: int) -> Answer:
         def checked(answer: Answer) -> Answer:
-            _check_answer(answer, asked, first)
+            asked.check_answer(answer, first)
             return answer
 
         if self._protocol == "openai":
@@ -232,57 +268,8 @@ class TeacherClient:
         return self._protocol
 
 
-def _check(asked: _Asked) -> None:
-    if not asked.sequences:
-        raise ValueError("sequences must not be empty")
-    wire.check_request(asked.sequences, asked.prompt_lengths, asked.score_ids)
-    if asked.top_logprobs < 0:
-        raise ValueError(f"top_logprobs must not be negative, got {asked.top_logprobs}")
-    if not asked.temperature > 0:
-        raise ValueError(f"temperature must be positive, got {asked.temperature}")
-    for i, tokens in enumerate(asked.sequences):
-        if len(tokens) < 1:
-            raise ValueError(f"sequences[{i}] must have at least one token, got none")
-    if asked.score_ids is None:
-        return
-    for i, (own, positions) in enumerate(zip(asked.score_ids, asked.positions, strict=True)):
-        if len(own) != positions or any(len(ids) != asked.score_count for ids in own):
-            raise ValueError(
-                f"score_ids[{i}] must have {positions} positions of {asked.score_count} ids, "
-                f"got {len(own)} of {sorted({len(ids) for ids in own})}"
-            )
-
-
-def _parts(asked: _Asked, most_tokens: int) -> list[range]:
-    """Consecutive sequences of about most_tokens each; a longer sequence goes alone."""
-    weight = 1 + asked.score_count / _SCORE_IDS_PER_TOKEN
-    parts: list[range] = []
-    start, tokens = 0, 0.0
-    for i, sequence in enumerate(asked.sequences):
-        full = tokens + weight * len(sequence) > most_tokens or i - start >= _REQUEST_SEQUENCES
-        if i > start and full:
-            parts.append(range(start, i))
-            start, tokens = i, 0.0
-        tokens += weight * len(sequence)
-    parts.append(range(start, len(asked.sequences)))
-    return parts
-
-
-def _check_answer(answer: Answer, asked: _Asked, first: int) -> None:
-    """The answer covers what was asked, without a missing number."""
-    if answer.lengths.tolist() != asked.positions:
-        raise TeacherError(f"the answer has {answer.lengths.tolist()} positions, expected {asked.positions}")
-    scores = answer.score_logprobs
-    widths = (answer.logprobs.shape[1], None if scores is None else scores.shape[1])
-    expected = (asked.top_logprobs, None if asked.score_ids is None else asked.score_count)
-    if len(answer.actual_logprobs) and widths != expected:
-        raise TeacherError(f"the answer has {widths} log-probabilities a position, expected {expected}")
-    for i, (part, start) in enumerate(zip(answer.split(), asked.starts, strict=True)):
-        missing = ~np.isfinite(part.actual_logprobs) | np.isnan(part.logprobs).any(-1)
-        if asked.top_logprobs:
-            missing |= part.logprobs[:, 0] == -np.inf
-        if part.score_logprobs is not None:
-            missing |= np.isnan(part.score_logprobs).any(-1)
-        if missing.any():
-            position = start + int(missing.argmax())
-            raise TeacherError(f"the answer has no number for sequence {first + i} at token {position}")
+def _etag(response: httpx.Response) -> str:
+    sha256 = response.headers["etag"].strip('"')
+    if len(bytes.fromhex(sha256)) != 32:
+        raise ValueError(f"the head's checksum must have 64 hexadecimal digits, got {sha256!r}")
+    return sha256

@@ -4,44 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .. import topk_logprobs
 from ..output_heads import output_head
-from .wire import Answer, first_scored, scored_positions
+from .forward import scored_states, scored_states_shared, sharing_saves
+from .head import HeadFile
+from .hidden_wire import HiddenStates
+from .sequences import Execution, Sequence
+from .wire import Answer
 
-
-@dataclass(frozen=True)
-class Sequence:
-    """One sequence to be scored from token `start` on."""
-
-    tokens: tuple[int, ...]
-    prompt_length: int
-    score_ids: tuple[tuple[int, ...], ...] | None = None  # M per position
-
-    @property
-    def start(self) -> int:
-        """The first token with a log-probability."""
-        return first_scored(self.prompt_length)
-
-    @property
-    def positions(self) -> int:
-        """Tokens that are scored."""
-        return scored_positions(len(self.tokens), self.prompt_length)
-
-
-class Execution(NamedTuple):
-    """What sequences of one batch share."""
-
-    top_logprobs: int  # K
-    score_count: int | None  # M; None: no score_logprobs
-    temperature: float
+Result = Answer | HiddenStates
+Capability = Literal["temperature", "score_ids", "hidden_states"]
 
 
 class TeacherInfo(NamedTuple):
@@ -51,15 +30,21 @@ class TeacherInfo(NamedTuple):
     vocab_size: int
     max_length: int
     tokenizer_fingerprint: str | None
+    capabilities: tuple[Capability, ...] = ("temperature", "score_ids")  # beyond top log-probabilities
 
 
 class TeacherEngine(Protocol):
-    """Scores a batch at a time, called from one thread only."""
+    """Scores a batch at a time, called from one thread only; `head_file` may be read from any."""
 
     info: TeacherInfo
 
-    def score(self, batch: list[Sequence], execution: Execution) -> list[Answer]:
-        """One answer for each sequence."""
+    @property
+    def head_file(self) -> HeadFile | None:
+        """The head, None without the capability "hidden_states"."""
+        ...
+
+    def score(self, batch: list[Sequence], execution: Execution) -> list[Result]:
+        """For each sequence what `execution.response` names."""
         ...
 
 
@@ -81,8 +66,13 @@ class TransformersEngine:
             min(config.vocab_size, len(self.head.weight)),
             max_length,
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+            ("temperature", "score_ids", "hidden_states"),
         )
+        vocabulary = slice(self.info.vocab_size)
+        bias = None if self.head.bias is None else self.head.bias[vocabulary]
+        self.head_file = HeadFile(self.head._replace(weight=self.head.weight[vocabulary], bias=bias))
         self._check_head()
+        self.shares_prompts = self._sharing_works()
 
     @classmethod
     def load(cls, name: str, device: str, dtype: str, max_length: int | None = None) -> TransformersEngine:
@@ -104,59 +94,79 @@ class TransformersEngine:
             tokenizer = None
         return cls(model.to(device), tokenizer, name, max_length)
 
-    def _hidden(self, tokens: Tensor, attention: Tensor) -> Tensor:
-        decoder = self.model.get_decoder()
-        return decoder(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state
-
     def _check_head(self) -> None:
         """The head as read from the config gives the model's own logits; a family may compute others."""
-        tokens = torch.arange(min(4, self.info.vocab_size), device=self.head.weight.device).unsqueeze(0)
-        ones = torch.ones_like(tokens)
+        tokens = list(range(min(4, self.info.vocab_size)))
+        device = self.head.weight.device
         with torch.inference_mode():
-            logits = self.head.logits(self._hidden(tokens, ones)).float()
-            own = self.model(input_ids=tokens, attention_mask=ones, use_cache=False).logits.float()
+            states = scored_states(self.model.get_decoder(), [Sequence((*tokens, 0), 1)], device)
+            logits = self.head.logits(states).float()
+            rows = torch.tensor([tokens], device=device)
+            own = self.model(input_ids=rows, use_cache=False).logits[0].float()
         if logits.shape != own.shape or not torch.allclose(logits, own, rtol=0.05, atol=0.05):
             raise ValueError(
                 "model must have logits that follow from its head and config, "
                 f"got {type(self.model).__name__}, whose own are different"
             )
 
-    def score(self, batch: list[Sequence], execution: Execution) -> list[Answer]:
-        """One forward pass of the whole batch, right-padded; the head at scored positions only."""
-        device = self.head.weight.device
-        tokens = pad_sequence([torch.tensor(s.tokens) for s in batch], batch_first=True).to(device)
-        lengths = torch.tensor([len(s.tokens) for s in batch], device=device)
-        index = torch.arange(tokens.shape[1], device=device)
-        starts = torch.tensor([s.start for s in batch], device=device)
-        scored = (index >= starts.unsqueeze(1)) & (index < lengths.unsqueeze(1))  # tokens with a predecessor
+    def _sharing_works(self) -> bool:
+        """Two passes over a cache give what one pass gives; a family may keep none, or another kind."""
+        ids = [i % self.info.vocab_size for i in range(6)]
+        batch = [Sequence((*ids[:3], *ids[i:]), 3) for i in range(2)] + [Sequence((*ids[:2], *ids), 2)]
+        decoder, device = self.model.get_decoder(), self.head.weight.device
         with torch.inference_mode():
-            attention = (index < lengths.unsqueeze(1)).long()
-            hidden = self._hidden(tokens, attention)
-            asked = tokens[scored].unsqueeze(-1)
-            if execution.score_count is not None:
-                rows = [row for s in batch for row in s.score_ids or ()]
-                chosen = torch.tensor(rows, dtype=torch.int64, device=device)
-                asked = torch.cat([asked, chosen.reshape(len(asked), execution.score_count)], -1)
-            top = topk_logprobs(
-                hidden[:, :-1][scored[:, 1:]],
-                self.head.weight,
-                execution.top_logprobs,
-                asked,
-                bias=self.head.bias,
-                temperature=execution.temperature,
-                logit_scale=self.head.logit_scale,
-                softcap=self.head.softcap,
-                vocab_size=self.info.vocab_size,
-            )
+            apart = scored_states(decoder, batch, device)
+            try:
+                shared = scored_states_shared(decoder, batch, device)
+            except Exception:  # each family without such a cache fails in its own way
+                return False
+        return torch.allclose(shared, apart, rtol=0.05, atol=0.05)
+
+    def score(self, batch: list[Sequence], execution: Execution) -> list[Result]:
+        """One forward pass, two where prompts repeat; the head at scored positions only."""
+        shared = self.shares_prompts and sharing_saves(batch)
+        device, decoder = self.head.weight.device, self.model.get_decoder()
+        with torch.inference_mode():
+            states = (scored_states_shared if shared else scored_states)(decoder, batch, device)
+            if execution.response == "hidden_states":
+                return [*self._hidden_states(states, batch).split()]
+            return [*self._logprobs(states, batch, execution).split()]
+
+    def _hidden_states(self, states: Tensor, batch: list[Sequence]) -> HiddenStates:
+        return HiddenStates(_lengths(batch), states.cpu(), self.head_file.saved().sha256)
+
+    def _logprobs(self, states: Tensor, batch: list[Sequence], execution: Execution) -> Answer:
+        device = states.device
+        actual = [token for s in batch for token in s.tokens[s.start :]]
+        asked = torch.tensor(actual, dtype=torch.int64, device=device).unsqueeze(-1)
+        if execution.score_count is not None:
+            rows = [row for s in batch for row in s.score_ids or ()]
+            chosen = torch.tensor(rows, dtype=torch.int64, device=device)
+            asked = torch.cat([asked, chosen.reshape(len(asked), execution.score_count)], -1)
+        top = topk_logprobs(
+            states,
+            self.head.weight,
+            execution.top_logprobs,
+            asked,
+            bias=self.head.bias,
+            temperature=execution.temperature,
+            logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap,
+            vocab_size=self.info.vocab_size,
+        )
         assert top.actual_logprobs is not None
         asked_logprobs = top.actual_logprobs.float().cpu().numpy()
         return Answer(
-            np.array([s.positions for s in batch], dtype=np.int64),
+            _lengths(batch),
             top.logprobs.float().cpu().numpy(),
             top.ids.int().cpu().numpy(),
             asked_logprobs[:, 0],
             None if execution.score_count is None else asked_logprobs[:, 1:],
-        ).split()
+        )
+
+
+def _lengths(batch: list[Sequence]) -> NDArray[np.int64]:
+    return np.array([s.positions for s in batch], dtype=np.int64)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

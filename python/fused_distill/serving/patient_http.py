@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import httpx
 
@@ -83,14 +84,18 @@ class PatientHttp:
         decode: Callable[[httpx.Response], T],
         body: object = None,
         accepted: tuple[int, ...] = (200,),
+        file: IO[bytes] | None = None,
     ) -> T:
-        """What `decode` makes of the first good response of any server; repeats what may succeed later."""
+        """What `decode` makes of the first good response of any server; repeats what may succeed later.
+
+        A good response's body goes into `file`, if there is one, and is not kept in memory.
+        """
         problem, first, failures = "no attempt was made", self._preferred, 0
         for attempt in itertools.count():
             index = (first + attempt) % len(self.urls)
             wait = 0.0
             try:
-                response = self._attempt(method, self.urls[index] + path, deadline, body)
+                response = self._attempt(method, self.urls[index] + path, deadline, body, file)
                 if response.status_code in accepted:
                     result = decode(response)
                     self._preferred = index
@@ -112,18 +117,23 @@ class PatientHttp:
                 break
         raise ServerError(f"no usable answer in time or after {self.retries.attempts} rounds: {problem}")
 
-    def _attempt(self, method: str, url: str, deadline: float, body: object) -> httpx.Response:
+    def _attempt(
+        self, method: str, url: str, deadline: float, body: object, file: IO[bytes] | None
+    ) -> httpx.Response:
         """One request whose body is read no longer than until the deadline."""
         left = max(0.001, deadline - time.monotonic())
         timeout = httpx.Timeout(min(left, self.timeout_seconds), connect=min(left, 10.0))
         with self._http.stream(method, url, json=body, timeout=timeout) as response:
-            content = bytearray()
+            content = io.BytesIO()
+            sink = file if file is not None and response.status_code == 200 else content
+            sink.seek(0)
+            sink.truncate()
             for chunk in response.iter_bytes():
-                content += chunk
+                sink.write(chunk)
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("the deadline passed while the answer came in")
             headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
-            return httpx.Response(response.status_code, headers=headers, content=bytes(content))
+            return httpx.Response(response.status_code, headers=headers, content=content.getvalue())
 
     def _wait(self, seconds: float, deadline: float) -> None:
         self._closed.wait(max(0.0, min(seconds, deadline - time.monotonic())))

@@ -8,17 +8,21 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request
+from fastapi import Response as HttpResponse
+from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from . import wire
 from .batching import Batcher, BatchLimits, QueueFull, Stopped
-from .engine import Execution, Sequence, TeacherEngine
-from .wire import SCORE_PATH
+from .engine import Capability, Result, TeacherEngine
+from .framing import VERSION, to_base64
+from .hidden_wire import HiddenDtype, HiddenStates, encode_hidden
+from .sequences import Execution, Response, Sequence
+from .wire import HEAD_PATH, SCORE_PATH
 
 
 class _FirstError(FailFast):
@@ -62,8 +66,15 @@ class ScoreRequest(BaseModel):
     top_logprobs: int = Field(1, ge=0)
     temperature: float = Field(1.0, ge=1e-3, le=1e3)
     score_ids: Annotated[list[list[_Ids]], _FirstError()] | None = None  # per sequence, per position, M ids
-    response_format: wire.Format = "json"
-    dtype: wire.Dtype = "float32"  # of the binary forms
+    response: Response = "logprobs"
+    response_format: wire.Format = "json"  # hidden states: binary or base64
+    # Of the binary forms; None: float32, of hidden states bfloat16.
+    dtype: wire.Dtype | HiddenDtype | None = None
+
+    @property
+    def hidden(self) -> bool:
+        """Whether hidden states are asked for."""
+        return self.response == "hidden_states"
 
 
 class Refused(Exception):
@@ -98,6 +109,7 @@ def _work(
     request: ScoreRequest, engine: TeacherEngine, limits: ServerLimits
 ) -> tuple[list[Sequence], Execution]:
     sequences, prompt_lengths, info = request.sequences, request.prompt_lengths, engine.info
+    _check_options(request, info.capabilities)
     if len(sequences) > limits.sequences:
         raise ValueError(f"sequences must be at most {limits.sequences}, got {len(sequences)}")
     total = sum(map(len, sequences))
@@ -108,6 +120,9 @@ def _work(
     most = min(limits.top_logprobs, info.vocab_size)
     if request.top_logprobs > most:
         raise ValueError(f"top_logprobs must be at most {most}, got {request.top_logprobs}")
+    width = 1 + request.top_logprobs  # numbers of one position
+    if engine.head_file is not None and request.hidden:
+        width = engine.head_file.head.weight.shape[1]
 
     items: list[Sequence] = []
     widths: set[int] = set()
@@ -131,10 +146,34 @@ def _work(
             f"score_ids must hold the same number of ids, at most {limits.score_ids}, at every position, "
             f"got {sorted(widths)[:5]}"
         )
-    numbers = sum(item.positions for item in items) * (1 + request.top_logprobs + count)
+    numbers = sum(item.positions for item in items) * (width + count)
     if numbers > limits.numbers:
-        raise ValueError(f"top_logprobs must leave at most {limits.numbers} numbers to answer, got {numbers}")
-    return items, Execution(request.top_logprobs, None if scores is None else count, request.temperature)
+        raise ValueError(f"sequences must ask for at most {limits.numbers} numbers in all, got {numbers}")
+    execution = Execution(
+        request.top_logprobs, None if scores is None else count, request.temperature, request.response
+    )
+    return items, execution
+
+
+def _check_options(request: ScoreRequest, capabilities: tuple[Capability, ...]) -> None:
+    asked: dict[Capability, tuple[str, bool]] = {
+        "temperature": (f"temperature must be 1, got {request.temperature}", request.temperature != 1),
+        "score_ids": ("score_ids must be null", request.score_ids is not None),
+        "hidden_states": ("response must be 'logprobs', got 'hidden_states'", request.hidden),
+    }
+    for capability, (message, wanted) in asked.items():
+        if wanted and capability not in capabilities:
+            raise ValueError(f"{message}: this teacher's engine has no {capability}")
+    dtypes = get_args(HiddenDtype if request.hidden else wire.Dtype)
+    if request.dtype is not None and request.dtype not in dtypes:
+        raise ValueError(f"dtype must be one of {dtypes} for {request.response}, got {request.dtype!r}")
+    if not request.hidden:
+        return
+    if request.response_format == "json":
+        raise ValueError("response_format must be 'binary' or 'base64' for hidden states, got 'json'")
+    given = request.model_fields_set & {"top_logprobs", "temperature", "score_ids"}
+    if given:
+        raise ValueError(f"{min(given)} must not be given for hidden states, which hold all of it")
 
 
 class _Metrics:
@@ -224,7 +263,7 @@ def create_app(
     )  # pyright: ignore[reportArgumentType]
 
     @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
+    async def refused(_: Request, error: Refused) -> HttpResponse:
         return error.response
 
     @app.get("/health")
@@ -234,22 +273,29 @@ def create_app(
         return {"status": "ok"}
 
     @app.get("/metrics")
-    async def prometheus() -> Response:
-        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+    async def prometheus() -> HttpResponse:
+        return HttpResponse(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/teacher")
     async def teacher() -> dict[str, Any]:
         most = min(limits.top_logprobs, engine.info.vocab_size)
         return {
             **engine.info._asdict(),
-            "wire_version": wire.VERSION,
+            "wire_version": VERSION,
             "limits": {**asdict(limits), "top_logprobs": most},
         }
+
+    @app.api_route(HEAD_PATH, methods=["GET", "HEAD"])
+    async def head() -> HttpResponse:
+        if engine.head_file is None:
+            raise Refused(404, "this teacher's engine has no hidden_states")
+        saved = await asyncio.to_thread(engine.head_file.saved)
+        return FileResponse(saved.path, headers={"ETag": f'"{saved.sha256}"'})
 
     schema = {"content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}, "required": True}
 
     @app.post(SCORE_PATH, openapi_extra={"requestBody": schema})
-    async def get_sequence_logprobs(request: Request) -> Response:
+    async def get_sequence_logprobs(request: Request) -> HttpResponse:
         with metrics.seconds.time():
             answering = asyncio.create_task(answer(request))
             try:
@@ -257,7 +303,7 @@ def create_app(
             except asyncio.TimeoutError:
                 raise Refused(504, f"no answer within {limits.request_seconds:g} s") from None
 
-    async def answer(request: Request) -> Response:
+    async def answer(request: Request) -> HttpResponse:
         # Whatever grows with the request runs in a thread: the loop must stay free for everybody else.
         body = await request.body()
         asked, sequences, execution = await asyncio.to_thread(parsed, body, engine, limits)
@@ -279,7 +325,7 @@ def create_app(
         finally:
             scoring.cancel()
             leaving.cancel()
-        metrics.positions.inc(len(result.actual_logprobs))
+        metrics.positions.inc(int(result.lengths.sum()))
         return await asyncio.to_thread(_encoded, result, asked)
 
     return app
@@ -290,12 +336,20 @@ async def _disconnected(request: Request) -> None:
     await request.receive()
 
 
-def _encoded(answer: wire.Answer, asked: ScoreRequest) -> Response:
-    if asked.response_format == "binary":
-        return Response(wire.encode_binary(answer, asked.dtype), media_type="application/octet-stream")
-    content = (
-        wire.encode_base64(answer, asked.dtype)
-        if asked.response_format == "base64"
-        else wire.encode_json(answer)
-    )
-    return Response(json.dumps(content, separators=(",", ":")), media_type="application/json")
+def _encoded(answer: Result, asked: ScoreRequest) -> HttpResponse:
+    content: dict[str, Any]
+    if isinstance(answer, wire.Answer) and asked.response_format == "json":
+        content = wire.encode_json(answer)
+    else:
+        payload = _payload(answer, asked)
+        if asked.response_format == "binary":
+            return HttpResponse(payload, media_type="application/octet-stream")
+        content = to_base64(payload)
+    return HttpResponse(json.dumps(content, separators=(",", ":")), media_type="application/json")
+
+
+def _payload(answer: Result, asked: ScoreRequest) -> bytes:
+    dtype = asked.dtype
+    if isinstance(answer, HiddenStates):
+        return encode_hidden(answer, "float32" if dtype == "float32" else "bfloat16")
+    return wire.encode_binary(answer, "float16" if dtype == "float16" else "float32")

@@ -31,9 +31,7 @@ and the base64 form is {"version": 1, "binary": "<the binary form in base64>"}.
 
 from __future__ import annotations
 
-import base64
 import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -42,19 +40,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
-VERSION = 1
+from .framing import VERSION, WireError, from_base64, seal, to_base64, unseal
+
 Format = Literal["binary", "base64", "json"]
 Dtype = Literal["float32", "float16"]
 
 _MAGIC = b"FDT"
 _HEADER = struct.Struct("<3sBBBHHI")
 _DTYPES: tuple[Dtype, ...] = ("float32", "float16")
-# What a decoder allocates for is bounded by the payload's own size; these bound absurd counts before that.
-_MOST_SEQUENCES = 1 << 20
 MOST_K = (1 << 16) - 1  # of K and of M
 
-
 SCORE_PATH = "/get_sequence_logprobs/"
+HEAD_PATH = "/v1/teacher/head"
 
 
 def first_scored(prompt_length: int) -> int:
@@ -84,10 +81,6 @@ def check_request(
             )
 
 
-class WireError(ValueError):
-    """A payload that is not an answer: truncated, oversized, corrupted, of another version."""
-
-
 @dataclass(frozen=True)
 class Answer:
     """A teacher's log-probabilities at the positions of some sequences, one after the other."""
@@ -107,6 +100,12 @@ class Answer:
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
                 raise WireError(f"{name} must have shape {shape}, got {getattr(self, name).shape}")
+
+    @property
+    def valid(self) -> bool:
+        """Whether no number is NaN."""
+        numbers = (self.logprobs, self.actual_logprobs, self.score_logprobs)
+        return not any(np.isnan(values).any() for values in numbers if values is not None)
 
     def split(self) -> list[Answer]:
         """One answer per sequence."""
@@ -178,17 +177,10 @@ def encode_binary(answer: Answer, dtype: Dtype = "float32") -> bytes:
         least = np.finfo(kind).min  # a finite number stays finite: -inf would say that the entry is absent
         return np.where(np.isneginf(values), values, np.maximum(values, least)).astype(kind).tobytes()
 
-    parts = [
-        header,
-        answer.lengths.astype("<u4").tobytes(),
-        packed(answer.logprobs),
-        answer.ids.astype("<i4").tobytes(),
-        packed(answer.actual_logprobs),
-    ]
+    arrays = [packed(answer.logprobs), answer.ids.astype("<i4").tobytes(), packed(answer.actual_logprobs)]
     if scores is not None:
-        parts.append(packed(scores))
-    body = b"".join(parts)
-    return body + struct.pack("<I", zlib.crc32(body))
+        arrays.append(packed(scores))
+    return seal(header, answer.lengths, arrays)
 
 
 def decode_binary(payload: bytes) -> Answer:
@@ -197,26 +189,9 @@ def decode_binary(payload: bytes) -> Answer:
     Raises:
         WireError: anything but one whole, unchanged answer of this version.
     """
-    if len(payload) < _HEADER.size + 4:
-        raise WireError(f"payload must have at least {_HEADER.size + 4} bytes, got {len(payload)}")
-    magic, version, code, has_scores, k, m, n = _HEADER.unpack_from(payload)
-    if magic != _MAGIC:
-        raise WireError(f"payload must begin with {_MAGIC!r}, got {magic!r}")
-    if version != VERSION:
-        raise WireError(f"version must be {VERSION}, got {version}")
-    if code >= len(_DTYPES) or has_scores > 1 or n > _MOST_SEQUENCES or (m and not has_scores):
-        raise WireError("header is corrupted")
-    body, at = memoryview(payload)[:-4], _HEADER.size
-    if len(body) < at + 4 * n:
-        raise WireError(f"payload is truncated: {len(payload)} bytes for {n} sequences")
-    lengths = np.frombuffer(body, "<u4", n, at).astype(np.int64)
-    at += 4 * n
-    kind, positions = np.dtype(f"<f{4 >> code}"), int(lengths.sum())
-    expected = at + positions * (k * (kind.itemsize + 4) + kind.itemsize * (1 + m)) + 4
-    if len(payload) != expected:
-        raise WireError(f"payload must have {expected} bytes by its header, got {len(payload)}")
-    if zlib.crc32(body) != struct.unpack_from("<I", payload, len(body))[0]:
-        raise WireError("payload is corrupted: its CRC-32 does not fit")
+    fields, lengths, body = unseal(payload, _HEADER, _MAGIC, _position_bytes)
+    code, has_scores, k, m = fields
+    kind, positions, at = np.dtype(f"<f{4 >> code}"), int(lengths.sum()), 0
 
     def take(dtype: Any, *shape: int) -> NDArray[Any]:
         nonlocal at
@@ -230,6 +205,13 @@ def decode_binary(payload: bytes) -> Answer:
     actual = take(kind, positions).astype(np.float32)
     scores = take(kind, positions, m).astype(np.float32) if has_scores else None
     return Answer(lengths, logprobs, ids, actual, scores).checked()
+
+
+def _position_bytes(code: int, has_scores: int, k: int, m: int) -> int:
+    if code >= len(_DTYPES) or has_scores > 1 or (m and not has_scores):
+        raise WireError("header is corrupted")
+    itemsize = 4 >> code
+    return k * (itemsize + 4) + itemsize * (1 + m)
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -293,7 +275,7 @@ def decode_json(content: object) -> Answer:
     if found.version != VERSION:
         raise WireError(f"version must be {VERSION}, got {found.version}")
     if isinstance(found, _Base64Answer):
-        return _decode_base64(found.binary)
+        return decode_binary(from_base64(found.binary))
     if found.m and found.score_logprobs is None:
         raise WireError("m must be 0 without score_logprobs")
     positions = sum(found.lengths)
@@ -322,12 +304,4 @@ def decode_json(content: object) -> Answer:
 
 def encode_base64(answer: Answer, dtype: Dtype = "float32") -> dict[str, Any]:
     """The binary form inside JSON."""
-    return {"version": VERSION, "binary": base64.b64encode(encode_binary(answer, dtype)).decode()}
-
-
-def _decode_base64(text: str) -> Answer:
-    try:
-        payload = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise WireError("binary is not base64") from error
-    return decode_binary(payload)
+    return to_base64(encode_binary(answer, dtype))
