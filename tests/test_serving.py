@@ -298,6 +298,9 @@ class FakeEngine:
             for s in batch
         ]
 
+    def close(self) -> None:
+        pass
+
 
 @contextmanager
 def in_background(count: int, call: Any) -> Iterator[list[Any]]:

@@ -2,59 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from cases import INTERPRETED
 from fused_distill.cli import main
 from fused_distill.serving.client import TeacherClient
+from servers import Server, running
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 
 
 @pytest.fixture
-def server(tiny_model: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "fused_distill.cli",
-        "serve-teacher",
-        str(tiny_model),
-        "--port",
-        str(port),
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "FUSED_DISTILL_TOKEN": "secret"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    until = time.monotonic() + 120
-    while True:
-        try:
-            httpx.get(f"{url}/health")
-            break
-        except httpx.TransportError:
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.1)
-    yield process, url
-    process.kill()
-    process.wait()
+def server(tiny_model: Path, tmp_path: Path) -> Iterator[Server]:
+    command = [sys.executable, "-m", "fused_distill.cli", "serve-teacher", str(tiny_model)]
+    with running(command, tmp_path / "log", FUSED_DISTILL_TOKEN="secret") as started:
+        yield started
 
 
-def test_the_command_serves_a_local_model_and_ends_on_sigterm(
-    server: tuple[subprocess.Popen[bytes], str],
-) -> None:
+def test_the_command_serves_a_local_model_and_ends_on_sigterm(server: Server) -> None:
     process, url = server
     with TeacherClient(url, token="secret") as client:
         info = client.info()

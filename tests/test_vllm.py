@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,12 @@ import numpy as np
 import pytest
 import torch
 from fused_distill.serving.client import TeacherClient
-from fused_distill.serving.engine import TransformersEngine
-from fused_distill.serving.rollouts import Sampling, TransformersRollouts, VllmRollouts
+from fused_distill.serving.engine import TransformersEngine, tokenizer_fingerprint
+from fused_distill.serving.patient_http import ServerError
+from fused_distill.serving.rollouts import Completion, Sampling, TransformersRollouts
+from fused_distill.serving.vllm_rollouts import VllmRollouts
+from fused_distill.serving.wire import Answer
+from servers import START_SECONDS, running
 from test_serving import serving
 
 PYTHON = os.environ.get("FUSED_DISTILL_VLLM_PYTHON")
@@ -28,7 +31,7 @@ pytestmark = [
     ),
 ]
 VOCAB = 98
-START_SECONDS = 300
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -58,44 +61,59 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vllm(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-logprobs", "64"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env={
-                **os.environ,
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_SERVER_DEV_MODE": "1",
-                "HF_HUB_OFFLINE": "1",
-            },
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    url, until = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
-    while True:
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                break
-        except httpx.TransportError:
-            pass
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < until, log.read_text()[-3000:]
-        time.sleep(0.5)
-    yield url
-    process.terminate()
-    process.wait(60)
+    """A stock vLLM server."""
+    command = [
+        str(PYTHON),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--dtype",
+        "float32",
+    ]
+    command += ["--enforce-eager", "--max-model-len", "512", "--max-logprobs", "64", "--host", "127.0.0.1"]
+    with running(command, tmp_path_factory.mktemp("vllm") / "log", **SETTINGS) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def ours_vllm(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Our server with vLLM in its process."""
+    command = [
+        str(PYTHON),
+        "-m",
+        "fused_distill.cli",
+        "serve-teacher",
+        str(folder),
+        "--engine",
+        "vllm",
+        "--dtype",
+        "float32",
+    ]
+    command += ["--engine-options", '{"enforce_eager": true}', "--max-length", "511"]
+    with running(command, tmp_path_factory.mktemp("ours") / "log", **SETTINGS) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> Iterator[str]:
+    """Our server with transformers."""
     with serving(TransformersEngine.load(str(folder), "cpu", "float32")) as served:
         yield served.url
+
+
+def in_vllm(script: str, *arguments: str) -> Any:
+    """What a script prints last, run by the Python that has vLLM."""
+    done = subprocess.run(
+        [str(PYTHON), "-c", script, *arguments],
+        env={**os.environ, **SETTINGS, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def texts(count: int) -> tuple[list[list[int]], list[int]]:
@@ -105,16 +123,36 @@ def texts(count: int) -> tuple[list[list[int]], list[int]]:
 
 
 @pytest.mark.parametrize("k", [1, 16, 64])
-def test_a_stock_vllm_server_and_ours_agree(vllm: str, ours: str, k: int) -> None:
+def test_stock_vllm_our_server_with_vllm_and_with_transformers_agree(
+    vllm: str, ours_vllm: str, ours: str, k: int
+) -> None:
     sequences, prompts = texts(12)
-    with TeacherClient(vllm) as stock, TeacherClient(ours) as own:
-        theirs: Any = stock.get_sequence_logprobs(sequences, prompts, top_logprobs=k)
-        mine = own.get_sequence_logprobs(sequences, prompts, top_logprobs=k)
-        assert stock.info()["id"]
-    np.testing.assert_array_equal(theirs.lengths, mine.lengths)
-    np.testing.assert_allclose(theirs.actual_logprobs, mine.actual_logprobs, atol=1e-4)
-    np.testing.assert_allclose(theirs.logprobs, mine.logprobs, atol=1e-4)
-    assert (theirs.ids == mine.ids).mean() > 0.99  # near ties may fall either way
+
+    def answer(url: str) -> Answer:
+        with TeacherClient(url) as client:
+            return client.get_sequence_logprobs(sequences, prompts, top_logprobs=k)
+
+    mine = answer(ours)
+    for theirs in (answer(vllm), answer(ours_vllm)):
+        np.testing.assert_array_equal(theirs.lengths, mine.lengths)
+        np.testing.assert_allclose(theirs.actual_logprobs, mine.actual_logprobs, atol=1e-4)
+        np.testing.assert_allclose(theirs.logprobs, mine.logprobs, atol=1e-4)
+        assert (theirs.ids == mine.ids).mean() > 0.99  # near ties may fall either way
+
+
+def test_our_server_with_vllm_tells_what_it_can(ours_vllm: str, folder: Path) -> None:
+    with TeacherClient(ours_vllm) as client:
+        info = client.info()
+        assert (info["vocab_size"], info["max_length"], info["capabilities"]) == (VOCAB, 511, [])
+        assert info["tokenizer_fingerprint"] == tokenizer_fingerprint(
+            transformers.AutoTokenizer.from_pretrained(folder)
+        )
+        whole = client.get_sequence_logprobs([[5] * 511], [0])
+        assert whole.lengths.tolist() == [510]
+        with pytest.raises(ServerError, match="temperature"):
+            client.get_sequence_logprobs([[5, 6]], [1], temperature=0.5)
+        with pytest.raises(ServerError, match="score_ids"):
+            client.get_sequence_logprobs([[5, 6]], [1], score_ids=[[[1]]])
 
 
 def test_a_stock_vllm_server_ignores_temperature_for_prompt_logprobs(vllm: str) -> None:
@@ -147,6 +185,92 @@ def test_greedy_rollouts_equal_those_of_transformers(vllm: str, folder: Path) ->
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
+IN_PROCESS = """
+import json, sys
+from vllm import LLM
+from fused_distill.serving.rollouts import Sampling
+from fused_distill.serving.vllm_rollouts import VllmInProcessRollouts
+
+if __name__ == "__main__":
+    folder, changed = sys.argv[1:]
+    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512)
+    rollouts = VllmInProcessRollouts(llm)
+    greedy = Sampling(temperature=0, max_tokens=12)
+    prompts = [[5, 9, 30], [7], [8, 8]]
+    found = [rollouts.generate(prompts, greedy, groups=[4, 5, 4])]
+    found += [rollouts.generate([[5, 9], [5, 9]], Sampling(n=4, max_tokens=10, seed=3)) for _ in range(2)]
+    rollouts.sync_from_disk(changed)
+    found.append(rollouts.generate(prompts, greedy))
+    llm.llm_engine.engine_core.shutdown()
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def changed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with other weights."""
+    path = tmp_path_factory.mktemp("changed")
+    model = load(folder)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(7, 0))
+    model.save_pretrained(path)
+    return path
+
+
+def test_in_process_rollouts_are_transformers_repeat_by_seed_and_follow_new_weights(
+    folder: Path, changed: Path
+) -> None:
+    prompts, greedy = [[5, 9, 30], [7], [8, 8]], Sampling(temperature=0, max_tokens=12)
+    found = in_vllm(IN_PROCESS, str(folder), str(changed))
+    first, seeded, again, after = [[Completion(*c) for c in part] for part in found]
+    for got, want in ((first, folder), (after, changed)):
+        wanted = TransformersRollouts(load(want)).generate(prompts, greedy)
+        assert [c.tokens for c in got] == [c.tokens for c in wanted]
+        for a, b in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    assert [c.group for c in first] == [4, 5, 4]
+    assert seeded == again
+    assert len({tuple(c.tokens) for c in seeded}) == 8
+
+
+# vLLM's own sender, up to the NCCL group that it would open and broadcast in.
+NCCL = """
+import json, sys, torch, httpx
+from vllm.distributed.weight_transfer import nccl_engine
+from fused_distill.serving.weight_transfer import NcclWeightSync
+
+calls = []
+
+def answer(request):
+    body = json.loads(request.content) if request.content else None
+    calls.append([request.method, request.url.path, body])
+    return httpx.Response(200, json={"world_size": 2})
+
+nccl_engine.open_trainer_endpoint = lambda info: calls.append(["group of", info.world_size])
+nccl_engine.NCCLTrainerWeightTransferEngine._broadcast = lambda self, source, meta: [*source]
+sync = NcclWeightSync("http://server", torch.nn.Linear(3, 2), address="10.0.0.1", port=29600,
+                      transport=httpx.MockTransport(answer))
+sync.sync()
+print(json.dumps(calls))
+"""
+
+
+def test_nccl_weight_sync_drives_vllms_own_endpoints_in_order() -> None:
+    calls = in_vllm(NCCL)
+    assert ["group of", 3] in calls
+    posts = {path: body for method, path, body in (c for c in calls if len(c) == 3) if method == "POST"}
+    assert list(posts) == [
+        "/init_weight_transfer_engine",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/reset_prefix_cache",
+    ]
+    init = posts["/init_weight_transfer_engine"]["init_info"]
+    assert (init["master_address"], init["master_port"], init["world_size"]) == ("10.0.0.1", 29600, 3)
+    assert posts["/update_weights"]["update_info"]["names"] == ["weight", "bias"]
+
+
 def test_seeded_rollouts_repeat_and_differ_within_a_group(vllm: str) -> None:
     with VllmRollouts(vllm) as rollouts:
         first, again = (
@@ -157,18 +281,14 @@ def test_seeded_rollouts_repeat_and_differ_within_a_group(vllm: str) -> None:
     assert {c.finish_reason for c in first} <= {"stop", "length"}
 
 
-def test_rollouts_follow_new_weights_after_a_sync(vllm: str, folder: Path, tmp_path: Path) -> None:
+def test_rollouts_follow_new_weights_after_a_sync(vllm: str, folder: Path, changed: Path) -> None:
     prompts, sampling = [[5, 9, 30], [7]], Sampling(temperature=0, max_tokens=12)
-    changed = load(folder)
-    with torch.no_grad():
-        changed.lm_head.weight.copy_(changed.lm_head.weight.roll(7, 0))
-    changed.save_pretrained(tmp_path)
     with VllmRollouts(vllm) as rollouts:
         before = rollouts.generate(prompts, sampling)
-        rollouts.sync_from_disk(tmp_path)
+        rollouts.sync_from_disk(changed)
         after = rollouts.generate(prompts, sampling)
         rollouts.sync_from_disk(folder)
         back = rollouts.generate(prompts, sampling)
-    want = TransformersRollouts(changed).generate(prompts, sampling)
+    want = TransformersRollouts(load(changed)).generate(prompts, sampling)
     assert [c.tokens for c in after] == [c.tokens for c in want] != [c.tokens for c in before]
     assert [c.tokens for c in back] == [c.tokens for c in before]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .serving.engine import TeacherEngine
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,6 +25,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
     serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--engine", default="transformers", choices=("transformers", "vllm"))
+    serve.add_argument(
+        "--engine-options",
+        type=_object,
+        metavar="JSON",
+        help="further arguments of vllm.LLM, say '{\"tensor_parallel_size\": 4}'",
+    )
     serve.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     serve.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     serve.add_argument("--max-length", type=int, help="longest sequence (default: the model's)")
@@ -36,7 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
 def serve_teacher(options: argparse.Namespace) -> None:
     """Serve a teacher. FUSED_DISTILL_TOKEN in the environment is the bearer token that clients must send."""
     from .serving.batching import BatchLimits
-    from .serving.engine import TransformersEngine
     from .serving.server import ServerLimits, create_app
 
     # Checked before a model is loaded.
@@ -46,8 +57,28 @@ def serve_teacher(options: argparse.Namespace) -> None:
     if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         print("warning: without FUSED_DISTILL_TOKEN everybody who reaches this address may use the teacher")
 
-    import torch
     import uvicorn
+
+    uvicorn.run(
+        create_app(_engine(options), token=token, limits=limits, batch_limits=batch_limits),
+        host=options.host,
+        port=options.port,
+        timeout_graceful_shutdown=int(options.request_seconds) + 10,
+    )
+
+
+def _engine(options: argparse.Namespace) -> TeacherEngine:
+    if options.engine == "vllm":
+        if options.device != "auto":
+            raise ValueError(f"--device must be auto with --engine vllm, got {options.device!r}")
+        from .serving.vllm_engine import VllmEngine
+
+        return VllmEngine.load(options.model, options.dtype, options.max_length, options.engine_options)
+    if options.engine_options is not None:
+        raise ValueError("--engine-options must not be given with --engine transformers")
+    import torch
+
+    from .serving.engine import TransformersEngine
 
     device = options.device
     if device == "auto":
@@ -55,13 +86,14 @@ def serve_teacher(options: argparse.Namespace) -> None:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    engine = TransformersEngine.load(options.model, device, dtype, options.max_length)
-    uvicorn.run(
-        create_app(engine, token=token, limits=limits, batch_limits=batch_limits),
-        host=options.host,
-        port=options.port,
-        timeout_graceful_shutdown=int(options.request_seconds) + 10,
-    )
+    return TransformersEngine.load(options.model, device, dtype, options.max_length)
+
+
+def _object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"must be a JSON object, got {text}")
+    return found
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ class TeacherEngine(Protocol):
         """For each sequence what `execution.response` names."""
         ...
 
+    def close(self) -> None:
+        """Give up processes and files."""
+        ...
+
 
 class TransformersEngine:
     """Any causal language model of transformers, on any device, through `topk_logprobs`."""
@@ -82,17 +86,13 @@ class TransformersEngine:
             ImportError: without transformers, naming the extra.
         """
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM
         except ImportError as error:
             raise ImportError(
                 "the transformers engine needs transformers: pip install 'fused-distill[trainer]'"
             ) from error
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError):  # a model may come without one
-            tokenizer = None
-        return cls(model.to(device), tokenizer, name, max_length)
+        return cls(model.to(device), load_tokenizer(name), name, max_length)
 
     def _check_head(self) -> None:
         """The head as read from the config gives the model's own logits; a family may compute others."""
@@ -132,6 +132,10 @@ class TransformersEngine:
                 return [*self._hidden_states(states, batch).split()]
             return [*self._logprobs(states, batch, execution).split()]
 
+    def close(self) -> None:
+        """Remove the head's file."""
+        self.head_file.close()
+
     def _hidden_states(self, states: Tensor, batch: list[Sequence]) -> HiddenStates:
         return HiddenStates(_lengths(batch), states.cpu(), self.head_file.saved().sha256)
 
@@ -167,6 +171,16 @@ class TransformersEngine:
 
 def _lengths(batch: list[Sequence]) -> NDArray[np.int64]:
     return np.array([s.positions for s in batch], dtype=np.int64)
+
+
+def load_tokenizer(name: str) -> Any | None:
+    """The tokenizer of a local path or hub name; None where a model comes without one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

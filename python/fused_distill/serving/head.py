@@ -44,13 +44,20 @@ class HeadFile:
         self._saved: SavedHead | None = None
 
     def saved(self) -> SavedHead:
-        """The file, which lives as long as this object."""
+        """The file, which stays until `close`."""
         with self._lock:
             if self._saved is None:
                 self._folder = TemporaryDirectory(prefix="fused-distill-head-")
                 path = Path(self._folder.name) / "head.safetensors"
                 self._saved = SavedHead(path, save_head(self.head, path))
             return self._saved
+
+    def close(self) -> None:
+        """Remove the file."""
+        with self._lock:
+            if self._folder is not None:
+                self._folder.cleanup()
+            self._folder = self._saved = None
 
 
 def load_head(path: Path, device: str = "cpu") -> OutputHead:

@@ -238,7 +238,7 @@ def create_app(
     """The server's ASGI application.
 
     Args:
-        engine: scores the sequences; nothing else calls it.
+        engine: scores the sequences; nothing else calls it, and it is closed with the server.
         token: bearer token that every request but /health must carry. None: none.
         limits: of a request.
         batch_limits: of waiting and batching.
@@ -254,8 +254,11 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with batcher:
-            yield
+        try:
+            async with batcher:
+                yield
+        finally:
+            engine.close()
 
     app = FastAPI(title="fused-distill teacher", lifespan=lifespan)
     app.add_middleware(

@@ -1,0 +1,181 @@
+"""Bytes and milliseconds per position of teacher servers: our binary and JSON beside stock vLLM's JSON.
+
+    make bench-serving
+    FUSED_DISTILL_VLLM_PYTHON=PYTHON python bench/serving.py [--output FILE] [--small]
+
+The model is a random Llama of two layers, so that what is measured is the way from its log-probabilities to
+the client's arrays. A request is 8 sequences of 257 tokens, 2048 positions, on an idle server, from the
+request's body to arrays, median of five. Without FUSED_DISTILL_VLLM_PYTHON, a Python that has vLLM and this
+package, only the transformers engine is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import torch
+import transformers
+from fused_distill.serving.engine import TransformersEngine
+from fused_distill.serving.hidden_wire import decode_hidden
+from fused_distill.serving.openai_protocol import openai_answer, openai_request
+from fused_distill.serving.sequences import Execution, Sequence
+from fused_distill.serving.wire import SCORE_PATH, decode_binary, decode_json
+from servers import running
+from suite import header, results_folder, write_json
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+SUPPORTS = (1, 16, 64, 256)
+VOCAB, HIDDEN, LENGTH, SEQUENCES, ROUNDS = 32000, 128, 257, 8, 5
+TITLE = "{} a position, {} positions in a request"
+
+
+class Way(NamedTuple):
+    """How one server is asked and its answer read."""
+
+    name: str
+    path: str
+    body: Callable[[list[list[int]], int], dict[str, Any]]
+    decode: Callable[[httpx.Response], object]
+
+
+def ours(engine: str, form: str, dtype: str = "float32") -> Way:
+    def body(sequences: list[list[int]], k: int) -> dict[str, Any]:
+        asked = {"sequences": sequences, "prompt_lengths": [1] * len(sequences), "top_logprobs": k}
+        return {**asked, "response_format": form, "dtype": dtype}
+
+    read = (lambda r: decode_binary(r.content)) if form == "binary" else (lambda r: decode_json(r.json()))
+    label = f"{form} {dtype}" if form == "binary" else "JSON"
+    return Way(f"fused-distill, {engine}, {label}", SCORE_PATH, body, read)
+
+
+def stock(model: str, sequences: list[list[int]]) -> Way:
+    def decode(response: httpx.Response) -> object:
+        content = response.json()
+        k = len(content["choices"][0]["prompt_logprobs"][1]) - 1
+        return openai_answer(content, sequences, [1] * len(sequences), k)
+
+    return Way("stock vLLM, JSON", "/v1/completions", lambda s, k: openai_request(model, s, k), decode)
+
+
+def hidden_states() -> Way:
+    def body(sequences: list[list[int]], _: int) -> dict[str, Any]:
+        asked = {"sequences": sequences, "prompt_lengths": [1] * len(sequences), "response": "hidden_states"}
+        return {**asked, "response_format": "binary"}
+
+    return Way(
+        "fused-distill, transformers, hidden states", SCORE_PATH, body, lambda r: decode_hidden(r.content)
+    )
+
+
+def measured(url: str, way: Way, sequences: list[list[int]], k: int) -> tuple[float, int]:
+    """Median seconds and bytes of an answer; the first request warms up."""
+    seconds, size = [], 0
+    with httpx.Client(base_url=url, timeout=600) as http:
+        for _ in range(ROUNDS + 1):
+            started = time.perf_counter()
+            response = http.post(way.path, json=way.body(sequences, k))
+            response.raise_for_status()
+            way.decode(response)
+            seconds.append(time.perf_counter() - started)
+            size = len(response.content)
+    return statistics.median(seconds[1:]), size
+
+
+def rows(folder: Path, supports: tuple[int, ...], length: int) -> Iterator[dict[str, Any]]:
+    generator = np.random.default_rng(0)
+    sequences = generator.integers(3, VOCAB, (SEQUENCES, length)).tolist()
+    positions = SEQUENCES * (length - 1)
+    with_vllm, name = os.environ.get("FUSED_DISTILL_VLLM_PYTHON"), str(folder)
+    command = ["-m", "fused_distill.cli", "serve-teacher", name, "--dtype", "float32"]
+    servers = [([sys.executable, *command], [ours("transformers", "binary"), hidden_states()])]
+    if with_vllm:
+        options = ["--engine", "vllm", "--max-length", "511", "--engine-options", '{"enforce_eager": true}']
+        ways = [ours("vLLM", "binary"), ours("vLLM", "binary", "float16"), ours("vLLM", "json")]
+        servers.append(([with_vllm, *command, *options], ways))
+        server = [with_vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", name]
+        server += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-logprobs", "256"]
+        servers.append(([*server, "--host", "127.0.0.1"], [stock(name, sequences)]))
+    for arguments, ways in servers:
+        with running(arguments, folder / "log", VLLM_CPU_KVCACHE_SPACE="1") as server:
+            for way in ways:
+                for k in supports:
+                    seconds, size = measured(server.url, way, sequences, k)
+                    of_k = {"case": f"K {k}", "provider": way.name, "k": k}
+                    for unit, value, text in (
+                        ("Bytes", size / positions, f"{size / positions:.0f}"),
+                        ("Milliseconds", 1e3 * seconds / positions, f"{1e3 * seconds / positions:.3f}"),
+                    ):
+                        yield {"table": TITLE.format(unit, positions), **of_k, "value": value, "text": text}
+                    print(
+                        f"{way.name}, K {k}: {size / positions:.0f} bytes, {1e3 * seconds:.0f} ms", flush=True
+                    )
+
+
+def sharing_rows(folder: Path, length: int) -> Iterator[dict[str, Any]]:
+    """Generations of one prompt, scored with the prompt run once and run for each."""
+    engine = TransformersEngine.load(str(folder), "cpu", "float32")
+    generator = np.random.default_rng(0)
+    prompt, rests = (
+        generator.integers(3, VOCAB, 3 * length // 4),
+        generator.integers(3, VOCAB, (8, length // 4)),
+    )
+    batch = [Sequence((*prompt.tolist(), *rest.tolist()), len(prompt)) for rest in rests]
+    title = f"8 generations of {length // 4} tokens for a prompt of {len(prompt)}, transformers, milliseconds"
+    for provider, shared in (("prompt once", True), ("prompt each time", False)):
+        engine.shares_prompts, seconds = shared, []
+        for _ in range(ROUNDS + 1):
+            started = time.perf_counter()
+            engine.score(batch, Execution(64, None, 1.0))
+            seconds.append(time.perf_counter() - started)
+        value = 1e3 * statistics.median(seconds[1:])
+        yield {"table": title, "case": "K 64", "provider": provider, "value": value, "text": f"{value:.0f}"}
+
+
+def save_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    # Stock vLLM writes every token's text into its answer.
+    words = Tokenizer(models.WordLevel({f"word{i}": i for i in range(VOCAB)}, unk_token="word0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="word1")
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, help="result file")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: checks the code paths")
+    arguments = parser.parse_args()
+    command = f"python bench/serving.py {' '.join(sys.argv[1:])}".strip()
+    output = arguments.output or results_folder(arguments.small) / "serving.json"
+    supports, length = ((1, 4), 9) if arguments.small else (SUPPORTS, LENGTH)
+    with TemporaryDirectory() as folder:
+        save_model(Path(folder))
+        found = [*rows(Path(folder), supports, length), *sharing_rows(Path(folder), length)]
+    write_json(output, {**header(command), "rows": found})
+    print(output)
+
+
+if __name__ == "__main__":
+    main()
