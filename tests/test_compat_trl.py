@@ -188,6 +188,21 @@ def test_no_logits_are_made_by_the_models(make_trainer: Callable[..., Any], opti
     trainer.compute_loss(trainer.model, inputs).backward()
 
 
+def test_mixed_precision_covers_the_students_backbone(make_trainer: Callable[..., Any]) -> None:
+    # accelerate's autocast wraps model.forward, which is not what runs.
+    trainer = make_trainer(0.5, loss_top_k=1, bf16=True, max_steps=1)
+    autocast = []
+
+    def record(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            autocast.append(torch.is_autocast_enabled("cpu"))
+
+    trainer.model.base_model.norm.register_forward_hook(record)
+    with patch_trl():
+        trainer.train()
+    assert autocast == [True, True]
+
+
 def training_inputs(trainer: Any) -> dict[str, Any]:
     """What a training step gets: completions of different lengths."""
     trainer.current_gradient_accumulation_steps = 2

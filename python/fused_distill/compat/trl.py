@@ -161,10 +161,11 @@ def _server_loss(
     }
     teacher = self._get_teacher_token_logprobs_from_server(batch, prompt_ids.shape[1])
     student = self.accelerator.unwrap_model(model)
-    # Through the wrapper's forward, so that DDP, FSDP and DeepSpeed see it.
-    loss = self._forward_redirection(
-        model, student, _sparse_loss, self, student, batch, completion_ids, completion_mask, teacher
-    )
+    # Through the wrapper's forward, so that DDP, FSDP and DeepSpeed see it; that leaves autocast out.
+    with self.accelerator.autocast():
+        loss = self._forward_redirection(
+            model, student, _sparse_loss, self, student, batch, completion_ids, completion_mask, teacher
+        )
     if self.model.training:
         loss = loss / self.current_gradient_accumulation_steps
     return (loss, None) if return_outputs else loss
