@@ -27,6 +27,7 @@ FAMILIES = {
     "Gemma3": ("Gemma3TextConfig", {"final_logit_softcapping": 5.0, "head_dim": 8}),
     "Cohere": ("CohereConfig", {"logit_scale": 0.25}),
     "Granite": ("GraniteConfig", {"logits_scaling": 4.0}),
+    "HyperCLOVA X": ("HyperCLOVAXConfig", {"logits_scaling": 4.0, "head_dim": 8}),
     "GPT-2": ("GPT2Config", {"n_embd": 16, "n_layer": 1, "n_head": 2}),
     "Phi": ("PhiConfig", {"num_key_value_heads": 2}),
 }

@@ -60,8 +60,7 @@ def check_options(options: Mapping[str, Any], allowed: type) -> None:
     for name in ("student_softcap", "teacher_softcap"):
         check_softcap(name, options.get(name))
     for name in ("hard_weight", "soft_weight"):
-        if not _number(name, options.get(name, 0.0)) >= 0:
-            raise ValueError(f"{name} must not be negative, got {options.get(name)}")
+        check_not_negative(name, options.get(name, 0.0))
     for name in ("vocab_size", "workspace_bytes"):
         check_count(name, options.get(name))
     for name, choices in (("reduction", REDUCTIONS), ("backend", BACKENDS), ("tail", TAILS)):
@@ -75,6 +74,12 @@ def check_positive(name: str, value: object) -> None:
     """A number above 0."""
     if not _number(name, value) > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """A number from 0 on."""
+    if not _number(name, value) >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
 
 
 def check_softcap(name: str, value: object) -> None:

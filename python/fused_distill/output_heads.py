@@ -26,11 +26,14 @@ class OutputHead(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# config field -> logit scale. A family that is not here scales nothing.
+# config field -> logit scale of a model type. A family that is not here scales nothing.
 _SCALES = {
-    "logit_scale": lambda value: value,  # Cohere
-    "logits_scaling": lambda value: 1.0 / value,  # Granite
-    "lm_head_multiplier": lambda value: value,  # Falcon-H1
+    "logit_scale": lambda value, _: value,  # Cohere
+    "logits_scaling": lambda value, model_type: (
+        value if model_type == "hyperclovax" else 1.0 / value
+    ),  # Granite
+    "lm_head_multiplier": lambda value, _: value,  # Falcon-H1
+    "output_multiplier": lambda value, _: value,  # Muse
 }
 
 
@@ -48,7 +51,7 @@ def output_head(model: Any) -> OutputHead:
     for field, convert in _SCALES.items():
         value = getattr(config, field, None)
         if value is not None:
-            scale = float(convert(value))
+            scale = float(convert(value, config.model_type))
     return OutputHead(
         layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None)
     )

@@ -1,0 +1,70 @@
+"""Distillation in transformers' Trainer: one method overridden, no logits of either model.
+
+python examples/transformers_trainer.py    # one tiny random model towards another, on random tokens
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fused_distill import fused_linear_jsd
+from fused_distill.output_heads import output_head
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+
+
+class DistillTrainer(Trainer):
+    """For batches of input_ids, attention_mask and labels, which are -100 where nothing is to be learnt."""
+
+    def __init__(self, teacher: Any, beta: float, **options: Any):
+        super().__init__(**options)
+        self.teacher, self.beta = teacher.to(self.args.device).eval(), beta
+        # The Trainer then counts the labels of a whole gradient accumulation, as for models' own losses.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        student, teacher = output_head(self.accelerator.unwrap_model(model)), output_head(self.teacher)
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                teacher_hidden = last_hidden_states(self.teacher, tokens)
+            loss = fused_linear_jsd(
+                last_hidden_states(model, tokens),
+                student.weight,
+                teacher_hidden,
+                teacher.weight,
+                mask=inputs["labels"][:, 1:] != -100,
+                student_bias=student.bias,
+                teacher_bias=teacher.bias,
+                student_logit_scale=student.logit_scale,
+                teacher_logit_scale=teacher.logit_scale,
+                student_softcap=student.softcap,
+                teacher_softcap=teacher.softcap,
+                beta=self.beta,
+                normalizer=num_items_in_batch,
+            )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # by which DDP divides
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def last_hidden_states(model: Any, tokens: dict[str, Tensor]) -> Tensor:
+    """(B, T - 1, D), one for each next token. By the model's own forward, which DDP needs."""
+    outputs = model(**tokens, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+    return outputs.hidden_states[-1][:, :-1]
+
+
+def main() -> None:
+    configs = [LlamaConfig(vocab_size=1000, hidden_size=size, num_hidden_layers=2) for size in (64, 128)]
+    student, teacher = map(AutoModelForCausalLM.from_config, configs)
+    rows = torch.randint(1000, (64, 24))
+    data: Any = [{"input_ids": r, "attention_mask": torch.ones_like(r), "labels": r} for r in rows]
+    args = TrainingArguments(
+        "outputs/trainer", max_steps=20, learning_rate=1e-3, logging_steps=5, report_to=[]
+    )
+    DistillTrainer(teacher, beta=0.5, model=student, args=args, train_dataset=data).train()
+
+
+if __name__ == "__main__":
+    main()

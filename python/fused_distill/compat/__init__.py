@@ -1,0 +1,1 @@
+"""Drop-ins for other libraries' names: `compat.liger` and `compat.trl`."""

@@ -1,0 +1,237 @@
+"""This library's losses under TRL's distillation trainers.
+
+    from fused_distill.compat.trl import patch_trl
+
+    patch_trl()  # or: with patch_trl(): ...
+    DistillationTrainer(...).train()
+
+Two places of TRL 1.16 (https://github.com/huggingface/trl) are replaced, for trainers that exist already too:
+
+- `DistillationTrainer`'s function from the completions' hidden states to the loss becomes `fused_linear_jsd`.
+- `ServerDistillationTrainer.compute_loss`, which has the model make logits of all tokens, prompts included,
+  runs the backbone and gives its completion tokens to `fused_linear_topk_jsd`.
+
+The losses are TRL's own within rounding, for every beta, with what TRL logs. Where TRL's server trainer
+computes in the model's dtype, logits are float32 here; asked for its outputs it gives None, as
+`DistillationTrainer` does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linear_jsd import fused_linear_jsd
+from ..linear_topk_jsd import fused_linear_topk_jsd
+from ..output_heads import output_head
+
+_KNOWN = "1.16"
+_replaced: list[tuple[Any, str, Any]] = []  # owner, name, TRL's own
+
+
+def patch_trl() -> AbstractContextManager[Any]:
+    """Put the losses under TRL's `DistillationTrainer` and `ServerDistillationTrainer`; twice is once.
+
+    Returns:
+        A context manager whose end calls `unpatch_trl`, if this call patched. It need not be used.
+
+    Raises:
+        ImportError: TRL is missing, or of another version than 1.16.
+        RuntimeError: TRL is not built as that version is, for instance changed by another library.
+    """
+    if _replaced:
+        return nullcontext()
+    _check_version()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of trl.experimental, for those who asked for it
+        server = import_module("trl.experimental.server_distillation.server_distillation_trainer")
+    replacements = (
+        (import_module("trl.trainer.distillation_trainer"), "_chunked_divergence_loss", _divergence_loss),
+        (server.ServerDistillationTrainer, "compute_loss", _server_loss),
+    )
+    found = [(owner, name, _known(owner, name, ours), ours) for owner, name, ours in replacements]
+    for owner, name, theirs, ours in found:
+        _replaced.append((owner, name, theirs))
+        setattr(owner, name, ours)
+    stack = ExitStack()
+    stack.callback(unpatch_trl)
+    return stack
+
+
+def unpatch_trl() -> None:
+    """Give TRL its own functions back."""
+    while _replaced:
+        setattr(*_replaced.pop())
+
+
+def _check_version() -> None:
+    install = f"pip install 'trl=={_KNOWN}.*'"
+    if find_spec("trl") is None:
+        raise ImportError(f"fused_distill.compat.trl needs TRL: {install}")
+    version = import_module("trl").__version__
+    if not f"{version}.".startswith(f"{_KNOWN}."):
+        raise ImportError(f"fused_distill.compat.trl knows TRL {_KNOWN}, found {version}: {install}")
+
+
+def _known(owner: Any, name: str, ours: Any) -> Any:
+    """TRL's own `name`, which takes what `ours` takes."""
+    theirs = vars(owner).get(name)
+    expected = list(inspect.signature(ours).parameters)
+    found = None if theirs is None else list(inspect.signature(theirs).parameters)
+    if found != expected:
+        raise RuntimeError(
+            f"fused_distill.compat.trl expects {owner.__name__}.{name} to take {expected}, "
+            f"found {'no such function' if found is None else found}"
+        )
+    return theirs
+
+
+def _divergence_loss(
+    student_hidden_states: Tensor,  # (B, C, Ds)
+    teacher_hidden_states: Tensor,  # (B, C, Dt)
+    student_lm_head_weight: Tensor,  # (V, Ds)
+    teacher_lm_head_weight: Tensor,  # (V, Dt)
+    completion_mask: Tensor,  # (B, C) int
+    beta: float,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Tensor | None = None,  # (V,)
+    teacher_lm_head_bias: Tensor | None = None,  # (V,)
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """TRL's `_chunked_divergence_loss`: the loss, the sum of student entropies, the number of tokens."""
+    mask = completion_mask != 0
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
+    with (
+        _gathered(student_lm_head_weight, student_lm_head_bias),
+        _gathered(teacher_lm_head_weight, teacher_lm_head_bias),
+    ):
+        loss, stats = fused_linear_jsd(
+            student_hidden_states,
+            _whole(student_lm_head_weight, student_hidden_states),
+            teacher_hidden_states,
+            _whole(teacher_lm_head_weight, teacher_hidden_states),
+            mask=mask,
+            student_bias=_whole(student_lm_head_bias, student_hidden_states),
+            teacher_bias=_whole(teacher_lm_head_bias, teacher_hidden_states),
+            beta=beta,
+            temperature=temperature,
+            student_logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            student_softcap=student_final_logit_softcapping,
+            teacher_softcap=teacher_final_logit_softcapping,
+            normalizer=num_items_in_batch,
+            return_stats=True,
+        )
+    return loss, stats.student_entropy.sum(), mask.sum()
+
+
+def _server_loss(
+    self: Any,
+    model: Any,
+    inputs: dict[str, Any],
+    return_outputs: bool = False,
+    num_items_in_batch: Any = None,
+) -> Any:
+    """TRL's `ServerDistillationTrainer.compute_loss`: the mean over the batch's completion tokens.
+
+    As there, num_items_in_batch is left alone and a step of gradient accumulation counts as much as another,
+    whatever its number of tokens.
+    """
+    prompt_ids, completion_ids = inputs["prompt_ids"], inputs["completion_ids"]
+    completion_mask = inputs["completion_mask"].bool()
+    batch = {
+        "input_ids": torch.cat([prompt_ids, completion_ids], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        "prompt_attention_mask": inputs["prompt_mask"],
+        "labels": torch.cat(
+            [torch.full_like(prompt_ids, -100), completion_ids.masked_fill(~completion_mask, -100)], dim=1
+        ),
+    }
+    teacher = self._get_teacher_token_logprobs_from_server(batch, prompt_ids.shape[1])
+    student = self.accelerator.unwrap_model(model)
+    # Through the wrapper's forward, so that DDP, FSDP and DeepSpeed see it; that leaves autocast out.
+    with self.accelerator.autocast():
+        loss = self._forward_redirection(
+            model, student, _sparse_loss, self, student, batch, completion_ids, completion_mask, teacher
+        )
+    if self.model.training:
+        loss = loss / self.current_gradient_accumulation_steps
+    return (loss, None) if return_outputs else loss
+
+
+def _sparse_loss(
+    trainer: Any,
+    student: Any,
+    batch: dict[str, Tensor],
+    completion_ids: Tensor,  # (B, C)
+    completion_mask: Tensor,  # (B, C) bool
+    teacher: dict[str, Tensor],  # (B, T) and (B, T, K), T <= C
+) -> Tensor:
+    hidden = trainer._get_last_hidden_state(
+        student, batch["input_ids"], batch["attention_mask"], completion_ids.shape[1]
+    )
+    head = output_head(student)
+    n_scored = teacher["actual_logprobs"].shape[1]
+    mask = completion_mask[:, :n_scored]
+    logprobs, ids = _support(trainer.beta, teacher, completion_ids[:, :n_scored], mask)
+    device = head.weight.device
+    with _gathered(head.weight, head.bias):
+        return fused_linear_topk_jsd(
+            hidden[:, :n_scored].to(device),
+            _whole(head.weight, hidden),
+            logprobs.to(device),
+            ids.to(device),
+            tail="bucket" if trainer.loss_add_tail else "renormalize",
+            mask=mask.to(device),
+            student_bias=_whole(head.bias, hidden),
+            beta=trainer.beta,
+            temperature=trainer.temperature,
+            student_logit_scale=head.logit_scale,
+            student_softcap=head.softcap,
+        )
+
+
+def _support(beta: float, teacher: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T, K) log-probabilities and ids at which TRL compares.
+
+    The teacher's top K for beta 0, the sampled token for beta 1, else the teacher's likeliest and the sampled
+    token, which count once where they are the same.
+    """
+    top, top_ids = teacher["topk_logprobs"], teacher["topk_token_ids"]
+    if beta == 0:
+        return top, top_ids
+    actual, actual_ids = teacher["actual_logprobs"].unsqueeze(-1), tokens.unsqueeze(-1)
+    if beta == 1:
+        logprobs, ids = actual, actual_ids
+    else:
+        logprobs, ids = torch.cat([top, actual], -1), torch.cat([top_ids, actual_ids], -1)
+    missing = int((mask & ~logprobs.isfinite().all(-1)).sum())
+    if missing:
+        raise ValueError(
+            "the teacher server gave no log-probability of its likeliest or of the sampled token at "
+            f"{missing} of {int(mask.sum())} completion tokens"
+        )
+    return logprobs, ids
+
+
+def _gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
+    """DeepSpeed ZeRO-3's parameters whole meanwhile."""
+    return import_module("trl.trainer.utils").maybe_gather_lm_head_ctx(*parameters)
+
+
+def _whole(parameter: Tensor | None, hidden: Tensor) -> Any:
+    """FSDP2's DTensor as an ordinary tensor of the backbone's dtype; gradients find their way back."""
+    full_tensor = getattr(parameter, "full_tensor", None)
+    return parameter if full_tensor is None else full_tensor().to(hidden.dtype)
