@@ -5,8 +5,8 @@
 
 The model is a random Llama of two layers, so that what is measured is the way from its log-probabilities to
 the client's arrays; at V 32000 the head alone takes most of a binary answer's time. A request is 8 sequences
-of 257 tokens, 2048 positions, on an idle server, from the request's body to arrays, median of five. Without FUSED_DISTILL_VLLM_PYTHON, a Python that has vLLM and this
-package, only the transformers engine is measured.
+of 257 tokens, 2048 positions, on an idle server, from the request's body to arrays, median of five. Without
+FUSED_DISTILL_VLLM_PYTHON, a Python that has vLLM and this package, only the transformers engine is measured.
 """
 
 from __future__ import annotations
