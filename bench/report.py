@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "numerics.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "numerics.md", ROOT / "docs" / "serving.md")
 MARKED = re.compile(r"(<!-- bench:(\S+?)(?:#(full|topk))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 SHAPE = ("tokens", "vocab", "student_dim", "teacher_dim", "k", "dtype")
 

@@ -111,7 +111,7 @@ def rows(folder: Path, vocab: int, supports: tuple[int, ...], length: int) -> It
             for way in ways:
                 for k in supports:
                     seconds, size = measured(server.url, way, sequences, k)
-                    of_k = {"case": f"K {k}", "provider": way.name}
+                    of_k = {"case": way.name, "provider": f"K {k}"}
                     for unit, value, text in (
                         ("Bytes", size / positions, f"{size / positions:.0f}"),
                         ("Milliseconds", 1e3 * seconds / positions, f"{1e3 * seconds / positions:.3f}"),

@@ -5,21 +5,39 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .serving.engine import TeacherEngine
 
 
+class _Parser(argparse.ArgumentParser):
+    """A command's; with keys its help lists those of the trainer's settings."""
+
+    def __init__(self, *arguments: Any, keys: bool = False, **options: Any):
+        super().__init__(*arguments, **options)
+        self.keys = keys
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if not self.keys:
+            return text
+        from .trainer.config import described
+
+        return "\n  ".join([f"{text}\nkeys [default]:", *described()]) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run what it names."""
     parser = argparse.ArgumentParser(prog="fused-distill", description="Distillation of language models.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     serve = commands.add_parser(
         "serve-teacher",
         help="serve a teacher's log-probabilities over HTTP",
         description=serve_teacher.__doc__,
     )
+    serve.set_defaults(run=serve_teacher)
     serve.add_argument("model", help="local path or hub name")
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
@@ -38,9 +56,22 @@ def main(arguments: list[str] | None = None) -> None:
     serve.add_argument("--batch-tokens", type=int, default=16384, help="tokens of one forward pass")
     serve.add_argument("--max-waiting", type=int, default=256, help="requests that may wait; more get 429")
     serve.add_argument("--request-seconds", type=float, default=300.0, help="time limit of a request")
+    for name, run, about in (
+        ("train", train, "distil a student"),
+        ("cache-teacher", cache_teacher, "store a teacher's top k of the data's completions"),
+    ):
+        command = commands.add_parser(name, help=about, description=run.__doc__, keys=True)
+        command.set_defaults(run=run)
+        command.add_argument("config", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="say teacher.k=16")
+        if run is train:
+            command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+        else:
+            command.add_argument("--output", type=Path, required=True, help="folder of the store")
+            command.add_argument("--dtype", default="float32", choices=("float32", "float16"))
     options = parser.parse_args(arguments)
     try:
-        serve_teacher(options)
+        options.run(options)
     except (ImportError, OSError, ValueError) as error:
         parser.exit(2, f"fused-distill {options.command}: {error}\n")
 
@@ -65,6 +96,22 @@ def serve_teacher(options: argparse.Namespace) -> None:
         port=options.port,
         timeout_graceful_shutdown=int(options.request_seconds) + 10,
     )
+
+
+def train(options: argparse.Namespace) -> None:
+    """Distil a student by the settings of a YAML file, and say where it is."""
+    from .trainer.config import load_config
+    from .trainer.loop import train
+
+    print(train(load_config(options.config, options.overrides), options.resume))
+
+
+def cache_teacher(options: argparse.Namespace) -> None:
+    """Store teacher.k log-probabilities a token of the data's completions; run it again to go on."""
+    from .trainer.config import load_config
+    from .trainer.stored import store_teacher
+
+    store_teacher(load_config(options.config, options.overrides), options.output, options.dtype)
 
 
 def _engine(options: argparse.Namespace) -> TeacherEngine:
