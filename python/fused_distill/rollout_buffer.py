@@ -28,7 +28,7 @@ def split_on_groups(rollouts: Sequence[R], slices: int) -> list[list[R]]:
     """Slices of about as many tokens each, none of which divides a group.
 
     Groups go, the largest first, to the slice with the fewest tokens so far: the largest slice has at most
-    4/3 of the tokens that the best division gives it (Graham, Bounds on Multiprocessing Timing Anomalies, 1969).
+    4/3 of the tokens of the best division (Graham, Bounds on Multiprocessing Timing Anomalies, 1969).
     Which groups share a slice does not depend on the order of the rollouts; within a slice it is kept.
 
     Args:
