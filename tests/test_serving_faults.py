@@ -270,7 +270,7 @@ def test_clients_that_leave_free_their_places(row: Row) -> None:
         TeacherClient(served.url, concurrency=64, retries=PATIENT, transport=watched) as client,
     ):
         ask = asks(client)
-        with in_background(1, ask) as first, opened_at_last(engine):
+        with in_background(1, lambda _: ask(100)) as first, opened_at_last(engine):
             assert engine.started.wait(30)  # that one is in the engine and holds it
             leaving = [raw(served) for _ in range(places)]
             for connection in leaving:
@@ -284,7 +284,8 @@ def test_clients_that_leave_free_their_places(row: Row) -> None:
                     connection.sendall(http_request(sequences=[[999, 999]], prompt_lengths=[1])[:-5])
                     if i % 2:
                         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            with in_background(places, ask) as futures, opened_at_last(engine):  # every place is free
+            # Every place is free again.
+            with in_background(places, lambda i: ask(200 + i)) as futures, opened_at_last(engine):
                 wait_until(lambda: waiting(served.url) == places)
                 engine.gate.set()
         row.right = sum(future.result() for future in [*first, *futures])
@@ -320,7 +321,7 @@ def test_a_client_that_leaves_in_its_body_is_no_error_of_the_server() -> None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    async def send(_: dict[str, Any]) -> None:
+    async def send(_: Any) -> None:
         pass
 
     scope = {"type": "http", "method": "POST", "path": wire.SCORE_PATH, "query_string": b""}
@@ -454,11 +455,11 @@ def test_what_is_not_http_gets_a_4xx_and_the_server_lives(row: Row) -> None:
     ],
 )
 def test_a_body_full_of_errors_makes_one_error(body: dict[str, Any]) -> None:
-    # An error takes about 800 bytes while the request is looked at: 64 MB of them would take the whole memory.
+    # An error takes about 800 bytes while the request is looked at: 64 MB of them take 25 GB.
     with pytest.raises(Refused) as refused:
         parsed(json.dumps(body).encode(), FakeEngine(), ServerLimits())
     found: Any = refused.value.__context__
-    assert found.error_count() <= 2
+    assert found is None or found.error_count() <= 2
 
 
 @pytest.mark.parametrize(
