@@ -54,6 +54,8 @@ ANSWERS = [
     example(lengths, k, m)
     for lengths, k, m in (([2, 0, 1], 2, 1), ([0], 1, 0), ([1], 0, None), ([3], 3, None), ([], 0, 0))
 ]
+LEAST = np.full((1, 1), np.finfo(np.float32).min)  # a finite number, as that of a masked token often is
+ANSWERS.append(Answer(np.array([1]), LEAST, np.zeros((1, 1), np.int32), LEAST[0], LEAST))
 JSON_ANSWERS = [wire.encode_json(answer) for answer in ANSWERS]
 JSON_ANSWERS += [wire.encode_base64(answer, "float16") for answer in ANSWERS]
 ASKED: dict[str, Any] = {"sequences": [[1, 2, 3], [4]], "prompt_lengths": [1, 0]}
