@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | bench-gpu | bench-serving | report     ARGS="..." goes to demo and benchmarks
+# make demo | test | lint | fuzz | bench | bench-gpu | bench-serving | report     ARGS="..." goes to demo and benchmarks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 KERNEL_TESTS := tests/test_properties.py tests/test_topk.py tests/test_near_identical.py
 
-.PHONY: demo test test-library test-vllm lint bench bench-gpu bench-serving report clean
+.PHONY: demo test test-library test-vllm lint fuzz bench bench-gpu bench-serving report clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -24,6 +24,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python tests/fuzz_wire.py -max_total_time=300 -rss_limit_mb=4096 $(ARGS)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python bench/cpu.py $(ARGS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +92,8 @@ def serve_teacher(options: argparse.Namespace) -> None:
 
     import uvicorn
 
+    # Uvicorn raises the signal that ended it once more.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         create_app(_engine(options), token=token, limits=limits, batch_limits=batch_limits),
         host=options.host,

@@ -48,9 +48,8 @@ def split_on_groups(rollouts: Sequence[R], slices: int) -> list[list[R]]:
         tokens[rollout.group] += len(rollout.tokens)
     if len(tokens) < slices:
         raise ValueError(f"rollouts must have at least {slices} groups, one a slice, got {len(tokens)}")
-    loads = [
-        (0, 0, i) for i in range(slices)
-    ]  # tokens, groups, slice: an empty one before one of empty groups
+    # Tokens, groups, slice: an empty slice comes before one whose groups have no tokens.
+    loads = [(0, 0, i) for i in range(slices)]
     owner: dict[int, int] = {}
     for group in sorted(tokens, key=lambda g: (-tokens[g], g)):
         load, groups, owner[group] = min(loads)

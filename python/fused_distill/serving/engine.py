@@ -20,6 +20,7 @@ from .sequences import Execution, Sequence
 from .wire import Answer
 
 Result = Answer | HiddenStates
+Results = list[Answer] | list[HiddenStates]
 Capability = Literal["temperature", "score_ids", "hidden_states"]
 
 
@@ -43,7 +44,7 @@ class TeacherEngine(Protocol):
         """The head, None without the capability "hidden_states"."""
         ...
 
-    def score(self, batch: list[Sequence], execution: Execution) -> list[Result]:
+    def score(self, batch: list[Sequence], execution: Execution) -> Results:
         """For each sequence what `execution.response` names."""
         ...
 
@@ -122,15 +123,15 @@ class TransformersEngine:
                 return False
         return torch.allclose(shared, apart, rtol=0.05, atol=0.05)
 
-    def score(self, batch: list[Sequence], execution: Execution) -> list[Result]:
+    def score(self, batch: list[Sequence], execution: Execution) -> Results:
         """One forward pass, two where prompts repeat; the head at scored positions only."""
         shared = self.shares_prompts and sharing_saves(batch)
         device, decoder = self.head.weight.device, self.model.get_decoder()
         with torch.inference_mode():
             states = (scored_states_shared if shared else scored_states)(decoder, batch, device)
             if execution.response == "hidden_states":
-                return [*self._hidden_states(states, batch).split()]
-            return [*self._logprobs(states, batch, execution).split()]
+                return self._hidden_states(states, batch).split()
+            return self._logprobs(states, batch, execution).split()
 
     def close(self) -> None:
         """Remove the head's file."""

@@ -15,6 +15,7 @@ from fastapi import Response as HttpResponse
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from . import wire
 from .batching import Batcher, BatchLimits, QueueFull, Stopped
@@ -59,13 +60,15 @@ class ServerLimits:
 class ScoreRequest(BaseModel):
     """Body of POST /get_sequence_logprobs/."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True)  # `parsed` refuses them, with one error for all
 
     sequences: Annotated[list[_Ids], Field(min_length=1), _FirstError()]
     prompt_lengths: Annotated[list[int], _FirstError()]
     top_logprobs: int = Field(1, ge=0)
     temperature: float = Field(1.0, ge=1e-3, le=1e3)
-    score_ids: Annotated[list[list[_Ids]], _FirstError()] | None = None  # per sequence, per position, M ids
+    score_ids: Annotated[list[Annotated[list[_Ids], _FirstError()]], _FirstError()] | None = (
+        None  # per sequence, per position, M ids
+    )
     response: Response = "logprobs"
     response_format: wire.Format = "json"  # hidden states: binary or base64
     # Of the binary forms; None: float32, of hidden states bfloat16.
@@ -77,10 +80,14 @@ class ScoreRequest(BaseModel):
         return self.response == "hidden_states"
 
 
+_MOST_REASON = 500  # characters: it may quote what the client sent
+
+
 class Refused(Exception):
     """A request that gets no answer: an HTTP status and the reason."""
 
     def __init__(self, status: int, reason: str, **headers: str):
+        reason = reason if len(reason) <= _MOST_REASON else f"{reason[:_MOST_REASON]}..."
         super().__init__(reason)
         self.response = JSONResponse({"detail": reason}, status, headers)
 
@@ -99,6 +106,8 @@ def parsed(
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
         raise Refused(422, f"{where}: {first['msg']}") from None
+    if request.model_extra:
+        raise Refused(422, f"{next(iter(request.model_extra))}: no such field")
     try:
         return request, *_work(request, engine, limits)
     except ValueError as error:
@@ -308,7 +317,10 @@ def create_app(
 
     async def answer(request: Request) -> HttpResponse:
         # Whatever grows with the request runs in a thread: the loop must stay free for everybody else.
-        body = await request.body()
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            raise Refused(499, "the client has gone") from None
         asked, sequences, execution = await asyncio.to_thread(parsed, body, engine, limits)
         scoring = asyncio.create_task(batcher.submit(sequences, execution))
         leaving = asyncio.create_task(_disconnected(request))

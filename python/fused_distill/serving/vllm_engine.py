@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Result, TeacherInfo, load_tokenizer, tokenizer_fingerprint
+from .engine import TeacherInfo, load_tokenizer, tokenizer_fingerprint
 from .sequences import Execution, Sequence
 from .wire import Answer
 
@@ -68,7 +68,7 @@ class VllmEngine:
         )
         return cls(llm, tokenizer, name)
 
-    def score(self, batch: list[Sequence], execution: Execution) -> list[Result]:
+    def score(self, batch: list[Sequence], execution: Execution) -> list[Answer]:
         """All sequences handed to vLLM at once, which schedules them as it likes."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 

@@ -288,7 +288,11 @@ def decode_json(content: object) -> Answer:
             raise WireError(f"{name} must have {width[0]} entries a position")
         values = [v for row in flat for v in row] if width else flat
         whole = np.array([-np.inf if v is None else v for v in values], dtype=np.float64)
-        if whole.size and np.abs(whole, where=np.isfinite(whole), out=np.zeros_like(whole)).max() > 3e38:
+        if (
+            whole.size
+            and np.abs(whole, where=np.isfinite(whole), out=np.zeros_like(whole)).max()
+            > np.finfo(np.float32).max
+        ):
             raise WireError(f"{name} holds a number out of range")
         return whole.astype(dtype).reshape(positions, *width)
 

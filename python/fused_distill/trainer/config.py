@@ -80,7 +80,7 @@ class TrainConfig(_Section):
     student: str = Field(description="local path or hub name")
     teacher: TeacherConfig
     data: DataConfig
-    rollouts: RolloutConfig = Field(default_factory=RolloutConfig)
+    rollouts: RolloutConfig = RolloutConfig.model_validate({})
     lora: LoraConfig | None = Field(None, description="none: all weights are trained")
     output: Path = Field(description="folder for metrics, checkpoints, report and student")
     steps: int = Field(ge=1, description="optimizer steps")
