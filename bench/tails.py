@@ -16,28 +16,32 @@ from typing import Any
 import torch
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from fused_distill.output_heads import output_head
+from fused_distill.serving.rollouts import Sampling, TransformersRollouts
+from fused_distill.trainer.data import Batch, Sample
+from fused_distill.trainer.student import hidden_states
 from suite import ROOT, header, results_folder, write_json
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(ROOT / "examples"))
 import demo
 
 SUPPORTS = (1, 4, 16, 64, 256, 1024)
 BETAS = (0.0, 0.5, 1.0)
+BATCH = 8
 TAILS = ("bucket", "renormalize", "truncate")
 
 
 @torch.no_grad()
-def states_and_head(model: demo.Model, rollouts: list[demo.Rollout]) -> tuple[Tensor, Tensor, float | None]:
+def states_and_head(model: Any, batches: list[Batch]) -> tuple[Tensor, Tensor, float | None]:
     """(n, D) the states that predict the completions' tokens, the output head, its softcap."""
-    states = torch.cat([demo.hidden_states(model, one)[one.completion] for one in rollouts])
+    states = torch.cat([hidden_states(model, batch)[batch.mask] for batch in batches])
     head = output_head(model)
     return states, head.weight.detach(), head.softcap
 
 
-def rows(teacher: demo.Model, student: demo.Model, rollouts: list[demo.Rollout]) -> list[dict[str, Any]]:
-    (hs, ws, softcap_s), (ht, wt, softcap_t) = (states_and_head(m, rollouts) for m in (student, teacher))
+def rows(teacher: Any, student: Any, batches: list[Batch]) -> list[dict[str, Any]]:
+    (hs, ws, softcap_s), (ht, wt, softcap_t) = (states_and_head(m, batches) for m in (student, teacher))
     found: list[dict[str, Any]] = []
     for beta in BETAS:
         full = fused_linear_jsd(
@@ -115,13 +119,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=80)
     arguments = parser.parse_args()
     path = arguments.teacher or demo.packaged_gemma()
-    teacher, student = demo.load(path, "cpu"), demo.load(arguments.student, "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    prompts = (ROOT / "examples" / "prompts.txt").read_text().splitlines()[: arguments.prompts]
-    batches = [prompts[i : i + demo.BATCH] for i in range(0, len(prompts), demo.BATCH)]
-    rollouts = [demo.generate(student, tokenizer, batch, seed=i) for i, batch in enumerate(batches)]
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (path, arguments.student)
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in demo.prompts()[: arguments.prompts]]
+    completions = TransformersRollouts(student, BATCH).generate(prompts, Sampling(max_tokens=32, seed=0))
+    samples = [Sample(c.group, c.prompt, c.tokens) for c in completions]
+    batches = [Batch.of(samples[i : i + BATCH], torch.device("cpu")) for i in range(0, len(samples), BATCH)]
     command = f"python bench/tails.py {' '.join(sys.argv[1:])}".strip()
-    content = {**header(command), "rows": rows(teacher, student, rollouts)}
+    content = {**header(command), "rows": rows(teacher, student, batches)}
     write_json(arguments.output, content)
     plot(content, arguments.output.with_suffix(".png"))
     print(arguments.output)

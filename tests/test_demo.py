@@ -24,16 +24,21 @@ def run_demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def output(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("output")
-    done = run_demo("--teacher", tiny_model, "--steps", "2", "--output", path)
+    folders = [f"output={path}", f"student={path}/start", f"data.path={path}/texts.jsonl"]
+    done = run_demo("--teacher", tiny_model, "steps=2", "rollouts.max_completion_length=8", *folders)
     assert done.returncode == 0, done.stderr
     return path
 
 
-def test_it_leaves_a_plot_and_metrics(output: Path) -> None:
-    metrics = json.loads((output / "metrics.json").read_text())
-    assert set(metrics["held_out_reverse_kl"]) == {"0", "2"}
-    assert len(metrics["training_reverse_kl"]) == 2
-    assert (output / "reverse_kl.png").read_bytes().startswith(b"\x89PNG")
+def test_it_leaves_a_report_and_metrics(output: Path) -> None:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("evaluation", 0),
+        ("train", 1),
+        ("train", 2),
+        ("evaluation", 2),
+    ]
+    assert "data:image/png" in (output / "report.html").read_text()
 
 
 def test_the_saved_student_loads_with_a_third_of_the_layers(output: Path) -> None:
@@ -42,8 +47,13 @@ def test_the_saved_student_loads_with_a_third_of_the_layers(output: Path) -> Non
     assert len(student.get_decoder().layers) == 2
 
 
-@pytest.mark.parametrize("option", [("--steps", "0"), ("--beta", "1.5"), ("--device", "nowhere")])
-def test_a_bad_option_is_named_in_one_line(option: tuple[str, str]) -> None:
-    done = run_demo(*option)
+def test_no_held_out_prompt_is_trained_on(output: Path) -> None:
+    rows = [json.loads(line)["prompt"] for line in (output / "texts.jsonl").read_text().splitlines()]
+    assert not set(rows[:-16]) & set(rows[-16:])
+    assert len(set(rows)) == 80
+
+
+def test_a_bad_setting_is_named_in_one_line() -> None:
+    done = run_demo("steps=0")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"demo.py: error: {option[0]}")
+    assert done.stderr.splitlines()[-1].startswith("demo.py: error: steps: ")

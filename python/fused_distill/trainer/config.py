@@ -82,6 +82,7 @@ class TrainConfig(_Section):
     data: DataConfig
     rollouts: RolloutConfig = RolloutConfig.model_validate({})
     lora: LoraConfig | None = Field(None, description="none: all weights are trained")
+    frozen: list[str] = Field([], description="parameters with one of these in their name are not trained")
     output: Path = Field(description="folder for metrics, checkpoints, report and student")
     steps: int = Field(ge=1, description="optimizer steps")
     prompts_per_step: int = Field(16, ge=1, description="of all processes together")

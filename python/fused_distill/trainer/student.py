@@ -25,6 +25,9 @@ def load_student(config: TrainConfig) -> Any:
     Dropout is off: rollouts, scores and updates are of the same function.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(config.student, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in config.frozen):
+            parameter.requires_grad_(False)
     if config.lora is None:
         return model
     try:
