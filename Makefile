@@ -1,11 +1,11 @@
-# make demo | test | lint | fuzz | bench | bench-gpu | bench-serving | report     ARGS="..." goes to demo and benchmarks
+# make demo | test | lint | fuzz | bench | bench-gpu | bench-serving | report | docs     ARGS="..." goes to demo and benchmarks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 KERNEL_TESTS := tests/test_properties.py tests/test_topk.py tests/test_near_identical.py
 
-.PHONY: demo test test-library test-vllm lint fuzz bench bench-gpu bench-serving report clean
+.PHONY: demo test test-library test-vllm lint fuzz bench bench-gpu bench-serving report docs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -40,6 +40,9 @@ bench-serving: $(VENV)/installed-dev $(VENV)-vllm/installed
 
 report: $(VENV)/installed-bench
 	$(BIN)/python bench/report.py
+
+docs: $(VENV)/installed-dev
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm dist outputs

@@ -60,8 +60,8 @@ def model() -> Any:
 class Served:
     """A server in a thread, on a port of the system's choice."""
 
-    def __init__(self, engine: Any, port: int = 0, **options: Any):
-        config = uvicorn.Config(create_app(engine, **options), host="127.0.0.1", port=port, log_level="error")
+    def __init__(self, app: Any, port: int = 0):
+        config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -79,7 +79,7 @@ class Served:
 
 @contextmanager
 def serving(engine: Any, **options: Any) -> Iterator[Served]:
-    served = Served(engine, **options)
+    served = Served(create_app(engine, **options))
     try:
         yield served
     finally:
@@ -489,7 +489,7 @@ def test_a_request_that_takes_too_long_answers_504() -> None:
 def test_a_stopping_server_finishes_what_it_has() -> None:
     engine = FakeEngine()
     engine.gate.clear()
-    served = Served(engine)
+    served = Served(create_app(engine))
     with in_background(1, lambda _: post(served.url, **GOOD)) as futures:
         assert engine.started.wait(30)
         served.server.should_exit = True
@@ -500,7 +500,7 @@ def test_a_stopping_server_finishes_what_it_has() -> None:
 
 
 def test_the_client_survives_a_restart_of_the_server(model: Any) -> None:
-    served = Served(TransformersEngine(model))
+    served = Served(create_app(TransformersEngine(model)))
     sequences, prompts = random_sequences(12)
     patient = RetryPolicy(attempts=60, first_wait_seconds=0.05, longest_wait_seconds=0.2)
     with TeacherClient(served.url, request_tokens=1, concurrency=3, retries=patient) as client:
@@ -510,7 +510,7 @@ def test_the_client_survives_a_restart_of_the_server(model: Any) -> None:
             1, lambda _: client.get_sequence_logprobs(sequences, prompts, top_logprobs=4)
         ) as futures:
             time.sleep(0.3)
-            again = Served(TransformersEngine(model), port=served.port)
+            again = Served(create_app(TransformersEngine(model)), port=served.port)
             answer = futures[0].result()
         again.stop()
     assert_right(answer, model, sequences, prompts, 4, 1.0)

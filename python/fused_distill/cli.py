@@ -30,8 +30,8 @@ class _Parser(argparse.ArgumentParser):
         return "\n  ".join([f"{text}\nkeys [default]:", *described()]) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and run what it names."""
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command line."""
     parser = argparse.ArgumentParser(prog="fused-distill", description="Distillation of language models.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     serve = commands.add_parser(
@@ -71,11 +71,17 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             command.add_argument("--output", type=Path, required=True, help="folder of the store")
             command.add_argument("--dtype", default="float32", choices=("float32", "float16"))
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line names."""
+    options = parser().parse_args(arguments)
     try:
         options.run(options)
     except (ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"fused-distill {options.command}: {error}\n")
+        print(f"fused-distill {options.command}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def serve_teacher(options: argparse.Namespace) -> None:
