@@ -19,6 +19,8 @@ from fused_distill.serving.patient_http import ServerError
 from fused_distill.serving.rollouts import Completion, Sampling, TransformersRollouts
 from fused_distill.serving.vllm_rollouts import VllmRollouts
 from fused_distill.serving.wire import Answer
+from fused_distill.trainer.config import TrainConfig
+from fused_distill.trainer.loop import train
 from servers import START_SECONDS, running
 from test_serving import serving
 
@@ -292,3 +294,38 @@ def test_rollouts_follow_new_weights_after_a_sync(vllm: str, folder: Path, chang
     want = TransformersRollouts(load(changed)).generate(prompts, sampling)
     assert [c.tokens for c in after] == [c.tokens for c in want] != [c.tokens for c in before]
     assert [c.tokens for c in back] == [c.tokens for c in before]
+
+
+def test_a_run_with_rollouts_of_a_vllm_server_and_our_teacher_server(
+    vllm: str, ours: str, folder: Path, tmp_path: Path
+) -> None:
+    data, output = tmp_path / "prompts.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps({"prompt": f"number {i} is"}) + "\n" for i in range(12)))
+    student = load(folder)
+    with torch.no_grad():
+        student.lm_head.weight.mul_(0.5)
+    student.save_pretrained(tmp_path / "student")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "student")
+    config = {
+        "student": str(tmp_path / "student"),
+        "teacher": {"url": ours},
+        "data": {"path": str(data), "evaluation_prompts": 4},
+        "rollouts": {"url": vllm, "max_completion_length": 8, "num_generations": 2},
+        "output": str(output),
+        "steps": 4,
+        "prompts_per_step": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-4,
+    }
+    trained = train(TrainConfig.model_validate(config))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    before, after = (line["loss"] for line in lines if line["kind"] == "evaluation")
+    assert after < before
+    with VllmRollouts(vllm) as rollouts:
+        # The server wrote the last evaluation's texts with the weights of the last sync.
+        rollouts.sync_from_disk(trained)
+        prompts, greedy = [[5, 9, 30]], Sampling(temperature=0, max_tokens=8)
+        found = rollouts.generate(prompts, greedy)
+        rollouts.sync_from_disk(folder)
+    want = TransformersRollouts(load(trained)).generate(prompts, greedy)
+    assert [c.tokens for c in found] == [c.tokens for c in want]
