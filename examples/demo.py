@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 KEEP_EVERY = 3  # layers of the teacher that the student keeps: 0, 3, 6, ...
-TEXTS = 4  # that the teacher writes for a prompt
+TEXTS = 2  # that the teacher writes for a prompt
 EXAMPLES = Path(__file__).parent
 
 console = Console()
