@@ -2,9 +2,9 @@
 
     python bench/trl_trainer.py [--output FILE] [--small]
 
-Two random Llamas of two layers over 65536 tokens on the CPU, beta 0.5, float32: 16 prompts a step, completions
-of 64 tokens, so that the loss takes most of the step. Each run in a process of its own; the first step warms
-up. Both start from the same weights and must log the same losses.
+Two random Llamas of two layers over 65536 tokens on the CPU, beta 0.5, float32: 16 prompts a step,
+completions of 64 tokens, so that the loss takes most of the step. Each run in a process of its own; the first
+step warms up. Both start from the same weights and must log the same losses.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def run(patched: bool, small: bool) -> dict[str, Any]:
     }
     student, teacher = (
         transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(hidden_size=size, intermediate_size=2 * size, pad_token_id=0, **sizes)
+            transformers.LlamaConfig(
+                hidden_size=size, intermediate_size=2 * size, pad_token_id=0, eos_token_id=1, **sizes
+            )
         )
         for size in (256, 384)
     )
