@@ -138,7 +138,7 @@ def sharing_rows(folder: Path, vocab: int, length: int) -> Iterator[dict[str, An
     batch = [Sequence((*prompt.tolist(), *rest.tolist()), len(prompt)) for rest in rests]
     title = f"8 generations of {length // 4} tokens for a prompt of {len(prompt)}, transformers, milliseconds"
     for provider, shared in (("prompt once", True), ("prompt each time", False)):
-        engine.shares_prompts, seconds = shared, []
+        engine.decoder.shares_prompts, seconds = shared, []
         for _ in range(ROUNDS + 1):
             started = time.perf_counter()
             engine.score(batch, Execution(0, None, 1.0, "hidden_states"))

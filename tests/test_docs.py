@@ -82,7 +82,7 @@ def stand_in_for_vllm(model: Any) -> FastAPI:
     @app.post("/collective_rpc")
     @app.post("/reset_prefix_cache")
     def done() -> Any:
-        return {}
+        return {"success": True}
 
     return app
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -151,3 +153,41 @@ def test_an_answer_that_is_not_whole_is_an_error(choices: list[dict[str, Any]]) 
 def test_a_checkpoint_that_is_not_there_is_named() -> None:
     with pytest.raises(FileNotFoundError, match="folder must hold a checkpoint"):
         vllm().sync_from_disk("/nowhere")
+
+
+def test_a_generation_config_does_not_change_what_is_sampled(model: Any) -> None:
+    greedy, warm = Sampling(temperature=0, max_tokens=8), Sampling(temperature=2, max_tokens=8, n=6, seed=0)
+    plain = [TransformersRollouts(model).generate(PROMPTS, sampling) for sampling in (greedy, warm)]
+    asked = {"repetition_penalty": 2.0, "no_repeat_ngram_size": 1, "min_p": 0.99}
+    kept = {name: getattr(model.generation_config, name) for name in asked}
+    try:
+        model.generation_config.update(**asked)
+        again = [TransformersRollouts(model).generate(PROMPTS, sampling) for sampling in (greedy, warm)]
+    finally:
+        model.generation_config.update(**kept)
+    assert again == plain
+
+
+def test_a_server_is_told_to_sample_the_model_itself() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json={"choices": [choice(0)]})
+
+    with VllmRollouts("http://vllm", model="m", transport=httpx.MockTransport(answer)) as rollouts:
+        rollouts.generate([[5]], Sampling())
+    neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
+    assert neutral.items() <= asked[-1].items()
+
+
+def test_a_prefix_cache_that_was_kept_is_an_error(tmp_path: Path) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"success": request.url.path != "/reset_prefix_cache"})
+
+    retries = RetryPolicy(attempts=2, first_wait_seconds=0.01)
+    with (
+        VllmRollouts("http://vllm", transport=httpx.MockTransport(answer), retries=retries) as rollouts,
+        pytest.raises(ServerError, match="kept its prefix cache"),
+    ):
+        rollouts.sync_from_disk(tmp_path)

@@ -725,3 +725,14 @@ def test_a_mask_that_does_not_fit_the_answer_is_named() -> None:
         align(answer, torch.ones(2, dtype=torch.bool))
     with pytest.raises(TypeError, match="mask must be bool"):
         align(answer, torch.ones(1))
+
+
+def test_health_tells_of_an_engine_that_fails_on_every_batch() -> None:
+    engine = FakeEngine()
+    with serving(engine) as served:
+        for _ in range(5):
+            assert httpx.get(f"{served.url}/health").status_code == 200
+            assert post(served.url, sequences=[[13, 1]], prompt_lengths=[1]).status_code == 500
+        assert httpx.get(f"{served.url}/health").status_code == 503
+        assert post(served.url, sequences=[[1, 2]], prompt_lengths=[1]).status_code == 200
+        assert httpx.get(f"{served.url}/health").status_code == 200

@@ -18,15 +18,16 @@ from fused_distill.serving.align import align_hidden_states
 from fused_distill.serving.asked import TeacherError
 from fused_distill.serving.client import TeacherClient
 from fused_distill.serving.engine import TransformersEngine
-from fused_distill.serving.forward import scored_states, scored_states_shared, sharing_saves
+from fused_distill.serving.forward import Decoder
 from fused_distill.serving.framing import WireError
 from fused_distill.serving.head import load_head, save_head
 from fused_distill.serving.hidden_wire import HiddenStates, decode_hidden, encode_hidden
 from fused_distill.serving.patient_http import ServerError
 from fused_distill.serving.sequences import Sequence
+from fused_distill.serving.server import ServerLimits
 from hypothesis import given
 from hypothesis import strategies as st
-from test_serving import VOCAB, FakeEngine, post, random_sequences, serving
+from test_serving import LENGTH, VOCAB, FakeEngine, post, random_sequences, serving
 from test_serving import model as model
 from test_serving import url as url
 
@@ -167,6 +168,7 @@ def test_a_head_that_arrives_damaged_is_asked_for_again_and_never_kept(url: str,
 
 def test_hidden_states_of_another_head_are_refused(url: str, model: Any, tmp_path: Path) -> None:
     other = TransformersEngine(model)
+    assert other.head_file is not None
     other.head_file.head = other.head_file.head._replace(weight=other.head_file.head.weight + 1)
     with serving(other) as changed, TeacherClient([url, changed.url]) as client:
         client.head(tmp_path)
@@ -198,8 +200,9 @@ def test_an_engine_without_hidden_states_says_so(tmp_path: Path) -> None:
     with serving(FakeEngine()) as served, TeacherClient(served.url) as client:
         with pytest.raises(ServerError, match="no hidden_states"):
             client.get_hidden_states([[1, 2]], [1])
-        with pytest.raises(ServerError, match="404"):
+        with pytest.raises(ServerError, match="no hidden_states"):
             client.head(tmp_path)
+        assert httpx.get(f"{served.url}/v1/teacher/head").status_code == 404
 
 
 @pytest.mark.parametrize("capability", ["temperature", "score_ids"])
@@ -213,29 +216,41 @@ def test_an_engine_without_a_capability_refuses_what_needs_it(capability: str) -
     assert capability in response.json()["detail"]
 
 
-# Families whose attention differs: full, sliding windows shorter than the prompts, both in turns.
-FAMILIES = {
-    "llama": lambda: transformers.LlamaConfig(num_key_value_heads=1),
-    "mistral": lambda: transformers.MistralConfig(num_key_value_heads=1, sliding_window=4),
-    "gemma3": lambda: transformers.Gemma3TextConfig(num_key_value_heads=1, sliding_window=5, head_dim=8),
-    "qwen3": lambda: transformers.Qwen3Config(num_key_value_heads=1, head_dim=8),
+# Families whose attention differs: full, windows shorter than the prompts, both in turns, learned positions.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 1},
+    "mistral": {"num_key_value_heads": 1, "sliding_window": 4},
+    "gemma3_text": {
+        "num_key_value_heads": 1,
+        "sliding_window": 5,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 8},
+    "gpt2": {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": LENGTH},
+    "gpt_neo": {
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "num_heads": 2,
+        "window_size": 5,
+    },
 }
 
 
-def decoder_of(family: str) -> Any:
-    config = FAMILIES[family]()
-    for name, value in {
-        "vocab_size": VOCAB,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 7,
-        "num_attention_heads": 2,
-    }.items():
-        setattr(config, name, value)
-    if family == "gemma3":
-        config.layer_types = ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
+def model_of(family: str, **options: Any) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    settings = {"max_position_embeddings": LENGTH, **({} if family == "gpt2" else sizes)}
+    if family == "gpt_neo":
+        del settings["num_hidden_layers"], settings["num_attention_heads"]
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=VOCAB, **{**settings, **FAMILIES.get(family, {}), **options}
+    )
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def decoder_of(model: Any) -> Decoder:
+    return Decoder(model, VOCAB, LENGTH, torch.device("cpu"))
 
 
 def generations(seed: int) -> list[Sequence]:
@@ -253,11 +268,10 @@ def generations(seed: int) -> list[Sequence]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_shared_prompt_gives_the_states_of_separate_ones(family: str, seed: int) -> None:
-    decoder, batch = decoder_of(family).get_decoder(), generations(seed)
-    with torch.no_grad():
-        apart = [scored_states(decoder, [sequence], torch.device("cpu")) for sequence in batch]
-        shared = scored_states_shared(decoder, batch, torch.device("cpu"))
-    torch.testing.assert_close(shared, torch.cat(apart), atol=1e-5, rtol=1e-5)
+    decoder, batch = decoder_of(model_of(family)), generations(seed)
+    assert decoder.shares_prompts
+    apart = torch.cat([decoder.apart([sequence]) for sequence in batch])
+    torch.testing.assert_close(decoder.shared(batch), apart, atol=1e-5, rtol=1e-5)
 
 
 def test_generations_of_one_prompt_run_it_once(model: Any) -> None:
@@ -277,7 +291,66 @@ def test_generations_of_one_prompt_run_it_once(model: Any) -> None:
 
 def test_sharing_is_left_where_it_would_run_more_tokens() -> None:
     long, short = tuple(range(30)), tuple(range(5))
-    assert not sharing_saves([Sequence((*long, 1), 30), Sequence((*short, *long), 5)])
+    decoder = decoder_of(model_of("llama"))
+    assert not decoder.sharing_saves([Sequence((*long, 1), 30), Sequence((*short, *long), 5)])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])
+def test_padding_never_reaches_beyond_the_models_positions(family: str) -> None:
+    # Prompt and rest are within the limit of every sequence, the longest of each together are not.
+    batch = [Sequence((*range(40), *range(10, 15 + i)), 40) for i in range(5)]
+    batch.append(Sequence((*range(10), *range(30)), 10))
+    decoder = decoder_of(model_of(family))
+    apart = torch.cat([decoder.apart([sequence]) for sequence in batch])
+    torch.testing.assert_close(decoder.states(batch), apart, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_that_depend_on_the_longest_sequence_run_one_by_one() -> None:
+    # Phi 3's long rope takes other factors beyond the length it was trained at.
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    model = model_of("phi3", rope_parameters=rope, pad_token_id=0)
+    batch = [Sequence(tuple(range(n)), 4) for n in (25, 45)]
+    decoder = decoder_of(model)
+    apart = torch.cat([decoder.apart([sequence]) for sequence in batch])
+    assert torch.equal(decoder.states(batch), apart)
+    assert not torch.allclose(decoder.apart(batch), apart, atol=1e-3)
+
+
+def test_positions_that_depend_on_what_ran_before_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match="dynamic rope"):
+        TransformersEngine(model_of("llama", rope_parameters=rope))
+
+
+def test_rounding_of_a_low_precision_does_not_stop_a_model() -> None:
+    engine = TransformersEngine(model_of("llama").bfloat16())
+    assert engine.decoder.shares_prompts
+
+
+def test_without_the_head_a_server_gives_neither_it_nor_hidden_states(model: Any, tmp_path: Path) -> None:
+    engine = TransformersEngine(model, hidden_states=False)
+    with serving(engine) as served, TeacherClient(served.url) as client:
+        assert client.info()["capabilities"] == ["temperature", "score_ids"]
+        with pytest.raises(ServerError, match="no hidden_states"):
+            client.head(tmp_path)
+
+
+def test_a_call_is_cut_so_that_every_answer_is_within_the_servers_limit(model: Any) -> None:
+    sequences, prompts = random_sequences(6, seed=2)
+    with serving(TransformersEngine(model), limits=ServerLimits(numbers=20 * 16)) as served:
+        with TeacherClient(served.url) as client:
+            answer = client.get_hidden_states(sequences, prompts)
+        assert len(answer.lengths) == 6
+
+
+def test_a_head_whose_file_was_cleaned_away_is_written_again(model: Any, tmp_path: Path) -> None:
+    engine = TransformersEngine(model)
+    assert engine.head_file is not None
+    with serving(engine) as served, TeacherClient(served.url) as client:
+        client.head(tmp_path / "first")
+        engine.head_file.saved().path.unlink()
+        client.head(tmp_path / "second")
 
 
 def test_a_model_without_such_a_cache_is_served_without_sharing() -> None:
@@ -285,7 +358,7 @@ def test_a_model_without_such_a_cache_is_served_without_sharing() -> None:
     torch.manual_seed(0)
     mamba = transformers.AutoModelForCausalLM.from_config(config)
     engine = TransformersEngine(mamba, max_length=64)
-    assert not engine.shares_prompts
+    assert not engine.decoder.shares_prompts
 
 
 def test_hidden_states_of_different_heads_do_not_join() -> None:

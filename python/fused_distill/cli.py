@@ -55,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     serve.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     serve.add_argument("--max-length", type=int, help="longest sequence (default: the model's)")
+    serve.add_argument(
+        "--no-hidden-states", action="store_true", help="give neither hidden states nor the head"
+    )
+    serve.add_argument("--answer-numbers", type=int, default=1 << 26, help="most numbers of an answer")
     serve.add_argument("--batch-tokens", type=int, default=16384, help="tokens of one forward pass")
     serve.add_argument("--max-waiting", type=int, default=256, help="requests that may wait; more get 429")
     serve.add_argument("--request-seconds", type=float, default=300.0, help="time limit of a request")
@@ -87,14 +91,16 @@ def main(arguments: list[str] | None = None) -> None:
 def serve_teacher(options: argparse.Namespace) -> None:
     """Serve a teacher. FUSED_DISTILL_TOKEN in the environment is the bearer token that clients must send."""
     from .serving.batching import BatchLimits
-    from .serving.server import ServerLimits, create_app
+    from .serving.server import ServerLimits, check_token, create_app
 
     # Checked before a model is loaded.
-    limits = ServerLimits(request_seconds=options.request_seconds)
+    limits = ServerLimits(request_seconds=options.request_seconds, numbers=options.answer_numbers)
     batch_limits = BatchLimits(options.max_waiting, options.batch_tokens)
     token = os.environ.get("FUSED_DISTILL_TOKEN")
+    check_token(token)
     if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
-        print("warning: without FUSED_DISTILL_TOKEN everybody who reaches this address may use the teacher")
+        warning = "without FUSED_DISTILL_TOKEN everybody who reaches this address may use the teacher"
+        print(f"warning: {warning} and download its head", file=sys.stderr)
 
     import uvicorn
 
@@ -143,13 +149,17 @@ def _engine(options: argparse.Namespace) -> TeacherEngine:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    return TransformersEngine.load(options.model, device, dtype, options.max_length)
+    hidden_states = not options.no_hidden_states
+    return TransformersEngine.load(options.model, device, dtype, options.max_length, hidden_states)
 
 
 def _object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
     if not isinstance(found, dict):
-        raise ValueError(f"must be a JSON object, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
     return found
 
 

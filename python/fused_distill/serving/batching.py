@@ -7,9 +7,12 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from .engine import Result, TeacherEngine
 from .sequences import Execution, Sequence
+
+_FAILURES = 5  # batches in a row
 
 
 class QueueFull(Exception):
@@ -39,7 +42,7 @@ class _Job:
 
     sequences: list[Sequence]
     execution: Execution
-    result: asyncio.Future[Result]
+    result: asyncio.Future[list[Result]]
     waiting: deque[int] = field(init=False)
     answers: dict[int, Result] = field(default_factory=dict)
 
@@ -49,12 +52,9 @@ class _Job:
 
     def take(self, index: int, answer: Result) -> None:
         """Keep one sequence's answer; with the last one the request is done."""
-        if not answer.valid:
-            raise RuntimeError(f"the engine gave numbers that are not finite for sequence {index}")
         self.answers[index] = answer
         if len(self.answers) == len(self.sequences) and not self.result.done():
-            parts = [self.answers[i] for i in range(len(self.sequences))]
-            self.result.set_result(type(answer).join(parts))  # pyright: ignore[reportArgumentType]
+            self.result.set_result([self.answers[i] for i in range(len(self.sequences))])
 
     def fail(self, error: Exception) -> None:
         """The request is done with this error."""
@@ -71,6 +71,7 @@ class Batcher:
         self.limits = limits or BatchLimits()
         self.queue: deque[_Job] = deque()  # requests with sequences that wait
         self.running = 0  # sequences in the engine
+        self._failures = 0  # batches in a row that the engine raised on
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -92,8 +93,13 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken and will be answered."""
+        """Whether requests are taken."""
         return self._task is not None and not self._task.done()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the engine seems to be dead: it has raised on every one of the last batches."""
+        return self._failures >= _FAILURES
 
     async def submit(self, sequences: list[Sequence], execution: Execution) -> Result:
         """The answer for these sequences, at least one. Cancelling this call frees its place.
@@ -111,7 +117,8 @@ class Batcher:
         self.queue.append(job)
         self._arrived.set()
         try:
-            return await job.result
+            parts: list[Any] = await job.result
+            return await asyncio.to_thread(type(parts[0]).join, parts)  # may be long
         finally:
             job.waiting.clear()
             if job in self.queue:
@@ -149,22 +156,29 @@ class Batcher:
         self.running = len(batch)
         try:
             answers = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self.engine.score, sequences, jobs[0].execution
+                self._thread, self._answers, sequences, jobs[0].execution
             )
-            if len(answers) != len(sequences):
-                raise RuntimeError(f"the engine gave {len(answers)} answers for {len(sequences)} sequences")
+            self._failures = 0
         except asyncio.CancelledError:
             for job in jobs:
                 job.fail(Stopped())
             raise
         except BaseException as error:  # even SystemExit of an engine must not leave requests waiting
+            self._failures += 1
             for job in jobs:
                 job.fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
             return
         finally:
             self.running = 0
         for (job, index), answer in zip(batch, answers, strict=True):
-            try:
+            if answer is None:
+                job.fail(RuntimeError(f"the engine gave numbers that are not finite for sequence {index}"))
+            else:
                 job.take(index, answer)
-            except Exception as error:
-                job.fail(error)
+
+    def _answers(self, sequences: list[Sequence], execution: Execution) -> list[Result | None]:
+        """The engine's, None where a number is missing."""
+        answers = self.engine.score(sequences, execution)
+        if len(answers) != len(sequences):
+            raise RuntimeError(f"the engine gave {len(answers)} answers for {len(sequences)} sequences")
+        return [answer if answer.valid else None for answer in answers]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..output_heads import OutputHead
 from . import wire
 from .asked import Asked, Ids, TeacherError
+from .framing import WireError
 from .head import file_sha256, load_head
 from .hidden_wire import HiddenDtype, HiddenStates, decode_hidden
 from .openai_protocol import first_model, openai_answer, openai_request
@@ -107,6 +108,7 @@ class TeacherClient:
             ServerError: no server gave it, say for want of the capability "hidden_states".
         """
         deadline = time.monotonic() + self.deadline_seconds
+        self._hidden_info(deadline)
         sha256 = self._http.send("HEAD", wire.HEAD_PATH, deadline, _etag)
         folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fused-distill"
         path = folder / f"head-{sha256}.safetensors"
@@ -152,9 +154,22 @@ class TeacherClient:
                 `head()` gave.
         """
         asked = Asked.of(sequences, prompt_lengths, 0, 1.0, None, self.deadline_seconds)
-        if self._detected(asked.deadline) == "openai":
+        info = self._hidden_info(asked.deadline)
+        most = info["limits"]["numbers"] // info["hidden_size"]
+        found = self._in_parts(asked, lambda part, first: self._states(part, first, dtype), most)
+        try:
+            return HiddenStates.join(found)
+        except WireError as error:
+            raise TeacherError(str(error)) from None
+
+    def _hidden_info(self, deadline: float) -> dict[str, Any]:
+        """What the server says of itself, if it gives hidden states."""
+        if self._detected(deadline) == "openai":
             raise ValueError("hidden states cannot be asked of a stock vLLM server")
-        return HiddenStates.join(self._in_parts(asked, lambda part, first: self._states(part, first, dtype)))
+        info = self._http.send("GET", "/v1/teacher", deadline, lambda response: dict(response.json()))
+        if "hidden_states" not in info["capabilities"]:
+            raise TeacherError(f"this teacher's engine has no hidden_states, only {info['capabilities']}")
+        return info
 
     def get_sequence_logprobs(
         self,
@@ -198,8 +213,10 @@ class TeacherClient:
                 )
         return Answer.join(self._in_parts(asked, self._score))
 
-    def _in_parts(self, asked: Asked, call: Callable[[Asked, int], T]) -> list[T]:
-        parts = asked.parts(self.request_tokens)
+    def _in_parts(
+        self, asked: Asked, call: Callable[[Asked, int], T], most_tokens: int | None = None
+    ) -> list[T]:
+        parts = asked.parts(min(self.request_tokens, most_tokens or self.request_tokens))
         futures = [self._pool.submit(call, asked.part(part), part.start) for part in parts]
         try:
             return [future.result() for future in futures]
@@ -269,7 +286,7 @@ class TeacherClient:
 
 
 def _etag(response: httpx.Response) -> str:
-    sha256 = response.headers["etag"].strip('"')
+    sha256 = response.headers["etag"].removeprefix("W/").strip('"')
     if len(bytes.fromhex(sha256)) != 32:
         raise ValueError(f"the head's checksum must have 64 hexadecimal digits, got {sha256!r}")
     return sha256

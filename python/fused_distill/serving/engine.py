@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from .. import topk_logprobs
 from ..output_heads import output_head
-from .forward import scored_states, scored_states_shared, sharing_saves
+from .forward import Decoder, agree
 from .head import HeadFile
 from .hidden_wire import HiddenStates
 from .sequences import Execution, Sequence
 from .wire import Answer
+
+_log = logging.getLogger(__name__)
 
 Result = Answer | HiddenStates
 Results = list[Answer] | list[HiddenStates]
@@ -57,9 +60,17 @@ class TransformersEngine:
     """Any causal language model of transformers, on any device, through `topk_logprobs`."""
 
     def __init__(
-        self, model: Any, tokenizer: Any | None = None, name: str | None = None, max_length: int | None = None
+        self,
+        model: Any,
+        tokenizer: Any | None = None,
+        name: str | None = None,
+        max_length: int | None = None,
+        hidden_states: bool = True,
     ):
-        """Raises ValueError where max_length is needed, or the model's logits are not those of its head."""
+        """Raises ValueError where max_length is needed, or the model's logits are not those of its head.
+
+        With hidden_states, whoever may ask the server may also download the head.
+        """
         self.model = model.eval()
         self.head = output_head(model)
         config = model.config.get_text_config()
@@ -71,16 +82,24 @@ class TransformersEngine:
             min(config.vocab_size, len(self.head.weight)),
             max_length,
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-            ("temperature", "score_ids", "hidden_states"),
+            ("temperature", "score_ids", "hidden_states") if hidden_states else ("temperature", "score_ids"),
         )
         vocabulary = slice(self.info.vocab_size)
         bias = None if self.head.bias is None else self.head.bias[vocabulary]
-        self.head_file = HeadFile(self.head._replace(weight=self.head.weight[vocabulary], bias=bias))
+        head = self.head._replace(weight=self.head.weight[vocabulary], bias=bias)
+        self.head_file = HeadFile(head) if hidden_states else None
+        self.decoder = Decoder(model, self.info.vocab_size, max_length, self.head.weight.device)
         self._check_head()
-        self.shares_prompts = self._sharing_works()
 
     @classmethod
-    def load(cls, name: str, device: str, dtype: str, max_length: int | None = None) -> TransformersEngine:
+    def load(
+        cls,
+        name: str,
+        device: str,
+        dtype: str,
+        max_length: int | None = None,
+        hidden_states: bool = True,
+    ) -> TransformersEngine:
         """From a local path or a hub name.
 
         Raises:
@@ -93,51 +112,36 @@ class TransformersEngine:
                 "the transformers engine needs transformers: pip install 'fused-distill[trainer]'"
             ) from error
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-        return cls(model.to(device), load_tokenizer(name), name, max_length)
+        return cls(model.to(device), load_tokenizer(name), name, max_length, hidden_states)
 
     def _check_head(self) -> None:
         """The head as read from the config gives the model's own logits; a family may compute others."""
-        tokens = list(range(min(4, self.info.vocab_size)))
-        device = self.head.weight.device
+        tokens = [*range(min(4, self.info.vocab_size)), 0]
+        rows = torch.tensor([tokens], device=self.decoder.device)
         with torch.inference_mode():
-            states = scored_states(self.model.get_decoder(), [Sequence((*tokens, 0), 1)], device)
-            logits = self.head.logits(states).float()
-            rows = torch.tensor([tokens], device=device)
-            own = self.model(input_ids=rows, use_cache=False).logits[0].float()
-        if logits.shape != own.shape or not torch.allclose(logits, own, rtol=0.05, atol=0.05):
+            logits = self.head.logits(self.decoder.apart([Sequence(tuple(tokens), 1)]))
+            own = self.model(input_ids=rows, use_cache=False).logits[0, :-1]
+        if not agree(logits, own):
             raise ValueError(
                 "model must have logits that follow from its head and config, "
                 f"got {type(self.model).__name__}, whose own are different"
             )
 
-    def _sharing_works(self) -> bool:
-        """Two passes over a cache give what one pass gives; a family may keep none, or another kind."""
-        ids = [i % self.info.vocab_size for i in range(6)]
-        batch = [Sequence((*ids[:3], *ids[i:]), 3) for i in range(2)] + [Sequence((*ids[:2], *ids), 2)]
-        decoder, device = self.model.get_decoder(), self.head.weight.device
-        with torch.inference_mode():
-            apart = scored_states(decoder, batch, device)
-            try:
-                shared = scored_states_shared(decoder, batch, device)
-            except Exception:  # each family without such a cache fails in its own way
-                return False
-        return torch.allclose(shared, apart, rtol=0.05, atol=0.05)
-
     def score(self, batch: list[Sequence], execution: Execution) -> Results:
-        """One forward pass, two where prompts repeat; the head at scored positions only."""
-        shared = self.shares_prompts and sharing_saves(batch)
-        device, decoder = self.head.weight.device, self.model.get_decoder()
+        """The model's hidden states; the head at scored positions only."""
         with torch.inference_mode():
-            states = (scored_states_shared if shared else scored_states)(decoder, batch, device)
+            states = self.decoder.states(batch)
             if execution.response == "hidden_states":
                 return self._hidden_states(states, batch).split()
             return self._logprobs(states, batch, execution).split()
 
     def close(self) -> None:
         """Remove the head's file."""
-        self.head_file.close()
+        if self.head_file is not None:
+            self.head_file.close()
 
     def _hidden_states(self, states: Tensor, batch: list[Sequence]) -> HiddenStates:
+        assert self.head_file is not None  # the server asks for nothing that is no capability
         return HiddenStates(_lengths(batch), states.cpu(), self.head_file.saved().sha256)
 
     def _logprobs(self, states: Tensor, batch: list[Sequence], execution: Execution) -> Answer:
@@ -175,12 +179,14 @@ def _lengths(batch: list[Sequence]) -> NDArray[np.int64]:
 
 
 def load_tokenizer(name: str) -> Any | None:
-    """The tokenizer of a local path or hub name; None where a model comes without one."""
+    """The tokenizer of a local path or hub name; None, with a warning, where there is none to be had."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        _log.warning("%s: no tokenizer, so that clients cannot compare it with theirs: %s", name, reason)
         return None
 
 

@@ -46,7 +46,8 @@ class HeadFile:
     def saved(self) -> SavedHead:
         """The file, which stays until `close`."""
         with self._lock:
-            if self._saved is None:
+            # Whoever cleans temporary folders may have taken the file.
+            if self._saved is None or not self._saved.path.exists():
                 self._folder = TemporaryDirectory(prefix="fused-distill-head-")
                 path = Path(self._folder.name) / "head.safetensors"
                 self._saved = SavedHead(path, save_head(self.head, path))

@@ -9,6 +9,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+# Against what a model's generation_config.json may ask for: rollouts are samples of the model itself.
+_PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -96,9 +99,10 @@ class TransformersRollouts:
         if sampling.temperature > 0:
             how = {
                 "do_sample": True,
-                "temperature": sampling.temperature,
+                "temperature": float(sampling.temperature),
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
+                "min_p": 0.0,
             }
         output = self.model.generate(
             input_ids=torch.tensor(rows, device=device),
@@ -108,6 +112,7 @@ class TransformersRollouts:
             pad_token_id=0,
             return_dict_in_generate=True,
             output_logits=True,
+            **_PLAIN,
             **how,
         )
         tokens: Tensor = output.sequences[:, longest:]

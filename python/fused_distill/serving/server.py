@@ -237,6 +237,12 @@ class _Guard:
         return None
 
 
+def check_token(token: str | None) -> None:
+    """Raises ValueError for an empty one."""
+    if token is not None and not token.strip():
+        raise ValueError("token must not be empty")
+
+
 def create_app(
     engine: TeacherEngine,
     *,
@@ -255,8 +261,7 @@ def create_app(
     Raises:
         ValueError: an empty token.
     """
-    if token is not None and not token.strip():
-        raise ValueError("token must not be empty")
+    check_token(token)
     limits = limits or ServerLimits()
     batcher = Batcher(engine, batch_limits)
     metrics = _Metrics(batcher, limits)
@@ -282,6 +287,8 @@ def create_app(
     async def health() -> dict[str, str]:
         if not batcher.alive:
             raise Refused(503, "the engine takes no requests")
+        if batcher.failing:
+            raise Refused(503, "the engine fails on every batch")
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -291,8 +298,10 @@ def create_app(
     @app.get("/v1/teacher")
     async def teacher() -> dict[str, Any]:
         most = min(limits.top_logprobs, engine.info.vocab_size)
+        head = engine.head_file
         return {
             **engine.info._asdict(),
+            "hidden_size": None if head is None else head.head.weight.shape[1],
             "wire_version": VERSION,
             "limits": {**asdict(limits), "top_logprobs": most},
         }

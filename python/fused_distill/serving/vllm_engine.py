@@ -90,9 +90,10 @@ class VllmEngine:
 
 def _answer(sequence: Sequence, flat: Any) -> Answer:
     """From vLLM's FlatLogprobs: per token but the first its own log-probability, then the top K."""
-    rows = slice(sequence.start - 1, None)
-    shape = (len(sequence.tokens) - 1, -1) if len(sequence.tokens) > 1 else (0, 1)
-    logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(shape)[rows]
-    ids = np.array(flat.token_ids, dtype=np.int32).reshape(shape)[rows]
+    before = len(sequence.tokens) - 1
+    width = len(flat.logprobs) // before if before else 1
+    first = (sequence.start - 1) * width
+    logprobs = np.array(flat.logprobs[first:], dtype=np.float32).reshape(-1, width)
+    ids = np.array(flat.token_ids[first:], dtype=np.int32).reshape(-1, width)
     lengths = np.array([sequence.positions], dtype=np.int64)
     return Answer(lengths, logprobs[:, 1:], ids[:, 1:], logprobs[:, 0])

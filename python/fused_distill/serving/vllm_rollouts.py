@@ -14,6 +14,8 @@ from .openai_protocol import first_model
 from .patient_http import PatientHttp, RetryPolicy, ServerError
 from .rollouts import Completion, Sampling, checked_prompts
 
+# Against what a model's generation_config.json may ask for: rollouts are samples of the model itself.
+_PLAIN = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 _CONCURRENCY = 32  # requests to a server, which puts them into batches of its own
 
 
@@ -81,6 +83,7 @@ class VllmRollouts:
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
                 "seed": _seed(sampling, start),
+                **_PLAIN,
                 "logprobs": 0,
                 "return_token_ids": True,
             }
@@ -101,13 +104,14 @@ class VllmRollouts:
 
         Raises:
             FileNotFoundError: no such folder.
-            ServerError: the server refused, say for want of VLLM_SERVER_DEV_MODE=1.
+            ServerError: the server refused, say for want of VLLM_SERVER_DEV_MODE=1, or kept its cache, as it
+                does while requests run.
         """
         path = _checkpoint(folder)
         deadline = time.monotonic() + self.deadline_seconds
         call = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         self._http.send("POST", "/collective_rpc", deadline, lambda _: None, call)
-        self._http.send("POST", "/reset_prefix_cache", deadline, lambda _: None)
+        self._http.send("POST", "/reset_prefix_cache", deadline, check_emptied)
 
 
 class VllmInProcessRollouts:
@@ -155,9 +159,17 @@ class VllmInProcessRollouts:
 
         Raises:
             FileNotFoundError: no such folder.
+            ServerError: vLLM would not empty its cache.
         """
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": _checkpoint(folder)})
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise ServerError("vLLM kept its prefix cache, as it does while requests run")
+
+
+def check_emptied(response: httpx.Response) -> None:
+    """Of /reset_prefix_cache. Raises ValueError, for another attempt, where the cache was kept."""
+    if not response.json()["success"]:
+        raise ValueError("vLLM kept its prefix cache, as it does while requests run")
 
 
 def _checkpoint(folder: Path | str) -> str:

@@ -9,6 +9,7 @@ import httpx
 from torch import nn
 
 from .patient_http import PatientHttp, RetryPolicy
+from .vllm_rollouts import check_emptied
 
 
 class NcclWeightSync:
@@ -68,7 +69,7 @@ class NcclWeightSync:
         """Send the weights as they are now; the server's prefix cache is emptied."""
         self._engine.send_weights()
         if self._is_first:
-            self._control.post("/reset_prefix_cache")
+            self._control.reset_prefix_cache()
 
     def close(self) -> None:
         """Leave the group."""
@@ -99,6 +100,10 @@ class _Control:
     def post(self, path: str, **body: Any) -> None:
         deadline = time.monotonic() + self.timeout_seconds
         self._http.send("POST", path, deadline, lambda _: None, body)
+
+    def reset_prefix_cache(self) -> None:
+        deadline = time.monotonic() + self.timeout_seconds
+        self._http.send("POST", "/reset_prefix_cache", deadline, check_emptied)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.post("/init_weight_transfer_engine", init_info=init_info)
