@@ -310,6 +310,9 @@ def test_positions_that_depend_on_the_longest_sequence_run_one_by_one() -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     model = model_of("phi3", rope_parameters=rope, pad_token_id=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # attention that is not nearly uniform
     batch = [Sequence(tuple(range(n)), 4) for n in (25, 45)]
     decoder = decoder_of(model)
     apart = torch.cat([decoder.apart([sequence]) for sequence in batch])
