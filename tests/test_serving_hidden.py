@@ -307,9 +307,9 @@ def test_padding_never_reaches_beyond_the_models_positions(family: str) -> None:
 
 def test_positions_that_depend_on_the_longest_sequence_run_one_by_one() -> None:
     # Phi 3's long rope takes other factors beyond the length it was trained at.
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
-    model = model_of("phi3", rope_parameters=rope, pad_token_id=0)
+    model = model_of("phi3", rope_parameters=rope, original_max_position_embeddings=32, pad_token_id=0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8)  # attention that is not nearly uniform
