@@ -20,6 +20,7 @@ from ._check import (
     check_tokens,
     check_vocab_size,
 )
+from ._dtensor import whole
 from ._engine import LossTensors
 from ._module import LossModule
 from ._settings import LossSettings
@@ -132,6 +133,9 @@ def fused_linear_jsd(
     n_columns = check_vocab_size(vocab_size, student_weight=student_weight, teacher_weight=teacher_weight)
     check_tokens(shape, device, mask, token_weight)
     check_labels(labels, hard_weight, shape, device, n_columns)
+    student_weight, student_bias = whole(student_weight), whole(student_bias)
+    teacher_weight = whole(teacher_weight.detach())
+    teacher_bias = None if teacher_bias is None else whole(teacher_bias.detach())
 
     if backend == "reference":
         return reference.linear_jsd(
@@ -149,8 +153,8 @@ def fused_linear_jsd(
         )
     teacher = FullTeacher(
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
+        teacher_weight,
+        teacher_bias,
     )
     tensors = LossTensors.flattened(
         student_hidden,

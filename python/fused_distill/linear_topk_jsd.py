@@ -21,6 +21,7 @@ from ._check import (
     check_tokens,
     check_vocab_size,
 )
+from ._dtensor import whole
 from ._engine import LossTensors
 from ._module import LossModule
 from ._settings import LossSettings
@@ -127,6 +128,7 @@ def fused_linear_topk_jsd(
     check_tokens(shape, device, mask, token_weight)
     check_labels(labels, hard_weight, shape, device, n_columns)
     check_support(teacher_logprobs, teacher_ids, shape, device, n_columns, mask)
+    student_weight, student_bias = whole(student_weight), whole(student_bias)
 
     if backend == "reference":
         return reference.linear_topk_jsd(
