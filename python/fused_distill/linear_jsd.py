@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -18,13 +18,16 @@ from ._check import (
     check_options,
     check_student,
     check_tokens,
-    check_vocab_size,
 )
 from ._dtensor import whole
 from ._engine import LossTensors
 from ._module import LossModule
 from ._settings import LossSettings
 from ._teachers import FullTeacher
+from ._vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def fused_linear_jsd(
@@ -52,6 +55,7 @@ def fused_linear_jsd(
     workspace_bytes: int | None = None,
     backend: str = "auto",
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Any:
     """Divergence between student's and teacher's next-token distributions, without their logits in memory.
 
@@ -119,6 +123,7 @@ def fused_linear_jsd(
         workspace_bytes=workspace_bytes,
         backend=backend,
         return_stats=return_stats,
+        process_group=process_group,
     )
     check_options(options, LossOptions)
     check_normalizer(normalizer, reduction)
@@ -130,9 +135,17 @@ def fused_linear_jsd(
             "teacher_hidden must have the tokens of student_hidden, "
             f"got {tuple(teacher_hidden.shape)} and {tuple(student_hidden.shape)}"
         )
-    n_columns = check_vocab_size(vocab_size, student_weight=student_weight, teacher_weight=teacher_weight)
     check_tokens(shape, device, mask, token_weight)
-    check_labels(labels, hard_weight, shape, device, n_columns)
+    vocabulary = Vocabulary.of(
+        process_group,
+        vocab_size,
+        {"student_hidden": student_hidden, "student_weight": student_weight, "student_bias": student_bias},
+        mask,
+        workspace_bytes,
+        student_weight=student_weight,
+        teacher_weight=teacher_weight,
+    )
+    check_labels(labels, hard_weight, shape, device, vocabulary.total)
     student_weight, student_bias = whole(student_weight), whole(student_bias)
     teacher_weight = whole(teacher_weight.detach())
     teacher_bias = None if teacher_bias is None else whole(teacher_bias.detach())
@@ -171,7 +184,7 @@ def fused_linear_jsd(
             LossSettings.of(options),
             full_backend,
             backend,
-            n_columns,
+            vocabulary,
             shape,
             reduction,
             normalizer,

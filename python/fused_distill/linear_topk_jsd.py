@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -19,13 +19,16 @@ from ._check import (
     check_student,
     check_support,
     check_tokens,
-    check_vocab_size,
 )
 from ._dtensor import whole
 from ._engine import LossTensors
 from ._module import LossModule
 from ._settings import LossSettings
 from ._teachers import TopKTeacher
+from ._vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def fused_linear_topk_jsd(
@@ -51,6 +54,7 @@ def fused_linear_topk_jsd(
     workspace_bytes: int | None = None,
     backend: str = "auto",
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Any:
     """Divergence between the student and a teacher of which K log-probabilities per token are known.
 
@@ -119,15 +123,23 @@ def fused_linear_topk_jsd(
         workspace_bytes=workspace_bytes,
         backend=backend,
         return_stats=return_stats,
+        process_group=process_group,
     )
     check_options(options, TopKLossOptions)
     check_normalizer(normalizer, reduction)
     check_student(student_hidden, student_weight, student_bias)
     device, shape = student_hidden.device, student_hidden.shape[:-1]
-    n_columns = check_vocab_size(vocab_size, student_weight=student_weight)
     check_tokens(shape, device, mask, token_weight)
-    check_labels(labels, hard_weight, shape, device, n_columns)
-    check_support(teacher_logprobs, teacher_ids, shape, device, n_columns, mask)
+    vocabulary = Vocabulary.of(
+        process_group,
+        vocab_size,
+        {"student_hidden": student_hidden, "student_weight": student_weight, "student_bias": student_bias},
+        mask,
+        workspace_bytes,
+        student_weight=student_weight,
+    )
+    check_labels(labels, hard_weight, shape, device, vocabulary.total)
+    check_support(teacher_logprobs, teacher_ids, shape, device, vocabulary.total, mask)
     student_weight, student_bias = whole(student_weight), whole(student_bias)
 
     if backend == "reference":
@@ -150,7 +162,9 @@ def fused_linear_topk_jsd(
         student_weight,
         student_bias,
         TopKTeacher(
-            teacher_logprobs.detach().reshape(-1, support_size), teacher_ids.reshape(-1, support_size)
+            teacher_logprobs.detach().reshape(-1, support_size),
+            teacher_ids.reshape(-1, support_size),
+            vocabulary,
         ),
         token_weight=token_weight,
         labels=labels if hard_weight != 0 else None,
@@ -162,7 +176,7 @@ def fused_linear_topk_jsd(
             LossSettings.of(options),
             partial(topk_backend, tail=tail, support_size=support_size, gathered=gathered),
             backend,
-            n_columns,
+            vocabulary,
             shape,
             reduction,
             normalizer,

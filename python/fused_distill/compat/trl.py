@@ -13,8 +13,8 @@ Two places of TRL 1.16 (https://github.com/huggingface/trl) are replaced, for tr
 
 The losses are TRL's own within rounding, for every beta, with what TRL logs. Where TRL's server trainer
 computes in the model's dtype, logits are float32 here; asked for its outputs it gives None, as
-`DistillationTrainer` does. A head that FSDP2 keeps in shards gets the average of the ranks' gradients; TRL's own
-loss leaves each shard the gradient of its own rank's tokens alone.
+`DistillationTrainer` does. A head that FSDP2 keeps in shards gets the average of the ranks' gradients; TRL's
+own loss leaves each shard the gradient of its own rank's tokens alone.
 """
 
 from __future__ import annotations
