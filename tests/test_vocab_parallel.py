@@ -31,8 +31,9 @@ from test_plan import PeakMemory
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 TAILS = ["bucket", "renormalize", "truncate"]
 with_examples = settings(max_examples=6 if INTERPRETED else 50)
@@ -518,6 +519,42 @@ def test_what_is_no_process_group_is_refused(group: Any) -> None:
             call(*random_case().tensors, process_group=group)
     with pytest.raises(TypeError, match="process_group"):
         FusedLinearJSDLoss(process_group=group)
+
+
+def tensor_parallel_of_rank(rank: int, case: Case, cut_tokens: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of a head under torch's tensor parallelism and of this rank's hidden states."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    hs, ws, ht, wt = case.tensors
+    model: Any = nn.ModuleDict({"s": nn.Linear(8, 31, bias=False), "t": nn.Linear(6, 31, bias=False)})
+    model.load_state_dict({"s.weight": ws, "t.weight": wt})
+    parallelize_module(model, mesh, {"s": ColwiseParallel(), "t": ColwiseParallel()})
+    tokens = slice(4 * mesh.get_local_rank(), 4 + 3 * mesh.get_local_rank()) if cut_tokens else slice(None)
+    mine = hs[tokens].requires_grad_()
+    placement = Shard(0) if cut_tokens else Replicate()
+    hidden = DTensor.from_local(mine, mesh, [placement], shape=hs.shape, stride=hs.stride())
+    loss = fused_linear_jsd(
+        hidden.full_tensor() if cut_tokens else hidden.to_local(),
+        model["s"].weight.to_local(),
+        ht,
+        model["t"].weight.to_local(),
+        process_group=mesh.get_group(),
+    )
+    loss.backward()
+    assert mine.grad is not None
+    return model["s"].weight.grad.full_tensor(), mine.grad
+
+
+@pytest.mark.skipif(INTERPRETED, reason="about what happens around the loss")
+@pytest.mark.parametrize("cut_tokens", [False, True])
+def test_models_under_torchs_tensor_parallelism(pools: dict[int, Ranks], cut_tokens: bool) -> None:
+    # Two groups of two ranks.
+    case = random_case(rows=31)
+    want = case.answer(BACKEND).grads
+    assert want[0] is not None
+    for rank, (weight, hidden) in enumerate(pools[4](tensor_parallel_of_rank, case, cut_tokens)):
+        assert_close(weight, want[1], 1e-5)
+        mine = want[0][[slice(0, 4), slice(4, 7)][rank % 2]] if cut_tokens else want[0]
+        assert_close(hidden, mine, 1e-5)
 
 
 # FSDP2: every rank has tokens of its own and a part of each parameter.

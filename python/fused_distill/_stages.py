@@ -47,4 +47,6 @@ def run_stage(
                 stacklevel=2,
             )
     parts = [stage(*arguments(block)) for block in blocks(n, block_rows or max(n, 1))]
+    if len(parts) == 1:
+        return parts[0]
     return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))

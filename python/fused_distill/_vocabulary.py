@@ -41,34 +41,43 @@ class Vocabulary:
         cls,
         group: ProcessGroup | None,
         vocab_size: int | None,
-        student: dict[str, Tensor | None],  # hidden (..., D), weight (V, D), bias (V,) by arguments' names
-        mask: Tensor | None,  # (...)
+        *,
+        student_hidden: Tensor,  # (..., D)
+        student_weight: Tensor,  # (V, D)
+        student_bias: Tensor | None,  # (V,)
+        teacher_weight: Tensor | None = None,  # (V, D)
+        mask: Tensor | None,  # (...) bool
         workspace_bytes: int | None,
-        **weights: Tensor,  # every head by its argument's name, the student's first
     ) -> Vocabulary:
         """The columns that a call compares. With a group: one all-gather, to see that its ranks agree.
 
         Raises:
             ValueError: vocab_size is too large, or the ranks' arguments do not fit each other.
+            TypeError: a DTensor with a group.
         """
+        weights = {"student_weight": student_weight}
+        if teacher_weight is not None:
+            weights["teacher_weight"] = teacher_weight
         if group is None:
             return cls.whole(check_vocab_size(vocab_size, **weights))
-        for name, t in {**student, **weights}.items():
-            if hasattr(t, "full_tensor"):
+        leaves = {
+            "student_hidden": student_hidden,
+            "student_weight": student_weight,
+            "student_bias": student_bias,
+        }
+        for name, tensor in {**leaves, **weights}.items():
+            if hasattr(tensor, "full_tensor"):
                 raise TypeError(
                     f"{name} must be an ordinary tensor with process_group, as to_local() gives of a DTensor"
                 )
-        hidden = next(t for t in student.values() if t is not None)
         alike = {
-            "the number of tokens that count, by student_hidden and mask,": hidden.shape[:-1].numel(),
+            "the number of tokens that count, by student_hidden and mask,": student_hidden.shape[:-1].numel(),
             "workspace_bytes": workspace_bytes or 0,
-        } | {
-            f"whether {name} requires a gradient": torch.is_grad_enabled()
-            and t is not None
-            and t.requires_grad
-            for name, t in student.items()
         }
-        mine = torch.tensor([*alike.values(), *map(len, weights.values())], device=hidden.device)
+        for name, tensor in leaves.items():
+            wanted = torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+            alike[f"whether {name} requires a gradient"] = int(wanted)
+        mine = torch.tensor([*alike.values(), *map(len, weights.values())], device=student_hidden.device)
         if mask is not None:
             mine[0] = mask.sum()
         everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
@@ -78,6 +87,11 @@ class Vocabulary:
             if len(set(values)) > 1:
                 raise ValueError(f"{what} must be the same on every rank of process_group, got {values}")
         rows = dict(zip(weights, numbers[len(alike) :], strict=True))
+        return cls._cut(group, vocab_size, rows)
+
+    @classmethod
+    def _cut(cls, group: ProcessGroup, vocab_size: int | None, rows: dict[str, list[int]]) -> Vocabulary:
+        """From each head's rows by rank."""
         least = min(map(sum, rows.values()))
         if vocab_size is not None and vocab_size > least:
             raise ValueError(

@@ -99,6 +99,15 @@ def fused_linear_jsd(
             None: 1 GiB on a GPU; on the CPU 256 MiB, or half of a float32 student head if more.
         backend: "auto" ("triton" on a CUDA or ROCm device, else "torch"), "triton", "torch" or "reference".
         return_stats: also return a `DistillStats` of the counted tokens.
+        process_group: ranks that share the vocabulary (tensor parallelism). Each gives its block of rows of
+            both heads and biases, blocks in the order of ranks, of any sizes, both models cut at the same
+            rows. All else is the same on every rank; vocab_size and labels count over all blocks. Loss and
+            statistics are the same on every rank. So is student_hidden's gradient: it is the sum over ranks
+            already and must not be reduced again. The heads' gradients are the own block's. Every rank makes
+            the call and the backward pass. See docs/parallel.md. None: the heads are whole.
+
+    A head or bias may be a DTensor, as under FSDP2: it is gathered once per call, and the gradients of the
+    ranks, which have tokens of their own, are averaged into the shards, as FSDP2 does.
 
     Returns:
         The loss, 0-d or (...), float32 or float64; with return_stats, (loss, DistillStats).
@@ -139,11 +148,12 @@ def fused_linear_jsd(
     vocabulary = Vocabulary.of(
         process_group,
         vocab_size,
-        {"student_hidden": student_hidden, "student_weight": student_weight, "student_bias": student_bias},
-        mask,
-        workspace_bytes,
+        student_hidden=student_hidden,
         student_weight=student_weight,
+        student_bias=student_bias,
         teacher_weight=teacher_weight,
+        mask=mask,
+        workspace_bytes=workspace_bytes,
     )
     check_labels(labels, hard_weight, shape, device, vocabulary.total)
     student_weight, student_bias = whole(student_weight), whole(student_bias)

@@ -98,6 +98,8 @@ def fused_linear_topk_jsd(
             teacher_ids, 3 bytes an entry, and copies of teacher tensors that are not contiguous come on top.
         backend: "auto", "triton", "torch" or "reference".
         return_stats: also return a `DistillStats` of the counted tokens.
+        process_group: ranks that share the vocabulary. Each gives its block of rows of student_weight and
+            student_bias; teacher_ids count over all blocks. See `fused_linear_jsd`, for DTensors too.
 
     Returns:
         The loss, 0-d or (...), float32 or, for a float64 student, float64; with return_stats,
@@ -133,10 +135,11 @@ def fused_linear_topk_jsd(
     vocabulary = Vocabulary.of(
         process_group,
         vocab_size,
-        {"student_hidden": student_hidden, "student_weight": student_weight, "student_bias": student_bias},
-        mask,
-        workspace_bytes,
+        student_hidden=student_hidden,
         student_weight=student_weight,
+        student_bias=student_bias,
+        mask=mask,
+        workspace_bytes=workspace_bytes,
     )
     check_labels(labels, hard_weight, shape, device, vocabulary.total)
     check_support(teacher_logprobs, teacher_ids, shape, device, vocabulary.total, mask)

@@ -55,7 +55,7 @@ def topk_logprobs(
 
     Args:
         hidden: (..., D) last hidden states, one per token.
-        weight: (V, D) the output embedding.
+        weight: (V, D) the output embedding. A DTensor, as under FSDP2, is gathered once per call, as is bias.
         k: how many tokens per position, 0 to V.
         actual_ids: (...) or (..., M) one or M tokens per position whose log-probabilities are wanted too.
         bias: (V,) bias of the output layer.
