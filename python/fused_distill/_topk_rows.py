@@ -89,7 +89,7 @@ class TopKRows:
             _exclude(student_logits, ids, held)
             rest = self.rest.statistics(student_logits, student_bias, settings, block_rows=block_rows)
         y, label, rest = _over_ranks(vocabulary, y, label, rest)
-        support = _Support(held, y, slope, y / settings.temperature, teacher.values)
+        support = _Support(held, y, y / settings.temperature, teacher.values)
 
         wide_weight = weight.to(support.z.dtype)
         soft, grad_support, grad_rest, stats = _divergence(self.tail, support, rest, settings, return_stats)
@@ -126,7 +126,6 @@ class _Support(NamedTuple):
 
     held: Tensor  # (n, K) bool: present, and its column is here
     y: Tensor  # (n, K) student's logits at temperature 1, -inf where absent
-    slope: Tensor  # (n, K) or 0-d, derivative of y by the projection, where held
     z: Tensor  # (n, K) y over temperature
     logprobs: Tensor  # (n, K) the teacher's
 
@@ -204,7 +203,10 @@ def _transform(x: Tensor, bias: Tensor | None, settings: LossSettings) -> tuple[
 def _support_logits(
     logits: Tensor, teacher: TeacherRows, settings: LossSettings, bias: Tensor | None, *, gathered: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits of the support (n, K) at temperature 1, -inf where absent, 0 where not here; their slope."""
+    """Logits of the support (n, K) at temperature 1, -inf where absent, 0 where not here.
+
+    And their derivative by the projection, (n, K) or 0-d, where here.
+    """
     assert teacher.ids is not None
     dtype = teacher.values.dtype
     x = logits if gathered else logits.gather(-1, teacher.ids)
