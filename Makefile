@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
-KERNEL_TESTS := tests/test_properties.py tests/test_topk.py tests/test_near_identical.py
+KERNEL_TESTS := tests/test_properties.py tests/test_topk.py tests/test_near_identical.py tests/test_vocab_parallel.py
 
 .PHONY: demo test test-library test-vllm lint fuzz bench bench-gpu bench-serving report docs clean
 

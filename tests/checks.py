@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cases import BACKEND, INTERPRETED, Case
+from cases import BACKEND, INTERPRETED, Answer, Case
 from hypothesis import settings
 from torch import Tensor
 
@@ -28,7 +28,12 @@ def assert_close(got: Tensor | None, want: Tensor | None, relative: float, absol
 
 def check_float32(case: Case) -> None:
     """Loss and gradients within three times the error of the float32 reference."""
-    got, want, naive = case.answer(BACKEND), case.oracle(), case.answer("reference")
+    assert_as_exact_as_float32(case.answer(BACKEND), case)
+
+
+def assert_as_exact_as_float32(got: Answer, case: Case) -> None:
+    """`got` answers the case within three times the error of the float32 reference."""
+    want, naive = case.oracle(), case.answer("reference")
     for mine, true, plain in zip(
         (got.loss, *got.grads), (want.loss, *want.grads), (naive.loss, *naive.grads), strict=True
     ):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import INTERPRETED, TOPK, Case
-from fused_distill import _backends
+from fused_distill import _backends, _stages
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -23,7 +23,7 @@ def small_problems_are_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     torch.compiler.reset()
     monkeypatch.setattr(_backends, "_COMPILE_MIN_LOGITS", 1)
     yield
-    assert _backends.Compiling.can_compile
+    assert _stages.Compiler.works
 
 
 def several_chunks(dtype: torch.dtype, per_token: dict[str, Tensor] | None = None, **options: Any) -> Case:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_distill import FusedLinearJSDLoss, _backends, _rows, fused_linear_jsd
+from fused_distill import FusedLinearJSDLoss, _backends, _stages, fused_linear_jsd
 from fused_distill._products import onednn_multiplies
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -221,9 +221,9 @@ def test_a_compiler_that_fails_in_its_first_call_leaves_the_result_right(
 
     hs, ws, ht, wt = tensors()
     want = fused_linear_jsd(hs, ws, ht, wt)
-    monkeypatch.setattr(_rows, "compiled_stage", lambda stage: broken)
+    monkeypatch.setattr(_stages, "compiled_stage", lambda stage: broken)
     monkeypatch.setattr(_backends, "_COMPILE_MIN_LOGITS", 1)
-    monkeypatch.setattr(_backends.Compiling, "can_compile", True)
+    monkeypatch.setattr(_stages.Compiler, "works", True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         results = [fused_linear_jsd(hs, ws, ht, wt) for _ in range(3)]

@@ -21,6 +21,7 @@ from fused_distill import fused_linear_jsd, fused_linear_topk_jsd
 from fused_distill._backends import topk_backend
 from fused_distill._settings import LossSettings
 from fused_distill._teachers import TeacherRows
+from fused_distill._vocabulary import Vocabulary
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -403,7 +404,7 @@ def test_the_labels_gradient_in_a_half_buffer_is_rounded_once(in_support: bool) 
         name = "torch" if dtype == torch.float64 else backend
         rows = logits.to(torch.float64 if dtype == torch.float64 else torch.float32)
         grad = torch.empty(64, 1000, dtype=dtype)
-        topk_backend(name, 1, tail="bucket", support_size=8, gathered=False).step(
+        topk_backend(name, 1, False, tail="bucket", support_size=8, gathered=False).step(
             rows.clone(),
             TeacherRows(logprobs, ids=ids),
             torch.ones(64, dtype=rows.dtype),
@@ -413,6 +414,7 @@ def test_the_labels_gradient_in_a_half_buffer_is_rounded_once(in_support: bool) 
             grad=grad,
             return_stats=False,
             block_rows=64,
+            vocabulary=Vocabulary.whole(1000),
         )
         return grad.double()
 

@@ -10,6 +10,7 @@ models in registers, and reads what it needs of the row's other tiles as partial
 Hence two passes over the logits for beta = 0 and three for the rest.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -272,12 +273,18 @@ def jsd_rows(
     soft_weight: float,
     student_bias: Tensor | None,  # (V,) float32
     teacher_bias: Tensor | None,  # (V,) float32
-    labels: Tensor | None,  # (n,) int64, -100 where there is none
+    labels: Tensor | None,  # (n,) int64, -100 where there is none, any above V where it is no column
     grad: Tensor
     | None,  # (n, V) any float dtype, may be student_logits: receives the weighted logit gradient
     return_stats: bool,
+    on_statistics: Callable[[Tensor], None] | None = None,
+    on_sums: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Row sums (n, 8) in float32 in the order of SUMS; entries that were not asked for are 0."""
+    """Row sums (n, 8) in float32 in the order of SUMS; entries that were not asked for are 0.
+
+    Where the columns are a part of the vocabulary, on_statistics makes the table (n, STATISTICS, tiles) that
+    of all of it, and on_sums the table (n, SUMS, tiles), before a later launch reads them.
+    """
     n, n_columns = student_logits.shape
     n_tiles = triton.cdiv(n_columns, BLOCK)
     statistics = student_logits.new_empty(n, STATISTICS.value, n_tiles)
@@ -340,8 +347,12 @@ def jsd_rows(
         statistics_launch(
             *logits, *biases, statistics, n_columns, n_tiles, *transforms, **flags, num_warps=num_warps(False)
         )
+        if on_statistics is not None:
+            on_statistics(statistics)
         one_pass = grad is not None and divergence == 0
         divergence_pass(want_sums=True, write_grad=one_pass)
+        if on_sums is not None:
+            on_sums(sums)
         if grad is not None and not one_pass:
             divergence_pass(want_sums=False, write_grad=True)
     return sums.sum(-1)

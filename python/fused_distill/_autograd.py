@@ -14,15 +14,16 @@ from ._backends import choose_backend
 from ._engine import Backend, Engine, LossTensors
 from ._products import autocast_dtype
 from ._settings import DistillStats, LossSettings
+from ._vocabulary import Vocabulary
 
 
 class Call(NamedTuple):
     """What a public function asks for, apart from tensors."""
 
     settings: LossSettings
-    make_backend: Callable[[str, int], Backend]  # from the backend's name and the number of logits
+    make_backend: Callable[[str, int, bool], Backend]  # from its name, the number of logits, whether sharded
     backend: str
-    vocab_size: int
+    vocabulary: Vocabulary
     shape: torch.Size  # of the tokens
     reduction: str
     normalizer: float | Tensor | None
@@ -47,8 +48,10 @@ def _fused_loss(tensors: LossTensors, call: Call) -> Tensor | tuple[Tensor, Dist
     name = choose_backend(call.backend, device, tensors.accumulation_dtype)
     engine = Engine(
         call.settings,
-        call.make_backend(name, tensors.n_counted * call.vocab_size),
-        call.vocab_size,
+        call.make_backend(
+            name, tensors.n_counted * call.vocabulary.largest, call.vocabulary.group is not None
+        ),
+        call.vocabulary,
         needs_grad=tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[:3]),
         autocast_dtype=autocast_dtype(device),
         return_stats=call.return_stats,

@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
 from ._engine import Backend
 from ._rows import row_divergence
+from ._stages import Compiler
 from ._topk_rows import SUPPORT_TENSORS, RestOperations, TopKRows, rest_gradient, rest_statistics
 
 # Below this many logits per call, compiling the row arithmetic costs more than it saves.
 _COMPILE_MIN_LOGITS = 1 << 24
 _BLOCK_ELEMENTS = 1 << 20
-
-
-class Compiling:
-    """A function of row arithmetic, run compiled where that works, else eagerly."""
-
-    can_compile = True
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """The function's result."""
-        if not Compiling.can_compile:
-            return self.function(*args, **options)
-        try:
-            return self.function(*args, **options, compiled=True)
-        except Exception as error:  # a missing or broken compiler shows in many types, before any write
-            Compiling.can_compile = False
-            warnings.warn(
-                f"fused_distill: torch.compile failed ({type(error).__name__}), the row arithmetic runs "
-                "eagerly and several times slower; a C++ compiler on the PATH mends this",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return self.function(*args, **options)
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -68,22 +42,19 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-def _compiles(n_logits: int) -> bool:
-    return n_logits >= _COMPILE_MIN_LOGITS and Compiling.can_compile
-
-
-def full_backend(name: str, n_logits: int) -> Backend:
+def full_backend(name: str, n_logits: int, sharded: bool) -> Backend:
     """The row step for a full-vocabulary teacher; n_logits of either model in the whole call."""
     if name == "triton":
         from ._rows_triton import row_divergence as triton_row_divergence
 
         return Backend(name, triton_row_divergence)
-    if _compiles(n_logits):
-        return Backend(name, Compiling(row_divergence), _BLOCK_ELEMENTS)
-    return Backend(name, row_divergence, _BLOCK_ELEMENTS, block_tensors=26)
+    compiled, block_tensors = _compiles(n_logits, sharded, 26)
+    return Backend(name, partial(row_divergence, compiled=compiled), _BLOCK_ELEMENTS, block_tensors)
 
 
-def topk_backend(name: str, n_logits: int, tail: str, support_size: int, *, gathered: bool) -> Backend:
+def topk_backend(
+    name: str, n_logits: int, sharded: bool, tail: str, support_size: int, *, gathered: bool
+) -> Backend:
     """The row step for a top-k teacher; gathered: the student's logits are those of the support alone."""
     row_bytes = SUPPORT_TENSORS * 8 * (support_size + 1)
     if gathered:
@@ -93,8 +64,17 @@ def topk_backend(name: str, n_logits: int, tail: str, support_size: int, *, gath
 
         rest = RestOperations(_topk_rows_triton.rest_statistics, _topk_rows_triton.rest_gradient)
         return Backend(name, TopKRows(tail, rest), row_bytes=row_bytes)
-    if _compiles(n_logits):
-        rest = RestOperations(Compiling(rest_statistics), Compiling(rest_gradient))
-        return Backend(name, TopKRows(tail, rest), _BLOCK_ELEMENTS, row_bytes=row_bytes)
-    rest = RestOperations(rest_statistics, rest_gradient)
-    return Backend(name, TopKRows(tail, rest), _BLOCK_ELEMENTS, block_tensors=8, row_bytes=row_bytes)
+    compiled, block_tensors = _compiles(n_logits, sharded, 8)
+    rest = RestOperations(
+        partial(rest_statistics, compiled=compiled), partial(rest_gradient, compiled=compiled)
+    )
+    return Backend(name, TopKRows(tail, rest), _BLOCK_ELEMENTS, block_tensors, row_bytes)
+
+
+def _compiles(n_logits: int, sharded: bool, block_tensors: int) -> tuple[bool, int]:
+    """Whether to compile, and how many of the eager temporaries of a block to plan for.
+
+    Over a process group the plan must not depend on whether this rank's compiler works.
+    """
+    compiled = n_logits >= _COMPILE_MIN_LOGITS and (Compiler.works or sharded)
+    return compiled, 0 if compiled and not sharded else block_tensors

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from typing_extensions import TypedDict
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -31,6 +34,7 @@ class CommonOptions(TypedDict, total=False):
     workspace_bytes: int | None
     backend: str
     return_stats: bool
+    process_group: ProcessGroup | None
 
 
 class LossOptions(CommonOptions, total=False):
@@ -63,11 +67,22 @@ def check_options(options: Mapping[str, Any], allowed: type) -> None:
         check_not_negative(name, options.get(name, 0.0))
     for name in ("vocab_size", "workspace_bytes"):
         check_count(name, options.get(name))
+    group = options.get("process_group")
+    if group is not None:
+        _check_group(group)
     for name, choices in (("reduction", REDUCTIONS), ("backend", BACKENDS), ("tail", TAILS)):
         if options.get(name, choices[0]) not in choices:
             raise ValueError(
                 f"{name} must be one of {', '.join(map(repr, choices))}, got {options.get(name)!r}"
             )
+
+
+def _check_group(group: object) -> None:
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            "process_group must be None or a torch.distributed.ProcessGroup that this process belongs to "
+            f"(of a DeviceMesh: mesh.get_group()), got {type(group).__name__}"
+        )
 
 
 def check_positive(name: str, value: object) -> None:

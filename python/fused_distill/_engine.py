@@ -13,6 +13,7 @@ from ._plan import ChunkPlan, default_workspace_bytes, plan_chunks
 from ._products import accumulation_dtype
 from ._settings import DistillStats, LossSettings, RowResult
 from ._teachers import Teacher, TeacherRows
+from ._vocabulary import Vocabulary
 
 
 class RowStep(Protocol):
@@ -26,10 +27,11 @@ class RowStep(Protocol):
         settings: LossSettings,
         *,
         student_bias: Tensor | None,  # (V,)
-        labels: Tensor | None,  # (n,) int64, -100 where there is none
+        labels: Tensor | None,  # (n,) int64, -100 where there is none, beyond V where another rank has it
         grad: Tensor | None,  # (n, V), may be student_logits itself: receives the logit gradient
         return_stats: bool,
         block_rows: int,  # rows whose temporaries may be held at once
+        vocabulary: Vocabulary,  # whose V columns these are
     ) -> RowResult:
         """Losses and statistics of n rows."""
         ...
@@ -105,7 +107,7 @@ class Engine:
 
     settings: LossSettings
     backend: Backend
-    vocab_size: int
+    vocabulary: Vocabulary
     needs_grad: tuple[bool, ...]  # of hidden, weight, bias
     autocast_dtype: torch.dtype | None  # dtype of the products under autocast
     return_stats: bool
@@ -117,10 +119,12 @@ class Engine:
         return replace(self, needs_grad=(False, False, False))
 
     def plan(self, tensors: LossTensors) -> ChunkPlan:
-        """Chunk sizes that keep temporary memory, gradients aside, within workspace_bytes."""
-        dtype, teacher = tensors.accumulation_dtype, tensors.teacher
-        student = self._student_head(tensors)
-        columns = student.n_columns + teacher.buffer_columns(self.vocab_size)
+        """Chunk sizes that keep temporary memory, gradients aside, within workspace_bytes on every rank."""
+        dtype, teacher, vocab_size = tensors.accumulation_dtype, tensors.teacher, self.vocabulary.largest
+        # A head of the largest block, without its memory.
+        weight = tensors.student_weight[:1].expand(vocab_size, -1)
+        student = self._student_head(tensors, weight)
+        columns = student.n_columns + teacher.buffer_columns(vocab_size)
         separate_grad = (
             student.n_columns * student.dtype.itemsize if self._separate_grad(student, dtype) else 0
         )
@@ -128,13 +132,9 @@ class Engine:
         return plan_chunks(
             tensors.n_counted,
             self.workspace_bytes
-            or default_workspace_bytes(
-                tensors.student_hidden.device.type, tensors.student_weight.numel() * dtype.itemsize
-            ),
+            or default_workspace_bytes(tensors.student_hidden.device.type, weight.numel() * dtype.itemsize),
             # The heads are multiplied one after the other.
-            fixed_bytes=max(
-                student.fixed_bytes, teacher.fixed_bytes(self.vocab_size, dtype, self.autocast_dtype)
-            )
+            fixed_bytes=max(student.fixed_bytes, teacher.fixed_bytes(vocab_size, dtype, self.autocast_dtype))
             + 64 * len(tensors.student_hidden),
             row_bytes=columns * dtype.itemsize
             + separate_grad
@@ -142,7 +142,7 @@ class Engine:
             + student.row_bytes
             + teacher.row_bytes(dtype)
             + self.backend.row_bytes
-            + self.vocab_size // 24  # partial sums of kernels
+            + vocab_size // 24  # partial sums of kernels
             + 512,
             block_row_bytes=self.backend.block_tensors * student.n_columns * dtype.itemsize
             + student.block_row_bytes,
@@ -162,15 +162,16 @@ class Engine:
         plan = self.plan(tensors)
         hidden, counted, teacher = tensors.student_hidden, tensors.counted, tensors.teacher
         device, dtype = hidden.device, tensors.accumulation_dtype
-        student = self._student_head(tensors, plan.block_rows)
-        bias = None if tensors.student_bias is None else tensors.student_bias[: self.vocab_size].to(dtype)
+        vocab_size = self.vocabulary.size
+        student = self._student_head(tensors, tensors.student_weight[:vocab_size], plan.block_rows)
+        bias = None if tensors.student_bias is None else tensors.student_bias[:vocab_size].to(dtype)
         gradients = self._empty_gradients(tensors, student, dtype)
         if token_weight is None:
             token_weight = torch.ones((), dtype=dtype, device=device).expand(len(hidden))
 
         rows = min(plan.rows, plan.n_tokens)
         student_buffer = logit_buffer(rows, student.n_columns, dtype, device)
-        teacher_buffer = logit_buffer(rows, teacher.buffer_columns(self.vocab_size), dtype, device)
+        teacher_buffer = logit_buffer(rows, teacher.buffer_columns(vocab_size), dtype, device)
         grad_buffer = None
         if self._separate_grad(student, dtype):
             grad_buffer = logit_buffer(rows, student.n_columns, student.dtype, device)
@@ -191,16 +192,19 @@ class Engine:
                 token_weight[tokens].to(dtype).contiguous(),  # one layout is one compilation
                 self.settings,
                 student_bias=bias,
-                labels=None if tensors.labels is None else tensors.labels[tokens],
+                labels=None if tensors.labels is None else self.vocabulary.column(tensors.labels[tokens]),
                 grad=grad,
                 return_stats=self.return_stats,
                 block_rows=plan.block_rows,
+                vocabulary=self.vocabulary,
             )
             results.append(result)
             if grad is not None:
                 _accumulate(
                     gradients, grad, student, student_hidden, tokens, teacher_rows.ids, chunk.start == 0
                 )
+        if gradients.hidden is not None:
+            self.vocabulary.add_up(gradients.hidden)
         whole = RowResult.concatenate(results)
         return whole.loss, whole.stats, gradients
 
@@ -220,8 +224,10 @@ class Engine:
             gradients.weight[student.overwritten_rows :].zero_()
         return gradients
 
-    def _student_head(self, tensors: LossTensors, block_rows: int | None = None) -> StudentHead:
-        weight, dtype = tensors.student_weight[: self.vocab_size], tensors.accumulation_dtype
+    def _student_head(
+        self, tensors: LossTensors, weight: Tensor, block_rows: int | None = None
+    ) -> StudentHead:
+        dtype = tensors.accumulation_dtype
         if self.support_size is not None:
             return GatheredHead.of(weight, dtype, self.support_size, block_rows)
         return Head.of(tensors.student_hidden, weight, dtype, self.autocast_dtype)

@@ -15,17 +15,17 @@ The same functions serve every floating dtype, eager and compiled, and are what 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from enum import Enum
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._plan import blocks
 from ._settings import DistillStats, LossSettings, RowResult
+from ._stages import run_stage
 from ._teachers import TeacherRows
+from ._vocabulary import Vocabulary
 
 
 class Divergence(Enum):
@@ -48,25 +48,26 @@ def row_divergence(
     settings: LossSettings,
     *,
     student_bias: Tensor | None = None,  # (V,)
-    labels: Tensor | None = None,  # (n,) int64, -100 where there is none; needed if settings.hard_weight != 0
+    labels: Tensor | None = None,  # (n,) int64, see RowStep; needed if settings.hard_weight != 0
     grad: Tensor | None = None,  # (n, V) receives d(sum of losses) / d(student_logits); see below
     return_stats: bool = False,
     block_rows: int | None = None,  # rows held at once when eager; None: all
+    vocabulary: Vocabulary | None = None,  # whose columns these are; None: all there are
     compiled: bool = False,
 ) -> RowResult:
-    """Loss, statistics and logit gradient of each row, a block of rows at a time.
+    """Loss, statistics and logit gradient of each row.
 
     `grad` may be the object student_logits, to be overwritten, but no other view of the same memory:
     torch.compile computes nonsense for arguments that overlap when their offsets change.
     """
+    n, n_columns = student_logits.shape
+    vocabulary = vocabulary or Vocabulary.whole(n_columns)
     numbers = settings.as_tensor(student_logits.dtype)
     divergence = Divergence.of(settings.beta)
-    stages = (_maxima, _sums, _losses, _gradient)
-    maxima, sums, losses, gradient = map(compiled_stage, stages) if compiled else stages
-    results: list[RowResult] = []
-    n = len(student_logits)
-    for block in blocks(n, max(n, 1) if compiled or block_rows is None else block_rows):
-        rows = _Rows(
+    run = partial(run_stage, n=n, block_rows=block_rows, compiled=compiled)
+
+    def rows(block: slice) -> _Rows:
+        return _Rows(
             student_logits[block],
             teacher.values[block],
             student_bias,
@@ -76,16 +77,23 @@ def row_divergence(
             settings.student_softcap is not None,
             settings.teacher_softcap is not None,
         )
-        max_s, max_t, max_y = maxima(rows)
-        sum_s, sum_t, sum_y, difference = sums(rows, max_s, max_t, max_y)
-        log_ratio = _log_ratio(max_s, max_t, sum_s, sum_t, difference)
-        norm = _Normalizers(max_s, max_t, sum_s, sum_t, log_ratio, max_y, sum_y)
-        loss, kl_student, stats = losses(rows, norm, divergence, return_stats)
-        if grad is not None:
-            out = rows.student if grad is student_logits else grad[block]
-            gradient(rows, norm, divergence, kl_student, weight[block], out)
-        results.append(RowResult(loss * weight[block], stats))
-    return RowResult.concatenate(results)
+
+    maxima = vocabulary.maximum(*run(_maxima, lambda block: (rows(block),)))
+    sums = vocabulary.sum(*run(_sums, lambda block: (rows(block), *(column[block] for column in maxima))))
+    norm = _Normalizers.of(*maxima, *sums)
+    loss, kl_student, *stats = vocabulary.sum(
+        *run(_losses, lambda block: (rows(block), norm.block(block), divergence, return_stats))
+    )
+    if grad is not None:
+
+        def gradient_arguments(block: slice) -> tuple[Any, ...]:
+            of_block = rows(block)
+            kl = None if kl_student is None else kl_student[block]
+            out = of_block.student if grad is student_logits else grad[block]
+            return of_block, norm.block(block), divergence, kl, weight[block], out
+
+        run(_gradient, gradient_arguments)
+    return RowResult(loss * weight, DistillStats(*stats) if return_stats else None)
 
 
 class _Rows(NamedTuple):
@@ -112,15 +120,29 @@ class _Normalizers(NamedTuple):
     max_y: Tensor  # of the student's logits at temperature 1
     sum_y: Tensor | None  # None without labels
 
+    @classmethod
+    def of(
+        cls,
+        max_s: Tensor,
+        max_t: Tensor,
+        max_y: Tensor,
+        sum_s: Tensor,
+        sum_t: Tensor,
+        sum_y: Tensor | None,
+        difference: Tensor,  # sum of e^(z_t - top) - e^(z_s - top)
+    ) -> _Normalizers:
+        """c from sums whose terms are small where the models are close."""
+        log_ratio = _log_ratio(max_s, max_t, sum_s, sum_t, difference)
+        return cls(max_s, max_t, sum_s, sum_t, log_ratio, max_y, sum_y)
 
-@cache
-def compiled_stage(stage: Callable[..., Any]) -> Callable[..., Any]:
-    """The stage compiled once for all shapes."""
-    return torch.compile(stage, dynamic=True)
+    def block(self, block: slice) -> _Normalizers:
+        """Those of a block of rows."""
+        return _Normalizers(*(None if column is None else column[block] for column in self))  # pyright: ignore[reportArgumentType]
 
 
 # Four stages, compiled one by one: what a stage needs of the one before is a few numbers per row, so that
-# nothing of the logits' size is stored between them. Within a stage, an exponential that is used twice is
+# nothing of the logits' size is stored between them. These are maxima and sums over the columns: there the
+# ranks meet that hold a block of the vocabulary each. Within a stage, an exponential that is used twice is
 # written twice, as the compiler would store it.
 
 
@@ -155,8 +177,8 @@ def _log_ratio(max_s: Tensor, max_t: Tensor, sum_s: Tensor, sum_t: Tensor, diffe
 
 def _losses(
     rows: _Rows, norm: _Normalizers, divergence: Divergence, return_stats: bool
-) -> tuple[Tensor, Tensor | None, DistillStats | None]:
-    """Loss of each row, the KL(p_s || p_t or mixture) that its gradient needs, statistics."""
+) -> tuple[Tensor | None, ...]:
+    """Loss of each row, the KL(p_s || p_t or mixture) that its gradient needs, columns of DistillStats."""
     beta, not_beta, *_, hard_weight, soft_weight = rows.numbers.unbind()
     y_s, _, z_s, z_t = _logits(rows)
     p_s, p_t, d = _distributions(z_s, z_t, norm)
@@ -174,20 +196,21 @@ def _losses(
     loss = soft_weight * soft
 
     if rows.labels is not None and norm.sum_y is not None:
-        label = rows.labels.clamp_min(0).unsqueeze(-1)
-        surprise = norm.sum_y.log() + (norm.max_y - y_s.gather(-1, label))
-        loss = loss + torch.where(rows.labels >= 0, hard_weight * surprise.squeeze(-1), 0.0)
+        label = rows.labels.clamp(0, y_s.shape[-1] - 1)
+        surprise = norm.sum_y.log() + (norm.max_y - y_s.gather(-1, label.unsqueeze(-1)))
+        loss = loss + torch.where(rows.labels == label, hard_weight * surprise.squeeze(-1), 0.0)
 
-    stats = None
-    if return_stats:
-        stats = DistillStats(
-            student_entropy=times(p_s, norm.sum_s.log() - (z_s - norm.max_s)).sum(-1),
-            teacher_entropy=times(p_t, norm.sum_t.log() - (z_t - norm.max_t)).sum(-1),
-            forward_kl=_kl_terms(p_t, -d, -gap).sum(-1),
-            reverse_kl=_kl_terms(p_s, d, gap).sum(-1),
-            top1_agreement=((z_s == norm.max_s) & (z_t == norm.max_t)).any(-1),
-        )
-    return loss, kl_student, stats
+    if not return_stats:
+        return loss, kl_student
+    return (
+        loss,
+        kl_student,
+        times(p_s, norm.sum_s.log() - (z_s - norm.max_s)).sum(-1),
+        times(p_t, norm.sum_t.log() - (z_t - norm.max_t)).sum(-1),
+        _kl_terms(p_t, -d, -gap).sum(-1),
+        _kl_terms(p_s, d, gap).sum(-1),
+        ((z_s == norm.max_s) & (z_t == norm.max_t)).any(-1),
+    )
 
 
 def _gradient(
@@ -197,7 +220,7 @@ def _gradient(
     kl_student: Tensor | None,
     weight: Tensor,
     out: Tensor,  # (n, V), may be rows.student
-) -> None:
+) -> tuple[()]:
     """out = weight * d(loss) / d(student's projection)."""
     beta, not_beta, inv_temperature, *_, hard_weight, soft_weight = rows.numbers.unbind()
     y_s, dy_s, z_s, z_t = _logits(rows)
@@ -217,6 +240,7 @@ def _gradient(
         residual = (y_s - norm.max_y).exp() / norm.sum_y - one_hot
         grad = grad + torch.where(has_label, hard_weight * residual, 0.0)
     out.copy_(grad * dy_s * weight.unsqueeze(-1))
+    return ()
 
 
 def _logits(rows: _Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._heads import Head
+from ._vocabulary import Vocabulary
 
 
 class TeacherRows(NamedTuple):
@@ -16,7 +17,8 @@ class TeacherRows(NamedTuple):
 
     values: Tensor  # (n, V) logits as projected; with ids (n, K) log-probabilities, -inf where absent
     bias: Tensor | None = None  # (V,) of the logits
-    ids: Tensor | None = None  # (n, K) int64; an absent entry repeats an id of its row
+    ids: Tensor | None = None  # (n, K) int64 columns; an absent entry repeats an id of its row
+    here: Tensor | None = None  # (n, K) bool: False where another rank holds the column; None: all are here
 
 
 class Teacher(Protocol):
@@ -61,12 +63,10 @@ class FullTeacher:
         """The whole vocabulary."""
         return vocab_size
 
-    def _head(self, vocab_size: int, accumulation: torch.dtype, autocast: torch.dtype | None) -> Head:
-        return Head.of(self.hidden, self.weight[:vocab_size], accumulation, autocast)
-
     def fixed_bytes(self, vocab_size: int, accumulation: torch.dtype, autocast: torch.dtype | None) -> int:
         """A converted tile of the head."""
-        return self._head(vocab_size, accumulation, autocast).fixed_bytes
+        weight = self.weight[:1].expand(vocab_size, -1)
+        return Head.of(self.hidden, weight, accumulation, autocast).fixed_bytes
 
     def row_bytes(self, accumulation: torch.dtype) -> int:
         """A gathered or converted hidden state."""
@@ -75,7 +75,7 @@ class FullTeacher:
     def read(self, tokens: slice | Tensor, buffer: Tensor, autocast: torch.dtype | None) -> TeacherRows:
         """Logits in the buffer, by one product."""
         vocab_size = buffer.shape[1]
-        head = self._head(vocab_size, buffer.dtype, autocast)
+        head = Head.of(self.hidden, self.weight[:vocab_size], buffer.dtype, autocast)
         logits = head.project(self.hidden[tokens].to(head.dtype), buffer)
         return TeacherRows(logits, None if self.bias is None else self.bias[:vocab_size].to(buffer.dtype))
 
@@ -86,6 +86,7 @@ class TopKTeacher:
 
     logprobs: Tensor  # (N, K), -inf where absent
     ids: Tensor  # (N, K) int
+    vocabulary: Vocabulary
 
     @property
     def floats(self) -> tuple[Tensor, ...]:
@@ -115,7 +116,11 @@ class TopKTeacher:
         logprobs.masked_fill_(repeated, -torch.inf)
         first = ids[:, :1]
         first = torch.where(first == torch.iinfo(torch.int64).max, 0, first)  # a row without any entry
-        return TeacherRows(logprobs, ids=torch.where(logprobs == -torch.inf, first, ids))
+        ids = torch.where(logprobs == -torch.inf, first, ids)
+        if self.vocabulary.group is None:
+            return TeacherRows(logprobs, ids=ids)
+        ids, here = self.vocabulary.place(ids)
+        return TeacherRows(logprobs, ids=ids, here=here)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._plan import blocks
 from ._rows import (
     Divergence,
-    compiled_stage,
     delta,
     mixture_log_ratios,
     row_divergence,
@@ -28,7 +27,9 @@ from ._rows import (
     transform,
 )
 from ._settings import DistillStats, LossSettings, RowResult
+from ._stages import run_stage
 from ._teachers import TeacherRows, wide_dtype
+from ._vocabulary import Vocabulary
 
 # Temporaries in float64 that a row of K + 1 outcomes needs at once.
 SUPPORT_TENSORS = 40
@@ -72,15 +73,23 @@ class TopKRows:
         grad: Tensor | None,  # like student_logits, may be the same
         return_stats: bool,
         block_rows: int,
+        vocabulary: Vocabulary,
     ) -> RowResult:
         """Losses and statistics of n rows, their logit gradient in `grad`."""
         assert teacher.ids is not None
-        support = _Support.of(student_logits, teacher, settings, student_bias, gathered=self.rest is None)
+        ids, held = teacher.ids, teacher.values != -torch.inf
+        if teacher.here is not None:
+            held &= teacher.here
+        y, slope = _support_logits(
+            student_logits, teacher, settings, student_bias, gathered=self.rest is None
+        )
         label = None if labels is None else _Label.of(student_logits, labels, settings, student_bias)
         rest = None
         if self.rest is not None:
-            _exclude(student_logits, teacher.ids, support.present)
+            _exclude(student_logits, ids, held)
             rest = self.rest.statistics(student_logits, student_bias, settings, block_rows=block_rows)
+        y, label, rest = _over_ranks(vocabulary, y, label, rest)
+        support = _Support(held, y, y / settings.temperature, teacher.values)
 
         wide_weight = weight.to(support.z.dtype)
         soft, grad_support, grad_rest, stats = _divergence(self.tail, support, rest, settings, return_stats)
@@ -89,11 +98,13 @@ class TopKRows:
         grad_support, grad_rest = grad_support * scale.unsqueeze(-1), grad_rest * scale
         hard = None
         if label is not None and rest is not None:
-            hard = _HardLoss.of(label, support, teacher.ids, rest, wide_weight, settings.hard_weight)
+            hard = _HardLoss.of(label, support, ids, rest, wide_weight, settings.hard_weight)
             loss, grad_support = loss + hard.loss, grad_support + hard.grad_support
 
         if grad is not None:
-            grad_support = (grad_support * support.slope).to(grad.dtype)
+            grad_support = (grad_support * slope).to(grad.dtype)
+            if teacher.here is not None:
+                grad_support = torch.where(teacher.here, grad_support, 0.0)
             if self.rest is None or rest is None:
                 grad.copy_(grad_support)
             else:
@@ -103,7 +114,7 @@ class TopKRows:
                 write_rest(*rows, factor_z, factor_y, grad, block_rows=block_rows)
                 if label is not None and hard is not None:
                     label.write_gradient(hard, factor_z, rest.max_z, settings.temperature, grad)
-                grad.scatter_add_(-1, teacher.ids, grad_support)
+                grad.scatter_add_(-1, ids, grad_support)
         dtype = student_logits.dtype
         if stats is not None:
             stats = stats.map(lambda c: c if c.dtype == torch.bool else c.to(dtype))
@@ -113,44 +124,33 @@ class TopKRows:
 class _Support(NamedTuple):
     """The K outcomes by name, in float64; an absent one has probability 0 in both models."""
 
-    present: Tensor  # (n, K) bool
-    y_present: Tensor  # (n, K) student's logits at temperature 1, -inf where absent
-    slope: Tensor  # (n, K) or 0-d, derivative of y by the projection
+    held: Tensor  # (n, K) bool: present, and its column is here
+    y: Tensor  # (n, K) student's logits at temperature 1, -inf where absent
     z: Tensor  # (n, K) y over temperature
     logprobs: Tensor  # (n, K) the teacher's
 
-    @classmethod
-    def of(
-        cls,
-        logits: Tensor,
-        teacher: TeacherRows,
-        settings: LossSettings,
-        bias: Tensor | None,
-        *,
-        gathered: bool,
-    ) -> _Support:
-        assert teacher.ids is not None
-        dtype, present = teacher.values.dtype, teacher.values != -torch.inf
-        x = logits if gathered else logits.gather(-1, teacher.ids)
-        y, slope = _transform(x.to(dtype), None if bias is None else bias[teacher.ids].to(dtype), settings)
-        y = torch.where(present, y, -torch.inf)
-        return cls(present, y, slope, y / settings.temperature, teacher.values)
+    @property
+    def present(self) -> Tensor:
+        """(n, K) bool."""
+        return self.logprobs != -torch.inf
 
 
 class _Label(NamedTuple):
     """The label's column of each row, read before any column is excluded."""
 
-    column: Tensor  # (n, 1), 0 where there is no label
+    column: Tensor  # (n, 1), any where the label is not here
     present: Tensor  # (n,) bool
+    here: Tensor  # (n,) bool
     y: Tensor  # (n,) float64 logit at temperature 1
-    slope: Tensor  # (n,) or 0-d
+    slope: Tensor  # (n,) or 0-d, where it is here
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, settings: LossSettings, bias: Tensor | None) -> _Label:
-        column, dtype = labels.clamp_min(0), wide_dtype(logits.device)
+        column, dtype = labels.clamp(0, logits.shape[-1] - 1), wide_dtype(logits.device)
+        here = labels == column
         x = logits.gather(-1, column.unsqueeze(-1)).squeeze(-1).to(dtype)
         y, slope = _transform(x, None if bias is None else bias[column].to(dtype), settings)
-        return cls(column.unsqueeze(-1), labels >= 0, y, slope)
+        return cls(column.unsqueeze(-1), labels >= 0, here, torch.where(here, y, 0.0), slope)
 
     def write_gradient(
         self, hard: _HardLoss, factor_z: Tensor, max_z: Tensor, temperature: float, grad: Tensor
@@ -158,7 +158,7 @@ class _Label(NamedTuple):
         """The label's entry as a whole, where it lies in the rest: p - 1 has no digits in half precision."""
         soft = factor_z * (self.y / temperature - max_z).exp()
         entry = ((soft + hard.grad_label) * self.slope).to(grad.dtype).unsqueeze(-1)
-        in_rest = (self.present & ~hard.label_in_support).unsqueeze(-1)
+        in_rest = (self.here & ~hard.label_in_support).unsqueeze(-1)
         grad.scatter_(-1, self.column, torch.where(in_rest, entry, grad.gather(-1, self.column)))
 
 
@@ -181,11 +181,11 @@ class _HardLoss(NamedTuple):
         weight: Tensor,
         hard_weight: float,
     ) -> _HardLoss:
-        log_normalizer = _log_normalizer(support.y_present, rest.max_y, rest.sum_y)
+        log_normalizer = _log_normalizer(support.y, rest.max_y, rest.sum_y)
         log_p = label.y - log_normalizer
         weight = weight * hard_weight * label.present
-        at_label = (ids == label.column) & support.present
-        p_support = (support.y_present - log_normalizer.unsqueeze(-1)).exp()
+        at_label = (ids == label.column) & support.held & label.here.unsqueeze(-1)
+        p_support = (support.y - log_normalizer.unsqueeze(-1)).exp()
         return cls(
             torch.where(label.present, -hard_weight * log_p, 0.0),
             weight.unsqueeze(-1) * (p_support - at_label.to(p_support.dtype)),
@@ -200,9 +200,44 @@ def _transform(x: Tensor, bias: Tensor | None, settings: LossSettings) -> tuple[
     return transform(x, bias, scale, softcap if settings.student_softcap is not None else None)
 
 
-def _exclude(logits: Tensor, ids: Tensor, present: Tensor) -> None:
-    """-inf in the columns of the support. Absent entries repeat an id of their row and change nothing."""
-    marks = torch.where(present, -torch.inf, torch.inf).to(logits.dtype)
+def _support_logits(
+    logits: Tensor, teacher: TeacherRows, settings: LossSettings, bias: Tensor | None, *, gathered: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits of the support (n, K) at temperature 1, -inf where absent, 0 where not here.
+
+    And their derivative by the projection, (n, K) or 0-d, where here.
+    """
+    assert teacher.ids is not None
+    dtype = teacher.values.dtype
+    x = logits if gathered else logits.gather(-1, teacher.ids)
+    y, slope = _transform(x.to(dtype), None if bias is None else bias[teacher.ids].to(dtype), settings)
+    y = torch.where(teacher.values != -torch.inf, y, -torch.inf)
+    return y if teacher.here is None else torch.where(teacher.here, y, 0.0), slope
+
+
+def _over_ranks(
+    vocabulary: Vocabulary, y: Tensor, label: _Label | None, rest: RestStatistics | None
+) -> tuple[Tensor, _Label | None, RestStatistics | None]:
+    """Logits of the support and the label, and the rest, of the whole vocabulary from this rank's columns."""
+    if vocabulary.group is None:
+        return y, label, rest
+    if rest is None:
+        (y,) = vocabulary.sum(y)
+        return y, None, None
+    max_z, max_y = vocabulary.maximum(rest.max_z, rest.max_y)
+    y, label_y, sum_z, sum_y = vocabulary.sum(
+        y,
+        None if label is None else label.y,
+        rest.sum_z * exp_below(rest.max_z, max_z),
+        rest.sum_y * exp_below(rest.max_y, max_y),
+    )
+    label = None if label is None else label._replace(y=label_y)
+    return y, label, RestStatistics(max_z, sum_z, max_y, sum_y)
+
+
+def _exclude(logits: Tensor, ids: Tensor, held: Tensor) -> None:
+    """-inf in the columns of the support. Other entries, whose ids may be any columns, change nothing."""
+    marks = torch.where(held, -torch.inf, torch.inf).to(logits.dtype)
     logits.scatter_reduce_(-1, ids, marks, "amin")
 
 
@@ -302,17 +337,17 @@ def rest_statistics(
     compiled: bool = False,
 ) -> RestStatistics:
     """Log-sum-exp parts of each row's other columns, in PyTorch."""
-    rest_maxima, rest_sums = map(compiled_stage, (_maxima, _sums)) if compiled else (_maxima, _sums)
     numbers, has_softcap = settings.as_tensor(logits.dtype), settings.student_softcap is not None
     same = not settings.needs_two_softmaxes
-    parts: list[tuple[Tensor, ...]] = []
-    for block in blocks(len(logits), max(len(logits), 1) if compiled else block_rows):
-        max_z, max_y = rest_maxima(logits[block], bias, numbers, has_softcap, same)
-        sum_z, sum_y = rest_sums(logits[block], bias, numbers, has_softcap, same, max_z, max_y)
-        parts.append((max_z, sum_z, max_y, sum_y))
-    max_z, sum_z, max_y, sum_y = (torch.cat(column).squeeze(-1) for column in zip(*parts, strict=True))
+    run = partial(run_stage, n=len(logits), block_rows=block_rows, compiled=compiled)
+
+    def rows(block: slice) -> tuple[Any, ...]:
+        return logits[block], bias, numbers, has_softcap, same
+
+    max_z, max_y = run(_maxima, rows)
+    sum_z, sum_y = run(_sums, lambda block: (*rows(block), max_z[block], max_y[block]))
     wide = sum_z.dtype
-    return RestStatistics(max_z.to(wide), sum_z, max_y.to(wide), sum_y)
+    return RestStatistics(*(column.squeeze(-1).to(wide) for column in (max_z, sum_z, max_y, sum_y)))
 
 
 def rest_gradient(
@@ -328,7 +363,6 @@ def rest_gradient(
     compiled: bool = False,
 ) -> None:
     """out = slope * (factor_z e^(z - max_z) + factor_y e^(y - max_y)), 0 in the columns of the support."""
-    stage = compiled_stage(_gradient) if compiled else _gradient
     numbers, has_softcap = settings.as_tensor(logits.dtype), settings.student_softcap is not None
 
     def column(values: Tensor) -> Tensor:
@@ -336,9 +370,10 @@ def rest_gradient(
 
     max_z, max_y, factor_z = column(rest.max_z), column(rest.max_y), column(factor_z)
     factor_y = None if factor_y is None else column(factor_y)
-    for block in blocks(len(logits), max(len(logits), 1) if compiled else block_rows):
+
+    def arguments(block: slice) -> tuple[Any, ...]:
         x = logits[block]
-        stage(
+        return (
             x,
             bias,
             numbers,
@@ -349,6 +384,8 @@ def rest_gradient(
             None if factor_y is None else factor_y[block],
             x if out is logits else out[block],
         )
+
+    run_stage(_gradient, arguments, len(logits), block_rows=block_rows, compiled=compiled)
 
 
 def _rest_logits(
@@ -395,12 +432,13 @@ def _gradient(
     max_y: Tensor,
     factor_y: Tensor | None,
     out: Tensor,
-) -> None:
+) -> tuple[()]:
     y, slope, z = _rest_logits(x, bias, numbers, has_softcap)
     grad = factor_z * exp_below(z, max_z)
     if factor_y is not None:
         grad = grad + factor_y * exp_below(y, max_y)
     out.copy_(grad * slope)
+    return ()
 
 
 def exp_below(z: Tensor, top: Tensor) -> Tensor:

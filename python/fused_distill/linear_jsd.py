@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -18,12 +18,16 @@ from ._check import (
     check_options,
     check_student,
     check_tokens,
-    check_vocab_size,
 )
+from ._dtensor import whole
 from ._engine import LossTensors
 from ._module import LossModule
 from ._settings import LossSettings
 from ._teachers import FullTeacher
+from ._vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def fused_linear_jsd(
@@ -51,6 +55,7 @@ def fused_linear_jsd(
     workspace_bytes: int | None = None,
     backend: str = "auto",
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Any:
     """Divergence between student's and teacher's next-token distributions, without their logits in memory.
 
@@ -94,6 +99,15 @@ def fused_linear_jsd(
             None: 1 GiB on a GPU; on the CPU 256 MiB, or half of a float32 student head if more.
         backend: "auto" ("triton" on a CUDA or ROCm device, else "torch"), "triton", "torch" or "reference".
         return_stats: also return a `DistillStats` of the counted tokens.
+        process_group: ranks that share the vocabulary (tensor parallelism). Each gives its block of rows of
+            both heads and biases, blocks in the order of ranks, of any sizes, both models cut at the same
+            rows. All else is the same on every rank; vocab_size and labels count over all blocks. Loss and
+            statistics are the same on every rank. So is student_hidden's gradient: it is the sum over ranks
+            already and must not be reduced again. The heads' gradients are the own block's. Every rank makes
+            the call and the backward pass. See docs/parallel.md. None: the heads are whole.
+
+    A head or bias may be a DTensor, as under FSDP2: it is gathered once per call, and the gradients of the
+    ranks, which have tokens of their own, are averaged into the shards, as FSDP2 does.
 
     Returns:
         The loss, 0-d or (...), float32 or float64; with return_stats, (loss, DistillStats).
@@ -118,6 +132,7 @@ def fused_linear_jsd(
         workspace_bytes=workspace_bytes,
         backend=backend,
         return_stats=return_stats,
+        process_group=process_group,
     )
     check_options(options, LossOptions)
     check_normalizer(normalizer, reduction)
@@ -129,9 +144,21 @@ def fused_linear_jsd(
             "teacher_hidden must have the tokens of student_hidden, "
             f"got {tuple(teacher_hidden.shape)} and {tuple(student_hidden.shape)}"
         )
-    n_columns = check_vocab_size(vocab_size, student_weight=student_weight, teacher_weight=teacher_weight)
     check_tokens(shape, device, mask, token_weight)
-    check_labels(labels, hard_weight, shape, device, n_columns)
+    vocabulary = Vocabulary.of(
+        process_group,
+        vocab_size,
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        student_bias=student_bias,
+        teacher_weight=teacher_weight,
+        mask=mask,
+        workspace_bytes=workspace_bytes,
+    )
+    check_labels(labels, hard_weight, shape, device, vocabulary.total)
+    student_weight, student_bias = whole(student_weight), whole(student_bias)
+    teacher_weight = whole(teacher_weight.detach())
+    teacher_bias = None if teacher_bias is None else whole(teacher_bias.detach())
 
     if backend == "reference":
         return reference.linear_jsd(
@@ -149,8 +176,8 @@ def fused_linear_jsd(
         )
     teacher = FullTeacher(
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
+        teacher_weight,
+        teacher_bias,
     )
     tensors = LossTensors.flattened(
         student_hidden,
@@ -167,7 +194,7 @@ def fused_linear_jsd(
             LossSettings.of(options),
             full_backend,
             backend,
-            n_columns,
+            vocabulary,
             shape,
             reduction,
             normalizer,

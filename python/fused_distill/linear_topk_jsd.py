@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -19,12 +19,16 @@ from ._check import (
     check_student,
     check_support,
     check_tokens,
-    check_vocab_size,
 )
+from ._dtensor import whole
 from ._engine import LossTensors
 from ._module import LossModule
 from ._settings import LossSettings
 from ._teachers import TopKTeacher
+from ._vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def fused_linear_topk_jsd(
@@ -50,6 +54,7 @@ def fused_linear_topk_jsd(
     workspace_bytes: int | None = None,
     backend: str = "auto",
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Any:
     """Divergence between the student and a teacher of which K log-probabilities per token are known.
 
@@ -93,6 +98,8 @@ def fused_linear_topk_jsd(
             teacher_ids, 3 bytes an entry, and copies of teacher tensors that are not contiguous come on top.
         backend: "auto", "triton", "torch" or "reference".
         return_stats: also return a `DistillStats` of the counted tokens.
+        process_group: ranks that share the vocabulary. Each gives its block of rows of student_weight and
+            student_bias; teacher_ids count over all blocks. See `fused_linear_jsd`, for DTensors too.
 
     Returns:
         The loss, 0-d or (...), float32 or, for a float64 student, float64; with return_stats,
@@ -118,15 +125,25 @@ def fused_linear_topk_jsd(
         workspace_bytes=workspace_bytes,
         backend=backend,
         return_stats=return_stats,
+        process_group=process_group,
     )
     check_options(options, TopKLossOptions)
     check_normalizer(normalizer, reduction)
     check_student(student_hidden, student_weight, student_bias)
     device, shape = student_hidden.device, student_hidden.shape[:-1]
-    n_columns = check_vocab_size(vocab_size, student_weight=student_weight)
     check_tokens(shape, device, mask, token_weight)
-    check_labels(labels, hard_weight, shape, device, n_columns)
-    check_support(teacher_logprobs, teacher_ids, shape, device, n_columns, mask)
+    vocabulary = Vocabulary.of(
+        process_group,
+        vocab_size,
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        student_bias=student_bias,
+        mask=mask,
+        workspace_bytes=workspace_bytes,
+    )
+    check_labels(labels, hard_weight, shape, device, vocabulary.total)
+    check_support(teacher_logprobs, teacher_ids, shape, device, vocabulary.total, mask)
+    student_weight, student_bias = whole(student_weight), whole(student_bias)
 
     if backend == "reference":
         return reference.linear_topk_jsd(
@@ -148,7 +165,9 @@ def fused_linear_topk_jsd(
         student_weight,
         student_bias,
         TopKTeacher(
-            teacher_logprobs.detach().reshape(-1, support_size), teacher_ids.reshape(-1, support_size)
+            teacher_logprobs.detach().reshape(-1, support_size),
+            teacher_ids.reshape(-1, support_size),
+            vocabulary,
         ),
         token_weight=token_weight,
         labels=labels if hard_weight != 0 else None,
@@ -160,7 +179,7 @@ def fused_linear_topk_jsd(
             LossSettings.of(options),
             partial(topk_backend, tail=tail, support_size=support_size, gathered=gathered),
             backend,
-            n_columns,
+            vocabulary,
             shape,
             reduction,
             normalizer,

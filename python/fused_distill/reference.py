@@ -6,12 +6,16 @@ Slow and large on purpose. The tests compare every backend with it in float64.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ._settings import DistillStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_jsd(
@@ -39,9 +43,11 @@ def linear_jsd(
     workspace_bytes: int | None = None,
     backend: str = "reference",
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, DistillStats]:
     """`fused_linear_jsd` by definition, unchecked; workspace_bytes and backend do nothing here."""
     del workspace_bytes, backend
+    _refuse(process_group)
     counted = _counted(student_hidden, mask)
     vocab_size = vocab_size or min(len(student_weight), len(teacher_weight))
     y_s = _logits(student_hidden[counted], student_weight, student_bias, student_logit_scale, student_softcap)
@@ -77,12 +83,14 @@ def linear_topk_jsd(
     workspace_bytes: int | None = None,
     backend: str = "reference",
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, DistillStats]:
     """`fused_linear_topk_jsd` by definition, unchecked; workspace_bytes and backend do nothing here.
 
     Every token's teacher is spread over the vocabulary, -inf where it has no entry.
     """
     del workspace_bytes, backend
+    _refuse(process_group)
     counted = _counted(student_hidden, mask)
     y_s = _logits(student_hidden[counted], student_weight, student_bias, student_logit_scale, student_softcap)
     y_s = y_s[:, :vocab_size]
@@ -126,6 +134,11 @@ def linear_topk_jsd(
         teacher_mass=_at(counted, teacher_mass),
     )
     return result, stats
+
+
+def _refuse(process_group: ProcessGroup | None) -> None:
+    if process_group is not None:
+        raise ValueError('process_group goes with backend "auto", "triton" or "torch", got "reference"')
 
 
 def _at(counted: Tensor, column: Tensor) -> Tensor:

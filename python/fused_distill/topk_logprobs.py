@@ -18,6 +18,7 @@ from ._check import (
     check_tokens,
     check_vocab_size,
 )
+from ._dtensor import whole
 from ._heads import Head, logit_buffer
 from ._plan import default_workspace_bytes, plan_chunks
 from ._products import accumulation_dtype, autocast_dtype
@@ -54,7 +55,7 @@ def topk_logprobs(
 
     Args:
         hidden: (..., D) last hidden states, one per token.
-        weight: (V, D) the output embedding.
+        weight: (V, D) the output embedding. A DTensor, as under FSDP2, is gathered once per call, as is bias.
         k: how many tokens per position, 0 to V.
         actual_ids: (...) or (..., M) one or M tokens per position whose log-probabilities are wanted too.
         bias: (V,) bias of the output layer.
@@ -95,6 +96,8 @@ def topk_logprobs(
             )
         check_id_range("actual_ids", _as_rows(actual_ids, len(shape)), n_columns, mask=mask)
 
+    weight = whole(weight.detach())
+    bias = None if bias is None else whole(bias.detach())
     settings = LossSettings(temperature=temperature, student_logit_scale=logit_scale, student_softcap=softcap)
     dtype = accumulation_dtype(hidden, weight)
     head = Head.of(hidden, weight[:n_columns], dtype, autocast_dtype(device))

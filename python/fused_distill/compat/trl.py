@@ -13,7 +13,8 @@ Two places of TRL 1.16 (https://github.com/huggingface/trl) are replaced, for tr
 
 The losses are TRL's own within rounding, for every beta, with what TRL logs. Where TRL's server trainer
 computes in the model's dtype, logits are float32 here; asked for its outputs it gives None, as
-`DistillationTrainer` does.
+`DistillationTrainer` does. A head that FSDP2 keeps in shards gets the average of the ranks' gradients; TRL's
+own loss leaves each shard the gradient of its own rank's tokens alone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtensor import whole
 from ..linear_jsd import fused_linear_jsd
 from ..linear_topk_jsd import fused_linear_topk_jsd
 from ..output_heads import output_head
@@ -232,6 +234,6 @@ def _gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
 
 
 def _whole(parameter: Tensor | None, hidden: Tensor) -> Any:
-    """FSDP2's DTensor as an ordinary tensor of the backbone's dtype; gradients find their way back."""
-    full_tensor = getattr(parameter, "full_tensor", None)
-    return parameter if full_tensor is None else full_tensor().to(hidden.dtype)
+    """FSDP2's DTensor, float32 shards, as an ordinary tensor of the backbone's dtype."""
+    gathered = whole(parameter)
+    return parameter if gathered is None or gathered is parameter else gathered.to(hidden.dtype)
