@@ -22,6 +22,8 @@ from fused_distill.serving.engine import TransformersEngine
 from fused_distill.serving.rollouts import Sampling, TransformersRollouts
 from fused_distill.trainer.config import load_config
 from test_serving import Served, serving
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
@@ -129,11 +131,22 @@ def served(names: Environment) -> Iterator[dict[str, str]]:
             vllm.stop()
 
 
+@contextlib.contextmanager
+def one_process(folder: Path) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    address = f"file://{folder / 'store'}"
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     names = Environment(tmp_path / "checkpoint")
-    with served(names) as addresses:
+    with served(names) as addresses, one_process(tmp_path) as names["mesh"]:
         for code in blocks(page, "python"):
             for written, real in addresses.items():
                 code = code.replace(written, real)

@@ -17,6 +17,7 @@ from fused_distill import (
     FusedLinearTopKJSDLoss,
     _backends,
     _engine,
+    _plan,
     _stages,
     fused_linear_jsd,
     fused_linear_topk_jsd,
@@ -295,10 +296,9 @@ def reductions_of_rank(rank: int, case: Case, cuts: list[int]) -> tuple[list[str
         return mock.patch.object(distributed, name, spy)
 
     def plan(*args: Any, **options: Any) -> Any:
-        plans.append(plan_chunks(*args, **options))
+        plans.append(_plan.plan_chunks(*args, **options))
         return plans[-1]
 
-    plan_chunks = _engine.plan_chunks
     with spied("all_reduce"), spied("all_gather"), mock.patch.object(_engine, "plan_chunks", plan):
         block_of(case, rank, cuts).answer(BACKEND)
     (planned,) = plans
