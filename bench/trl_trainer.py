@@ -50,7 +50,6 @@ def run(patched: bool, small: bool) -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "vocab_size": vocab,
-        "eos_token_id": 1,
     }
     student, teacher = (
         transformers.LlamaForCausalLM(
