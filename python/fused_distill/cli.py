@@ -74,8 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"fused-distill {options.command}: {error}\n")
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
+        parser.exit(2, f"fused-distill {options.command}: {' '.join(str(error).split())}\n")
 
 
 def serve_teacher(options: argparse.Namespace) -> None:
