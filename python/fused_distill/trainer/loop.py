@@ -46,6 +46,7 @@ class Trainer:
         self.config = config
         self.accelerator = Accelerator(
             mixed_precision="no" if config.precision == "fp32" else config.precision,
+            cpu=not torch.accelerator.is_available(),  # else a second process on the CPU runs on its own
             log_with=[*config.trackers] or None,
             project_dir=str(config.output),
         )
@@ -75,7 +76,7 @@ class Trainer:
         self.model: Any = self.accelerator.unwrap_model(self.wrapped)
         self.schedule: Any = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, config.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.writer = Writer(self.model, config, sharded)
+        self.writer = Writer(self.wrapped, self.model, config, sharded)
         self.step = 0
         self.sent_at: int | None = None  # the step whose weights the rollout server has
         self.seconds: Sums = Counter()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ..output_heads import OutputHead, output_head
 from ..rollout_buffer import split_on_groups
-from ..serving.rollouts import RolloutEngine, Sampling, TransformersRollouts
+from ..serving.rollouts import Completion, RolloutEngine, Sampling, TransformersRollouts
 from ..serving.vllm_rollouts import VllmRollouts
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample
@@ -84,8 +84,8 @@ def through_student(wrapped: Any, model: Any, batch: Batch, compute: Callable[[T
 class Writer:
     """Completions of the student as it is, by transformers or by a vLLM server that gets its weights."""
 
-    def __init__(self, model: Any, config: TrainConfig, sharded: bool):
-        self.config = config
+    def __init__(self, wrapped: Any, model: Any, config: TrainConfig, sharded: bool):
+        self.wrapped, self.model, self.config, self.sharded = wrapped, model, config, sharded
         self.engine: RolloutEngine = TransformersRollouts(model, synced=sharded)
         self.server: VllmRollouts | None = None
         if config.rollouts.url is not None:
@@ -93,11 +93,19 @@ class Writer:
                 config.rollouts.url, token=os.environ.get("FUSED_DISTILL_TOKEN")
             )
 
+    @torch.no_grad()
     def write(self, given: list[Sample], seed: int, n: int, slices: int = 1) -> list[list[Sample]]:
         """n completions of each prompt, cut into slices between prompts."""
         how = self.config.rollouts
         sampling = Sampling(n, how.max_completion_length, how.temperature, how.top_p, how.top_k, seed)
-        completions = self.engine.generate([sample.prompt for sample in given], sampling)
+
+        def generate(*_: Tensor) -> list[Completion]:
+            return self.engine.generate([sample.prompt for sample in given], sampling)
+
+        if self.sharded and self.server is None:  # adapters generate with a module that FSDP does not begin at
+            completions = inside_forward(self.wrapped, self.model, generate)
+        else:
+            completions = generate()
         return [
             [Sample(given[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
             for part in split_on_groups(completions, slices)
