@@ -60,8 +60,9 @@ def model() -> Any:
 class Served:
     """A server in a thread, on a port of the system's choice."""
 
-    def __init__(self, engine: Any, port: int = 0, **options: Any):
-        config = uvicorn.Config(create_app(engine, **options), host="127.0.0.1", port=port, log_level="error")
+    def __init__(self, engine: Any, port: int = 0, app: Any = None, **options: Any):
+        app = app or create_app(engine, **options)
+        config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

@@ -71,7 +71,10 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             command.add_argument("--output", type=Path, required=True, help="folder of the store")
             command.add_argument("--dtype", default="float32", choices=("float32", "float16"))
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if any(argument.startswith("-") for argument in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides = [*getattr(options, "overrides", ()), *rest]  # argparse misses those behind an option
     try:
         options.run(options)
     except (ImportError, OSError, ValueError, FloatingPointError) as error:

@@ -152,7 +152,7 @@ def _yaml(where: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: no YAML: {error}") from error
+        raise ConfigError(f"{where}: no YAML: {' '.join(str(error).split())}") from error
 
 
 def described(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[str]:
