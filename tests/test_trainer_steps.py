@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_distill.cli import main
 from fused_distill.trainer.data import Sample
 from fused_distill.trainer.loop import NonFiniteLoss, Trainer, train
 from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, metrics, save_model, transformers, weights
@@ -237,3 +238,21 @@ def test_settings_in_the_report_are_those_of_the_run(lab: Lab, tmp_path: Path) -
     page = (tmp_path / "report.html").read_text()
     assert "&quot;beta&quot;: 0.125" in page
     assert json.dumps(str(lab.student)).strip('"') in page
+
+
+def test_the_command_ends_with_the_diagnosis_and_no_checkpoint(
+    lab: Lab, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = save_model(tmp_path / "teacher", tiny_model, hidden_size=24)
+    model = transformers.AutoModelForCausalLM.from_pretrained(broken)
+    model.get_input_embeddings().weight.data[9] = torch.nan
+    model.save_pretrained(broken)
+    lab.config(tmp_path)
+    own = [f"student={lab.student}", f"teacher.model={broken}", f"data.path={lab.data}", f"output={tmp_path}"]
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(tmp_path / "settings.yaml"), *own])
+    assert end.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fused-distill train: the loss is not finite at ")
+    assert "the teacher's numbers are NaN" in line
+    assert not list(tmp_path.glob("checkpoints/*"))

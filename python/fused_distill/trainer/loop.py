@@ -186,6 +186,10 @@ class Trainer:
         """The student as transformers and vLLM load it."""
         state = self.accelerator.get_state_dict(self.wrapped)
         if self.accelerator.is_main_process:
+            names, tied = (
+                {n for n, _ in self.model.named_parameters(remove_duplicate=d)} for d in (True, False)
+            )
+            state = {name: tensor for name, tensor in state.items() if name not in tied - names}
             self.model.save_pretrained(folder, state_dict=state)
             self.tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()

@@ -102,7 +102,9 @@ class Writer:
         def generate(*_: Tensor) -> list[Completion]:
             return self.engine.generate([sample.prompt for sample in given], sampling)
 
-        if self.sharded and self.server is None:  # adapters generate with a module that FSDP does not begin at
+        if (
+            self.sharded and self.server is None
+        ):  # adapters generate with a module that FSDP does not begin at
             completions = inside_forward(self.wrapped, self.model, generate)
         else:
             completions = generate()
