@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import resource
 import signal
 import sys
 import time
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -35,19 +36,18 @@ SETTINGS = (
 )
 
 
-def start(config: TrainConfig, before: tuple[int, ...] = ()) -> multiprocessing.process.BaseProcess:
+def start(config: TrainConfig, file_limit: int = resource.RLIM_INFINITY) -> BaseProcess:
     """A run with --resume in a process of its own, which has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
+    context = get_context("forkserver")
     context.set_forkserver_preload(["fused_distill.trainer.loop"])
-    process = context.Process(target=resumed, args=(config, before))
+    process = context.Process(target=resumed, args=(config, file_limit))
     process.start()
     return process
 
 
-def resumed(config: TrainConfig, file_limit: tuple[int, ...]) -> None:
+def resumed(config: TrainConfig, file_limit: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if file_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (*file_limit, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     train(config, resume=True)
 
 
@@ -98,7 +98,7 @@ def test_a_run_killed_at_the_worst_moment_goes_on_bit_for_bit(
     lab: Lab, undisturbed: tuple[Path, float], tmp_path: Path, place: str
 ) -> None:
     config = lab.config(tmp_path, *SETTINGS)
-    context = multiprocessing.get_context("forkserver")
+    context = get_context("forkserver")
     process = context.Process(target=killed_at, args=(config, place))
     process.start()
     process.join()
@@ -144,7 +144,7 @@ def killed_at(config: TrainConfig, place: str) -> None:
         Journal.write = half_written  # pyright: ignore[reportAttributeAccessIssue]
     else:
         Path.replace = renamed  # pyright: ignore[reportAttributeAccessIssue]
-    resumed(config, ())
+    resumed(config, resource.RLIM_INFINITY)
 
 
 def test_sigterm_saves_and_ends_well_and_the_run_goes_on(
@@ -175,7 +175,7 @@ def test_a_full_disk_loses_no_checkpoint(lab: Lab, undisturbed: tuple[Path, floa
     process.join()
     kept = {p: p.read_bytes() for folder in checkpoints(tmp_path) for p in folder.iterdir()}
     largest = max(map(len, kept.values()))
-    process = start(config, (largest - 1,))
+    process = start(config, largest - 1)
     process.join()
     assert process.exitcode == 1
     assert {p: p.read_bytes() for folder in checkpoints(tmp_path) for p in folder.iterdir()} == kept

@@ -16,6 +16,7 @@ from fused_distill.trainer import stored
 from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.stored import store_teacher
+from pyarrow import parquet
 from test_serving import serving
 from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, save_model, transformers
 from trainer_cases import lab as lab
@@ -205,7 +206,7 @@ def test_a_resumed_store_is_the_one_written_in_one_go(
     whole = bytes_of(tmp_path / "whole")
     assert sorted(whole) == [*(f"part-{i:06}.parquet" for i in range(3)), "teacher.json"]
 
-    write_table = stored.pq.write_table
+    write_table = parquet.write_table
 
     def dies(table: Any, path: Path, **options: Any) -> None:
         write_table(table, path, **options)
@@ -213,12 +214,12 @@ def test_a_resumed_store_is_the_one_written_in_one_go(
             path.write_bytes(path.read_bytes()[:100])
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stored.pq, "write_table", dies)
+    monkeypatch.setattr(parquet, "write_table", dies)
     with pytest.raises(KeyboardInterrupt):
         store_teacher(config, tmp_path / "resumed", "float32")
     with pytest.raises(ConfigError, match=r"teacher\.stored: .* is not whole: run cache-teacher again"):
         Trainer(lab.config(tmp_path, *TOPK, f"teacher={{stored: {tmp_path}/resumed, targets: topk, k: 5}}"))
-    monkeypatch.setattr(stored.pq, "write_table", write_table)
+    monkeypatch.setattr(parquet, "write_table", write_table)
     store_teacher(config, tmp_path / "resumed", "float32")
     assert bytes_of(tmp_path / "resumed") == whole
 
@@ -232,7 +233,7 @@ def test_a_store_in_float16_is_half_the_numbers_and_near(lab: Lab, tmp_path: Pat
     sizes = [
         sum(
             len(row)
-            for row in stored.pq.read_table(tmp_path / dtype / "store" / "part-000000.parquet")[
+            for row in parquet.read_table(tmp_path / dtype / "store" / "part-000000.parquet")[
                 "logprobs"
             ].to_pylist()
         )

@@ -21,13 +21,14 @@ FSDP2 = {
 
 def main(how: str, *settings: str) -> None:
     PartialState(cpu=True)
-    end_training = Accelerator.end_training
+    part = Accelerator.end_training
     for path in settings:
         if how == "fsdp2":  # which accelerate has for accelerators only
             os.environ.update(FSDP2)
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        last = path == settings[-1]  # with which the processes part
-        Accelerator.end_training = end_training if last else lambda _: AcceleratorState._reset_state()
+        Accelerator.end_training = (
+            part if path == settings[-1] else lambda self: AcceleratorState._reset_state()
+        )
         train(load_config(path), resume=True)
 
 
