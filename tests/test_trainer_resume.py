@@ -13,9 +13,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from fused_distill.cli import main
 from fused_distill.trainer.checkpoint import checkpoints
 from fused_distill.trainer.config import TrainConfig
-from fused_distill.trainer.loop import train
+from fused_distill.trainer.loop import Trainer, train
 from trainer_cases import ABOUT_THE_TRAINER, Lab, metrics
 from trainer_cases import lab as lab
 
@@ -189,7 +190,23 @@ def test_older_checkpoints_go(lab: Lab, undisturbed: tuple[Path, float]) -> None
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000008"]
 
 
-def test_the_process_has_its_own_sigterm_back(lab: Lab, tmp_path: Path) -> None:
+def test_the_command_goes_on_for_more_steps(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(lab.config(tmp_path / "whole", "steps=3"))
+    train(lab.config(tmp_path / "parts", "steps=2"))
+    own = [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
+    output = tmp_path / "parts"
+    main(["train", str(output / "settings.yaml"), "--resume", "steps=3", f"output={output}", *own])
+    assert capsys.readouterr().out.splitlines()[-1] == str(output / "student")
+    assert outcome(output) == outcome(tmp_path / "whole")
+
+
+def test_the_process_has_its_own_sigterm_back_even_after_an_error(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    train(lab.config(tmp_path, "steps=1"))
+    monkeypatch.setattr(Trainer, "update", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        train(lab.config(tmp_path))
     assert signal.getsignal(signal.SIGTERM) is before

@@ -107,7 +107,7 @@ class TrainConfig(_Section):
     save_every: int = Field(50, ge=1, description="steps; also after the last")
     keep_checkpoints: int = Field(2, ge=1)
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field([], description="beside metrics.jsonl")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 20)
 
     @model_validator(mode="after")
     def _together(self) -> TrainConfig:

@@ -186,10 +186,10 @@ class Trainer:
         """The student as transformers and vLLM load it."""
         state = self.accelerator.get_state_dict(self.wrapped)
         if self.accelerator.is_main_process:
-            names, tied = (
-                {n for n, _ in self.model.named_parameters(remove_duplicate=d)} for d in (True, False)
-            )
-            state = {name: tensor for name, tensor in state.items() if name not in tied - names}
+            # Tied weights once, which transformers does not see where they were gathered from shards.
+            names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+            tied = names - {name for name, _ in self.model.named_parameters()}
+            state = {name: tensor for name, tensor in state.items() if name not in tied}
             self.model.save_pretrained(folder, state_dict=state)
             self.tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
@@ -231,37 +231,46 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     def stop(*_: object) -> None:
         run.stopping = True
 
-    before = signal.signal(signal.SIGTERM, stop)
-    if run.step == 0 and run.held_out:
-        journal.write(0, "evaluation", *run.evaluate())
-    while run.step < config.steps:
-        run.seconds.clear()
-        torch.manual_seed(config.seed * 1_000_003 + run.step)  # of nothing but this step
-        with run.timed("rollout_seconds"):
-            if run.sent_at is None or run.step % config.rollouts.sync_every == 0:
-                run.send_weights()
-            buffer = run.fill_buffer()
-        with run.timed("update_seconds"):
-            metrics = run.update(buffer)
-        run.seconds["update_seconds"] -= run.seconds["teacher_seconds"]  # which is inside
-        run.step += 1
-        spent = sum(run.seconds.values())
-        speed = {"tokens_per_second": metrics["tokens"] / spent, "memory_gib": memory_gib(run.device)}
-        journal.write(run.step, "train", metrics | speed | dict(run.seconds))
-        last = run.step == config.steps
-        if run.held_out and (last or run.step % config.evaluate_every == 0):
-            journal.write(run.step, "evaluation", *run.evaluate())
-        stopping = run.sum({"stopping": run.stopping})["stopping"] > 0
-        if last or stopping or run.step % config.save_every == 0:
-            save_checkpoint(run.accelerator, config.output, run.step, config.keep_checkpoints)
-        if stopping:
-            break
+    with signal_handler(signal.SIGTERM, stop):
+        if run.step == 0 and run.held_out:
+            journal.write(0, "evaluation", *run.evaluate())
+        while run.step < config.steps:
+            run.seconds.clear()
+            torch.manual_seed(config.seed * 1_000_003 + run.step)  # of nothing but this step
+            with run.timed("rollout_seconds"):
+                if run.sent_at is None or run.step % config.rollouts.sync_every == 0:
+                    run.send_weights()
+                buffer = run.fill_buffer()
+            with run.timed("update_seconds"):
+                metrics = run.update(buffer)
+            run.seconds["update_seconds"] -= run.seconds["teacher_seconds"]  # which is inside
+            run.step += 1
+            spent = sum(run.seconds.values())
+            speed = {"tokens_per_second": metrics["tokens"] / spent, "memory_gib": memory_gib(run.device)}
+            journal.write(run.step, "train", metrics | speed | dict(run.seconds))
+            last = run.step == config.steps
+            if run.held_out and (last or run.step % config.evaluate_every == 0):
+                journal.write(run.step, "evaluation", *run.evaluate())
+            stopping = run.sum({"stopping": run.stopping})["stopping"] > 0
+            if last or stopping or run.step % config.save_every == 0:
+                save_checkpoint(run.accelerator, config.output, run.step, config.keep_checkpoints)
+            if stopping:
+                break
     student = config.output / "student"
     run.save(student)
     journal.report()
     run.accelerator.end_training()
-    signal.signal(signal.SIGTERM, before)
     return student
+
+
+@contextmanager
+def signal_handler(number: int, handler: Any) -> Iterator[None]:
+    """Inside, a signal calls the handler; afterwards what it called before."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def statistics(batch: Batch, stats: DistillStats) -> dict[str, float]:
