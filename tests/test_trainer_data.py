@@ -32,13 +32,21 @@ def text(tokenizer: Any, tokens: list[int]) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(tokens))
 
 
-def test_jsonl_and_parquet_give_the_same_samples(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+def test_jsonl_parquet_and_a_data_sets_split_give_the_same_samples(
+    lab: Lab, tmp_path: Path, tokenizer: Any
+) -> None:
     from pyarrow import json as arrow_json
     from pyarrow import parquet
 
-    parquet.write_table(arrow_json.read_json(lab.data), tmp_path / "rows.parquet")
+    table = arrow_json.read_json(lab.data)
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "set").mkdir()
+    parquet.write_table(table, tmp_path / "set" / "test-00000.parquet")
+    parquet.write_table(table.slice(5), tmp_path / "set" / "train-00000.parquet")
     jsonl = load_data(lab.config(tmp_path), tokenizer, True)
-    assert load_data(lab.config(tmp_path, f"data.path={tmp_path}/rows.parquet"), tokenizer, True) == jsonl
+    for source in (["data.path={}/rows.parquet"], ["data.path={}/set", "data.split=test"]):
+        config = lab.config(tmp_path, *(one.format(tmp_path) for one in source))
+        assert load_data(config, tokenizer, True) == jsonl
     assert len(jsonl[0]) == 40
 
 

@@ -65,7 +65,7 @@ class Journal:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
-        self.console.print(f"{kind} {step}/{self.config.steps}  {shown}", highlight=False)
+        self.console.print(f"{kind} {step}/{self.config.steps}  {shown}", highlight=False, soft_wrap=True)
         if self.config.trackers:
             self.accelerator.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=step)
 
