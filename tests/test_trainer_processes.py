@@ -51,6 +51,15 @@ def two_processes(how: str, *configs: TrainConfig) -> subprocess.Popen[str]:
     )
 
 
+def said(process: subprocess.Popen[str]) -> str:
+    """The end of what it said, once it has ended."""
+    try:
+        return process.communicate(timeout=150)[0][-9000:]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its own
+        pytest.fail(f"does not end: {process.communicate()[0][-9000:]}")
+
+
 @pytest.fixture(scope="module")
 def runs(lab: Lab, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each of RUNS in folders "one", "ddp" and "fsdp2"."""
@@ -67,8 +76,8 @@ def runs(lab: Lab, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
         train(config)
     for how in WAYS:
         process = two_processes(how, *configs(how, [*RUNS]))
-        said, _ = process.communicate(timeout=100)
-        assert process.returncode == 0, said[-9000:]
+        end = said(process)
+        assert process.returncode == 0, end
     return folder
 
 
@@ -125,13 +134,13 @@ def test_sigterm_to_two_processes_saves_and_they_go_on_bit_for_bit(
         assert process.poll() is None, process.communicate()[0][-5000:]
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    said(process)
     last = metrics(tmp_path)[-1]["step"]
     assert 0 < last < 3
     assert checkpoints(tmp_path)[-1].name == f"step-{last:08}"
     process = two_processes("fsdp2", config)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said[-9000:]
+    end = said(process)
+    assert process.returncode == 0, end
     assert losses(tmp_path) == losses(runs / "fsdp2" / "on_policy")
 
 

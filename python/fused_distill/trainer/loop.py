@@ -256,10 +256,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 save_checkpoint(run.accelerator, config.output, run.step, config.keep_checkpoints)
             if stopping:
                 break
-    student = config.output / "student"
-    run.save(student)
-    journal.report()
-    run.accelerator.end_training()
+        student = config.output / "student"
+        run.save(student)
+        journal.report()
+        run.accelerator.end_training()
     return student
 
 
