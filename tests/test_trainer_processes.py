@@ -131,7 +131,7 @@ def test_sigterm_to_two_processes_saves_and_they_go_on_bit_for_bit(
     config = lab.config(tmp_path, *SHARED, *RUNS["on_policy"])
     process = two_processes("fsdp2", config)
     while not (tmp_path / "metrics.jsonl").exists() or not metrics(tmp_path):
-        assert process.poll() is None, process.communicate()[0][-5000:]
+        assert process.poll() is None, said(process)
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     said(process)
