@@ -18,7 +18,6 @@ from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from fused_distill.output_heads import output_head
 from fused_distill.serving.rollouts import Sampling, TransformersRollouts
 from fused_distill.trainer.data import Batch, Sample
-from fused_distill.trainer.student import hidden_states
 from suite import ROOT, header, results_folder, write_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +34,9 @@ TAILS = ("bucket", "renormalize", "truncate")
 @torch.no_grad()
 def states_and_head(model: Any, batches: list[Batch]) -> tuple[Tensor, Tensor, float | None]:
     """(n, D) the states that predict the completions' tokens, the output head, its softcap."""
-    states = torch.cat([hidden_states(model, batch)[batch.mask] for batch in batches])
+    decoder = model.get_decoder()
+    outputs = [(b, decoder(input_ids=b.tokens, attention_mask=b.attention)) for b in batches]
+    states = torch.cat([output.last_hidden_state[:, :-1][b.mask] for b, output in outputs])
     head = output_head(model)
     return states, head.weight.detach(), head.softcap
 

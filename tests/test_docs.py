@@ -17,7 +17,7 @@ import torch
 import yaml
 from cases import INTERPRETED
 from fastapi import FastAPI, Request
-from fused_distill.cli import parser
+from fused_distill.cli import parsed
 from fused_distill.serving.engine import TransformersEngine
 from fused_distill.serving.rollouts import Sampling, TransformersRollouts
 from fused_distill.trainer.config import load_config
@@ -169,7 +169,7 @@ def test_the_commands_of_a_page_exist(page: Path) -> None:
     for line in "".join(blocks(page, "bash")).splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["fused-distill"]:
-            parser().parse_args(words[1:])
+            parsed(words[1:])
         elif words[:1] == ["make"]:
             assert words[1] in targets
 

@@ -78,13 +78,24 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
+    whole = parser()
+    options, rest = whole.parse_known_args(arguments)
+    if any(argument.startswith("-") for argument in rest) or (rest and not hasattr(options, "overrides")):
+        whole.error(f"unrecognized arguments: {' '.join(rest)}")
+    if hasattr(options, "overrides"):
+        options.overrides += rest  # argparse misses those behind an option
+    return options
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line names."""
-    options = parser().parse_args(arguments)
+    options = parsed(arguments)
     try:
         options.run(options)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"fused-distill {options.command}: {error}", file=sys.stderr)
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
+        print(f"fused-distill {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
-class ServerError(RuntimeError):
+class ServerError(ConnectionError):
     """A server gave no usable answer; the message says what it said."""
 
 

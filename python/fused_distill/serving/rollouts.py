@@ -62,10 +62,12 @@ class TransformersRollouts:
     Args:
         model: a causal language model.
         batch_size: prompts, n times each, of one call.
+        synced: every process runs as many passes as the one that needs the most, as a sharded model wants it;
+            all of them must give as many prompts.
     """
 
-    def __init__(self, model: Any, batch_size: int = 32):
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: Any, batch_size: int = 32, synced: bool = False):
+        self.model, self.batch_size, self.synced = model, batch_size, synced
         ends = model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
@@ -113,6 +115,7 @@ class TransformersRollouts:
             return_dict_in_generate=True,
             output_logits=True,
             **_PLAIN,
+            synced_gpus=self.synced,
             **how,
         )
         tokens: Tensor = output.sequences[:, longest:]

@@ -41,7 +41,9 @@ class TeacherConfig(_Section):
     tail: Literal["bucket", "renormalize", "truncate"] = Field(
         "bucket", description="what becomes of the other tokens, see fused_linear_topk_jsd"
     )
-    dtype: str = Field("auto", description="of model; auto: bfloat16 on a GPU, else float32")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of model; auto: bfloat16 on a GPU, else float32"
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> TeacherConfig:
@@ -94,15 +96,19 @@ class TrainConfig(_Section):
     temperature: float = Field(1.0, gt=0, description="of both models in the loss")
     learning_rate: float = Field(1e-5, gt=0)
     warmup_steps: int = Field(0, ge=0)
-    schedule: str = Field("constant_with_warmup", description="of transformers.get_scheduler")
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = Field(
+        "constant_with_warmup", description="of the learning rate"
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision, by accelerate")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="bf16, fp16: mixed precision, by accelerate"
+    )
     evaluate_every: int = Field(50, ge=1, description="steps; also before the first and after the last")
     save_every: int = Field(50, ge=1, description="steps; also after the last")
     keep_checkpoints: int = Field(2, ge=1)
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field([], description="beside metrics.jsonl")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 20)
 
     @model_validator(mode="after")
     def _together(self) -> TrainConfig:
@@ -113,13 +119,13 @@ class TrainConfig(_Section):
         return self
 
 
-def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file, then KEY=VALUE overrides such as teacher.k=16, whose values are YAML too.
 
     Raises:
         ConfigError: naming the key.
     """
-    content: Any = {} if path is None else yaml.safe_load(Path(path).read_text()) or {}
+    content = _yaml(str(path), Path(path).read_text()) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values")
     for override in overrides:
@@ -128,15 +134,26 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Train
             raise ConfigError(f"an override must be KEY=VALUE, got {override!r}")
         section, *names = content, *key.split(".")
         for name in names[:-1]:
-            section = section.setdefault(name, {})
+            section[name] = {} if section.get(name) is None else section[name]
+            section = section[name]
             if not isinstance(section, dict):
                 raise ConfigError(f"{key}: {name} has no keys of its own")
-        section[names[-1]] = yaml.safe_load(value)
+        section[names[-1]] = _yaml(key, value)
     try:
         return TrainConfig.model_validate(content)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()]
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
         raise ConfigError("; ".join(problems)) from None
+
+
+def _yaml(where: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: no YAML: {' '.join(str(error).split())}") from error
 
 
 def described(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[str]:

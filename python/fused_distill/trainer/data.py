@@ -8,25 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .config import ConfigError, TrainConfig
-
-
-class Prompt(NamedTuple):
-    """One row of the data."""
-
-    row: int
-    tokens: list[int]
-    completion: list[int] | None  # the data's own
+from .config import ConfigError, DataConfig, TrainConfig
 
 
 class Sample(NamedTuple):
-    """A prompt with one completion."""
+    """A prompt and a completion: the data's own, or the student's."""
 
-    row: int
+    row: int  # of the data
     prompt: list[int]
     completion: list[int]
     truncated: bool = False  # by max_completion_length
@@ -53,60 +45,65 @@ class Batch:
         return cls(samples, tokens.to(device), (index < ends).long().to(device), mask[:, :-1].to(device))
 
 
-def load_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
-    """Training prompts and held-out ones.
+def load_data(config: TrainConfig, tokenizer: Any, completions: bool) -> tuple[list[Sample], list[Sample]]:
+    """Samples for training and held-out ones, with the data's completions where it has any.
 
     Raises:
-        ConfigError: the data cannot be read, lacks a column, or is too small for the run.
+        ConfigError: the data cannot be read, is too small for the run, or a row lacks its prompt or, where
+            `completions` are needed, its completion.
     """
-    data = config.data
+    found: list[Sample] = []
+    for i, row in enumerate(_rows(config.data)):
+        try:
+            found.append(_sample(i, row, tokenizer, config))
+        except Exception as error:  # tokenizers and their templates raise what they like
+            raise ConfigError(f"data.path: row {i}: {error}") from error
+        if completions and row.get("completion") is None:
+            raise ConfigError(
+                f"data.path: row {i} must have a completion (lmbda below 1, or a stored teacher)"
+            )
+    kept = [sample for sample in found if 0 < len(sample.prompt) <= config.data.max_prompt_length]
+    split = max(len(kept) - config.data.evaluation_prompts, 0)
+    if split < config.prompts_per_step:
+        raise ConfigError(
+            f"prompts_per_step: {config.prompts_per_step} is more than the {split} prompts left for "
+            f"training of {len(found)} rows"
+        )
+    return kept[:split], kept[split:]
+
+
+def _rows(data: DataConfig) -> Any:
     suffix = Path(data.path).suffix.lower()
     try:
         if suffix in (".jsonl", ".json", ".parquet"):
             kind = "parquet" if suffix == ".parquet" else "json"
-            rows = load_dataset(kind, data_files=data.path, split="train")
-        else:
-            rows = load_dataset(data.path, split=data.split)
+            return load_dataset(kind, data_files=data.path, split="train")
+        return load_dataset(data.path, split=data.split)
     except Exception as error:  # datasets raises whatever its readers raise
         raise ConfigError(f"data.path: {data.path} cannot be read: {error}") from error
-    assert isinstance(rows, Dataset)
-    if not {"prompt", "messages"} & set(rows.column_names):
-        raise ConfigError(f"data.path: rows must have prompt or messages, got {rows.column_names}")
-    if config.lmbda < 1 and "completion" not in rows.column_names:
-        raise ConfigError("lmbda: below 1 the data must have completion, which it has not")
-    found = [_prompt(i, row, tokenizer, config) for i, row in enumerate(rows)]
-    kept = [prompt for prompt in found if 0 < len(prompt.tokens) <= data.max_prompt_length]
-    training, held_out = kept, kept[len(kept) - data.evaluation_prompts :]
-    if data.evaluation_prompts:
-        training = kept[: -data.evaluation_prompts]
-    if len(training) < config.prompts_per_step:
-        raise ConfigError(
-            f"prompts_per_step: {config.prompts_per_step} is more than the {len(training)} prompts left for "
-            f"training of {len(found)} rows"
-        )
-    return training, held_out
 
 
-def _prompt(index: int, row: Any, tokenizer: Any, config: TrainConfig) -> Prompt:
+def _sample(index: int, row: Any, tokenizer: Any, config: TrainConfig) -> Sample:
     if row.get("messages") is not None:
-        tokens = tokenizer.apply_chat_template(
+        prompt = tokenizer.apply_chat_template(
             row["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
         )
+    elif row.get("prompt") is not None:
+        prompt = tokenizer(row["prompt"])["input_ids"]
     else:
-        tokens = tokenizer(row["prompt"])["input_ids"]
-    text, completion = row.get("completion"), None
-    if text is not None:
-        completion = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            completion = [*completion, tokenizer.eos_token_id]
-        completion = completion[: config.rollouts.max_completion_length]
-    return Prompt(index, list(tokens), completion)
+        raise ValueError(f"must have prompt or messages, got {', '.join(row)}")
+    completion = []
+    if row.get("completion") is not None:
+        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        completion += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    longest = config.rollouts.max_completion_length
+    return Sample(index, list(prompt), completion[:longest], len(completion) > longest)
 
 
-def order(prompts: list[Prompt], seed: int, start: int) -> Iterator[Prompt]:
-    """The prompts from position `start` on, epoch after epoch, each in an order of its own."""
-    for epoch in range(start // len(prompts), 1 << 62):
+def order(samples: list[Sample], seed: int, start: int) -> Iterator[Sample]:
+    """The samples from position `start` on, epoch after epoch, each in an order of its own."""
+    for epoch in range(start // len(samples), 1 << 62):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        for i in torch.randperm(len(prompts), generator=generator).tolist()[start % len(prompts) :]:
-            yield prompts[i]
+        for i in torch.randperm(len(samples), generator=generator).tolist()[start % len(samples) :]:
+            yield samples[i]
         start = 0

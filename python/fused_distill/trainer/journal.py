@@ -7,13 +7,14 @@ import html
 import io
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig
 
 SHOWN = ("loss", "forward_kl", "reverse_kl", "top1_agreement", "completion_length", "tokens_per_second")
 PLOTS = (
@@ -38,8 +39,11 @@ class Journal:
         if accelerator.is_main_process:
             config.output.mkdir(parents=True, exist_ok=True)
             self._drop_after(resumed_at)
+        for name in config.trackers:
+            if find_spec(name) is None:
+                raise ConfigError(f"trackers: {name} is not installed")
         if config.trackers:
-            accelerator.init_trackers("fused-distill", json.loads(config.model_dump_json()))
+            accelerator.init_trackers("fused-distill", {"config": config.model_dump_json()})
 
     def _drop_after(self, step: int) -> None:
         """A run that goes on from a checkpoint repeats the steps after it."""
@@ -61,7 +65,7 @@ class Journal:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
-        self.console.print(f"{kind} {step}/{self.config.steps}  {shown}", highlight=False)
+        self.console.print(f"{kind} {step}/{self.config.steps}  {shown}", highlight=False, soft_wrap=True)
         if self.config.trackers:
             self.accelerator.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=step)
 

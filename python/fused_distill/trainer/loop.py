@@ -9,24 +9,25 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import AutoTokenizer, get_scheduler
 
 from .._settings import DistillStats
-from ..output_heads import output_head
-from ..rollout_buffer import split_on_groups
-from .checkpoint import latest_checkpoint, save_checkpoint
+from ..output_heads import OutputHead
+from .checkpoint import checkpoints, save_checkpoint
 from .config import ConfigError, TrainConfig
-from .data import Batch, Prompt, Sample, load_prompts, order
+from .data import Batch, Sample, load_data, order
 from .journal import Journal
-from .student import Writer, hidden_states, inside_forward, load_student
-from .targets import FullTargets, TopKTargets, distillation_loss
-from .teachers import load_teacher, top_ids
+from .student import Writer, load_student, pretrained, through_student
+from .targets import FullTargets, TopKTargets, distillation_loss, topk_targets
+from .teachers import load_teacher
 
 Sums = Any  # a Counter of floats, which its type does not allow
 
@@ -34,7 +35,7 @@ BATCH = 8  # samples of an evaluation's forward pass
 SHOWN_SAMPLES = 3
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(FloatingPointError):
     """The loss is NaN or infinite; the message says at which tokens."""
 
 
@@ -44,20 +45,28 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.accelerator = Accelerator(
-            mixed_precision=config.precision,
+            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            cpu=not torch.accelerator.is_available(),  # else a second process on the CPU runs on its own
             log_with=[*config.trackers] or None,
             project_dir=str(config.output),
         )
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        sharded = self.accelerator.is_fsdp2
+        if self.accelerator.distributed_type == DistributedType.FSDP and not sharded:
+            raise ConfigError("fsdp_version: must be 2 (of accelerate's settings)")
         slices = self.processes * config.gradient_accumulation_steps
-        if config.prompts_per_step % slices:
-            raise ConfigError(
-                f"prompts_per_step: {config.prompts_per_step} must be a multiple of processes times "
-                f"gradient_accumulation_steps, {slices}"
-            )
+        for key, value, unit in (
+            ("prompts_per_step", config.prompts_per_step, slices),
+            ("data.evaluation_prompts", config.data.evaluation_prompts, self.processes),
+        ):
+            if value % unit:
+                raise ConfigError(
+                    f"{key}: {value} must be a multiple of {unit}, as {self.processes} processes and "
+                    f"{config.gradient_accumulation_steps} gradient_accumulation_steps share them"
+                )
         self.device = self.accelerator.device
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(config.student)
-        self.prompts, self.held_out = load_prompts(config, self.tokenizer)
+        self.tokenizer = pretrained(AutoTokenizer, "student", config.student)
+        self.samples, self.held_out = load_data(config, self.tokenizer, completions=config.lmbda < 1)
         self.teacher = load_teacher(config, self.tokenizer, self.device)
         torch.manual_seed(config.seed)
         model = load_student(config)
@@ -67,103 +76,89 @@ class Trainer:
         self.model: Any = self.accelerator.unwrap_model(self.wrapped)
         self.schedule: Any = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, config.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.writer = Writer(self.model, config)
+        self.writer = Writer(self.wrapped, self.model, config, sharded)
         self.step = 0
+        self.sent_at: int | None = None  # the step whose weights the rollout server has
         self.seconds: Sums = Counter()
         self.stopping = False
 
     def fill_buffer(self) -> list[list[Sample]]:
         """This process's samples of one step, a list for each slice of the gradient accumulation."""
-        config = self.config
+        config, slices = self.config, self.config.gradient_accumulation_steps
         start = self.step * config.prompts_per_step
-        mine = list(islice(order(self.prompts, config.seed, start), config.prompts_per_step))
-        mine = mine[self.rank :: self.processes]
-        each = len(mine) // config.gradient_accumulation_steps
+        given = list(islice(order(self.samples, config.seed, start), config.prompts_per_step))
+        mine = given[self.rank :: self.processes]
+        each = len(mine) // slices
         coin = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)  # the same in every process
-        slices = config.gradient_accumulation_steps
         on_policy = int((torch.rand(slices, generator=coin) < config.lmbda).sum())
-        student_writes, data_has = mine[: on_policy * each], mine[on_policy * each :]
-        samples = [Sample(p.row, p.tokens, p.completion or []) for p in data_has]
-        filled = [samples[i : i + each] for i in range(0, len(samples), each)]
+        buffer = [mine[i * each : (i + 1) * each] for i in range(on_policy, slices)]
         if on_policy:
-            filled += self.written(student_writes, on_policy)
-        return filled
-
-    def written(self, prompts: list[Prompt], slices: int) -> list[list[Sample]]:
-        """The student's completions of the prompts, cut into slices between prompts."""
-        seed = (self.config.seed << 40) + (self.step * self.processes + self.rank << 16)
-        found = self.writer.write(prompts, seed)
-        return [[one.sample for one in part] for part in split_on_groups(found, slices)]
+            seed = (config.seed << 40) + (self.step * self.processes + self.rank << 16)
+            n = config.rollouts.num_generations
+            buffer += self.writer.write(mine[: on_policy * each], seed, n, on_policy)
+        return buffer
 
     def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, DistillStats]:
         """The batch's share of the step's loss, and its statistics a token."""
+        config, vocab_size = self.config, self.teacher.vocab_size
 
-        def student_ids() -> Tensor:
-            def ids() -> TopKTargets:
-                hidden, head = hidden_states(self.model, batch), output_head(self.model)
-                return top_ids(hidden, head, self.config.teacher.k, batch.mask, self.config.temperature)
+        def compute(hidden: Tensor, head: OutputHead) -> tuple[Tensor, DistillStats]:
+            def student_ids() -> Tensor:
+                return topk_targets(hidden, head, batch, config, vocab_size).ids
 
-            with torch.no_grad():
-                return inside_forward(self.wrapped, self.model, ids).ids
-
-        with self.accelerator.autocast():
             with self.timed("teacher_seconds"):
                 targets = self.teacher.targets(batch, student_ids)
+            loss, stats = distillation_loss(hidden, head, targets, batch, config, vocab_size, normalizer)
+            if not loss.isfinite():
+                raise NonFiniteLoss(self.diagnosis(batch, targets, stats))
+            return loss, stats
 
-            def compute() -> tuple[Tensor, DistillStats]:
-                hidden, head = hidden_states(self.model, batch), output_head(self.model)
-                return distillation_loss(hidden, head, targets, batch.mask, self.config, normalizer)
-
-            loss, stats = inside_forward(self.wrapped, self.model, compute)
-        if not loss.isfinite():
-            raise NonFiniteLoss(self.diagnosis(batch, targets, stats))
-        return loss, stats
+        with self.accelerator.autocast():
+            return through_student(self.wrapped, self.model, batch, compute)
 
     def diagnosis(self, batch: Batch, targets: FullTargets | TopKTargets, stats: DistillStats) -> str:
         """Which tokens of a batch have no finite divergence, and whose numbers are at fault."""
         bad = batch.mask & ~(stats.forward_kl.isfinite() & stats.reverse_kl.isfinite())
-        lines = [f"the loss is not finite at {int(bad.sum())} of {int(batch.mask.sum())} tokens"]
-        numbers = targets.hidden if isinstance(targets, FullTargets) else targets.logprobs
-        broken = numbers.isnan().any(-1)
+        broken = (targets.hidden if isinstance(targets, FullTargets) else targets.logprobs).isnan().any(-1)
+        found = [f"the loss is not finite at {int(bad.sum())} of {int(batch.mask.sum())} tokens"]
         for row, position in bad.nonzero().tolist()[:5]:
-            token = batch.tokens[row, position + 1].item()
-            whose = "the teacher's numbers are NaN" if broken[row, position] else "the teacher's are sound"
-            lines.append(
-                f"row {batch.samples[row].row} of the data, token {position + 1} "
-                f"({self.tokenizer.decode([token])!r}): {whose}"
+            text = self.tokenizer.decode([batch.tokens[row, position + 1]])
+            whose = "are NaN" if broken[row, position] else "are sound"
+            found.append(
+                f"row {batch.samples[row].row} of the data, token {position + 1} ({text!r}): "
+                f"the teacher's numbers {whose}"
             )
-        return "\n".join(lines)
+        return "; ".join(found)
 
-    def update(self, slices: list[list[Sample]]) -> dict[str, float]:
-        """One optimizer step; the loss is the mean over the tokens of all slices and processes."""
-        batches = [Batch.of(samples, self.device) for samples in slices]
-        counted = sum(int(batch.mask.sum()) for batch in batches)
-        total = max(1.0, self.sum({"tokens": counted})["tokens"])
+    def update(self, buffer: list[list[Sample]]) -> dict[str, float]:
+        """One optimizer step; the loss is the mean over the tokens of the buffers of all processes."""
+        batches = [Batch.of(samples, self.device) for samples in buffer]
+        total = max(1.0, self.sum({"tokens": sum(int(batch.mask.sum()) for batch in batches)})["tokens"])
         sums: Sums = Counter()
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 loss, stats = self.loss(batch, total)
-                with self.timed("update_seconds"):
-                    # DDP and FSDP average over the processes; the tokens of all of them are in `total`.
-                    self.accelerator.backward(loss * self.processes)
+                # DDP and FSDP average over the processes; the tokens of all of them are in `total`.
+                self.accelerator.backward(loss * self.processes)
             sums.update(statistics(batch, stats) | {"loss": loss.item() * total})
-        with self.timed("update_seconds"):
-            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
-            self.optimizer.step()
-            self.schedule.step()
-            self.optimizer.zero_grad()
-        means = averages(self.sum(sums))
-        return means | {"grad_norm": float(norm or 0.0), "learning_rate": self.schedule.get_last_lr()[0]}
+        norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not isfinite(norm) and self.config.precision != "fp16":  # whose scaler leaves the step out
+            raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        rate = self.schedule.get_last_lr()[0]
+        return averages(self.sum(sums)) | {"grad_norm": norm, "learning_rate": rate}
 
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], list[str]]:
         """The loss on held-out prompts, and a few of the texts that it is of."""
-        mine = self.held_out[self.rank :: self.processes]
-        if self.config.teacher.stored is not None:
-            samples = [Sample(p.row, p.tokens, p.completion or []) for p in mine]
-        else:
-            samples = [one.sample for one in self.writer.write(mine, seed=self.config.seed, n=1)]
+        samples = self.held_out[self.rank :: self.processes]
+        if self.config.teacher.stored is None:
+            self.send_weights()
+            [samples] = self.writer.write(samples, self.config.seed + self.rank, 1)
         sums: Sums = Counter()
         for start in range(0, len(samples), BATCH):
             batch = Batch.of(samples[start : start + BATCH], self.device)
@@ -174,10 +169,9 @@ class Trainer:
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Over all processes."""
-        names = sorted(values)
-        numbers = torch.tensor([float(values[n]) for n in names], dtype=torch.float64, device=self.device)
+        numbers = torch.tensor([*values.values()], dtype=torch.float64, device=self.device)
         total: Any = self.accelerator.reduce(numbers, "sum")
-        return dict(zip(names, total.tolist(), strict=True))
+        return dict(zip(values, total.tolist(), strict=True))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -192,13 +186,30 @@ class Trainer:
         """The student as transformers and vLLM load it."""
         state = self.accelerator.get_state_dict(self.wrapped)
         if self.accelerator.is_main_process:
+            # Tied weights once, which transformers does not see where they were gathered from shards.
+            names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+            tied = names - {name for name, _ in self.model.named_parameters()}
+            state = {name: tensor for name, tensor in state.items() if name not in tied}
             self.model.save_pretrained(folder, state_dict=state)
             self.tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
 
+    def send_weights(self) -> None:
+        """To the server that writes completions, if there is one, unless it has them."""
+        if self.writer.server is None or self.sent_at == self.step:
+            return
+        folder = self.config.output / "weights"
+        self.save(folder)
+        if self.accelerator.is_main_process:
+            self.writer.server.sync_from_disk(folder)
+        self.accelerator.wait_for_everyone()
+        self.sent_at = self.step
+
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Distil a student; returns the folder that holds it.
+
+    SIGTERM ends the run after the step under way, with a checkpoint.
 
     Args:
         config: of the run. Its output folder then holds student, metrics.jsonl, report.html and checkpoints.
@@ -208,44 +219,58 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         ConfigError: a setting that does not fit, by its key.
         NonFiniteLoss: with the tokens at which the loss is not finite.
     """
+    found = checkpoints(config.output)
+    if found and not resume:
+        raise ConfigError(f"output: {config.output} holds checkpoints: --resume goes on from the last")
     run = Trainer(config)
-    found = latest_checkpoint(config.output) if resume else None
-    if found is not None:
-        run.accelerator.load_state(str(found))
-        run.step = int(found.name.removeprefix("step-"))
+    if found:
+        run.accelerator.load_state(str(found[-1]))
+        run.step = int(found[-1].name.removeprefix("step-"))
     journal = Journal(run.accelerator, config, run.step)
 
     def stop(*_: object) -> None:
         run.stopping = True
 
-    signal.signal(signal.SIGTERM, stop)  # finish the step, save, end
-    if run.step == 0 and run.held_out:
-        journal.write(0, "evaluation", *run.evaluate())
-    while run.step < config.steps:
-        run.seconds.clear()
-        torch.manual_seed(config.seed * 1_000_003 + run.step)  # of nothing but this step
-        with run.timed("rollout_seconds"):
-            if run.step % config.rollouts.sync_every == 0:
-                run.writer.sync(run.save)
-            slices = run.fill_buffer()
-        metrics = run.update(slices)
-        run.step += 1
-        spent = sum(run.seconds.values())
-        speed = {"tokens_per_second": metrics["tokens"] / spent, "memory_gib": memory_gib(run.device)}
-        journal.write(run.step, "train", metrics | speed | dict(run.seconds))
-        last = run.step == config.steps
-        if run.held_out and (last or run.step % config.evaluate_every == 0):
-            journal.write(run.step, "evaluation", *run.evaluate())
-        stopping = run.sum({"stopping": run.stopping})["stopping"] > 0
-        if last or stopping or run.step % config.save_every == 0:
-            save_checkpoint(run.accelerator, config.output, run.step, config.keep_checkpoints)
-        if stopping:
-            break
-    student = config.output / "student"
-    run.save(student)
-    journal.report()
-    run.accelerator.end_training()
+    with signal_handler(signal.SIGTERM, stop):
+        if run.step == 0 and run.held_out:
+            journal.write(0, "evaluation", *run.evaluate())
+        while run.step < config.steps:
+            run.seconds.clear()
+            torch.manual_seed(config.seed * 1_000_003 + run.step)  # of nothing but this step
+            with run.timed("rollout_seconds"):
+                if run.sent_at is None or run.step % config.rollouts.sync_every == 0:
+                    run.send_weights()
+                buffer = run.fill_buffer()
+            with run.timed("update_seconds"):
+                metrics = run.update(buffer)
+            run.seconds["update_seconds"] -= run.seconds["teacher_seconds"]  # which is inside
+            run.step += 1
+            spent = sum(run.seconds.values())
+            speed = {"tokens_per_second": metrics["tokens"] / spent, "memory_gib": memory_gib(run.device)}
+            journal.write(run.step, "train", metrics | speed | dict(run.seconds))
+            last = run.step == config.steps
+            if run.held_out and (last or run.step % config.evaluate_every == 0):
+                journal.write(run.step, "evaluation", *run.evaluate())
+            stopping = run.sum({"stopping": run.stopping})["stopping"] > 0
+            if last or stopping or run.step % config.save_every == 0:
+                save_checkpoint(run.accelerator, config.output, run.step, config.keep_checkpoints)
+            if stopping:
+                break
+        student = config.output / "student"
+        run.save(student)
+        journal.report()
+        run.accelerator.end_training()
     return student
+
+
+@contextmanager
+def signal_handler(number: int, handler: Any) -> Iterator[None]:
+    """Inside, a signal calls the handler; afterwards what it called before."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def statistics(batch: Batch, stats: DistillStats) -> dict[str, float]:

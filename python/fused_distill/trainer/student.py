@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ..serving.rollouts import RolloutEngine, Sampling, TransformersRollouts
+from ..output_heads import OutputHead, output_head
+from ..rollout_buffer import split_on_groups
+from ..serving.rollouts import Completion, RolloutEngine, Sampling, TransformersRollouts
 from ..serving.vllm_rollouts import VllmRollouts
-from .config import TrainConfig
-from .data import Batch, Prompt, Sample
+from .config import ConfigError, TrainConfig
+from .data import Batch, Sample
 
 T = TypeVar("T")
+
+
+def pretrained(kind: Any, key: str, name: str, **options: Any) -> Any:
+    """`kind.from_pretrained`; a failure names the key."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {name} cannot be loaded: {error}") from error
 
 
 def load_student(config: TrainConfig) -> Any:
@@ -24,7 +33,7 @@ def load_student(config: TrainConfig) -> Any:
 
     Dropout is off: rollouts, scores and updates are of the same function.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(config.student, dtype=torch.float32).eval()
+    model = pretrained(AutoModelForCausalLM, "student", config.student, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         if any(part in name for part in config.frozen):
             parameter.requires_grad_(False)
@@ -38,69 +47,71 @@ def load_student(config: TrainConfig) -> Any:
     adapters = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, adapters).eval()
+    head = model.get_output_embeddings()
+    try:
+        model = get_peft_model(model, adapters).eval()
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules: {error}") from error
+    if model.get_output_embeddings() is not head:
+        raise ConfigError("lora.target_modules: must not hold the output layer, which the loss fuses")
+    return model
 
 
-def inside_forward(wrapped: Any, model: Any, function: Callable[[], T]) -> T:
-    """`function` called in the forward of `wrapped`, the model in DDP or FSDP, which then do their part."""
-    own = model.forward
+def inside_forward(wrapped: Any, module: Any, function: Callable[..., T], *inputs: Tensor) -> T:
+    """`function` called in the forward of `wrapped`, `module` with DDP's or FSDP's part around it."""
+    own, results = module.forward, []
 
-    def once(*_: object, **__: object) -> T:
-        model.forward = own
-        return function()
+    def once(*inputs: Tensor) -> T:
+        module.forward = own
+        results.append(function(*inputs))
+        return results[0]
 
-    model.forward = once
-    return wrapped()
-
-
-def hidden_states(model: Any, batch: Batch) -> Tensor:
-    """(B, T - 1, D) last hidden states; the one at a token predicts the next."""
-    decoder = model.get_decoder()
-    output = decoder(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
-    return output.last_hidden_state[:, :-1]
+    module.forward = once
+    wrapped(*inputs)
+    return results[0]  # as computed, not as FSDP casts it
 
 
-class Written(NamedTuple):
-    """A sample for `split_on_groups`."""
+def through_student(wrapped: Any, model: Any, batch: Batch, compute: Callable[[Tensor, OutputHead], T]) -> T:
+    """`compute` called with the student's hidden states (B, T - 1, D), each of which predicts the next token,
+    and its head; inside the forwards of model and head, where FSDP has gathered their weights."""
+    layer = model.get_output_embeddings()
 
-    group: int  # the prompt's position in the call
-    tokens: list[int]
-    sample: Sample
+    def whole(tokens: Tensor) -> T:
+        output = model.get_decoder()(input_ids=tokens, attention_mask=batch.attention, use_cache=False)
+        hidden = output.last_hidden_state[:, :-1]
+        return inside_forward(layer, layer, lambda states: compute(states, output_head(model)), hidden)
+
+    return inside_forward(wrapped, model, whole, batch.tokens)
 
 
 class Writer:
     """Completions of the student as it is, by transformers or by a vLLM server that gets its weights."""
 
-    def __init__(self, model: Any, config: TrainConfig):
-        self.config = config
-        self.engine: RolloutEngine = TransformersRollouts(model)
+    def __init__(self, wrapped: Any, model: Any, config: TrainConfig, sharded: bool):
+        self.wrapped, self.model, self.config, self.sharded = wrapped, model, config, sharded
+        self.engine: RolloutEngine = TransformersRollouts(model, synced=sharded)
         self.server: VllmRollouts | None = None
         if config.rollouts.url is not None:
             self.engine = self.server = VllmRollouts(
                 config.rollouts.url, token=os.environ.get("FUSED_DISTILL_TOKEN")
             )
 
-    def sync(self, save: Callable[[Path], None]) -> None:
-        """Send the weights that `save` writes, if there is a server to send them to."""
-        if self.server is not None:
-            folder = self.config.output / "weights"
-            save(folder)
-            self.server.sync_from_disk(folder)
-
-    def write(self, prompts: list[Prompt], seed: int, n: int | None = None) -> list[Written]:
-        """n completions of each prompt."""
+    @torch.no_grad()
+    def write(self, given: list[Sample], seed: int, n: int, slices: int = 1) -> list[list[Sample]]:
+        """n completions of each prompt, cut into slices between prompts."""
         how = self.config.rollouts
-        sampling = Sampling(
-            n=n or how.num_generations,
-            max_tokens=how.max_completion_length,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            top_k=how.top_k,
-            seed=seed,
-        )
-        completions = self.engine.generate([p.tokens for p in prompts], sampling)
-        found: list[Written] = []
-        for c in completions:
-            sample = Sample(prompts[c.group].row, c.prompt, c.tokens, c.finish_reason == "length")
-            found.append(Written(c.group, c.tokens, sample))
-        return found
+        sampling = Sampling(n, how.max_completion_length, how.temperature, how.top_p, how.top_k, seed)
+
+        def generate(*_: Tensor) -> list[Completion]:
+            return self.engine.generate([sample.prompt for sample in given], sampling)
+
+        if (
+            self.sharded and self.server is None
+        ):  # adapters generate with a module that FSDP does not begin at
+            completions = inside_forward(self.wrapped, self.model, generate)
+        else:
+            completions = generate()
+        return [
+            [Sample(given[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
+            for part in split_on_groups(completions, slices)
+        ]

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from .. import fused_linear_jsd, fused_linear_topk_jsd
+from .. import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
+from .._settings import DistillStats
 from ..output_heads import OutputHead
 from .config import TrainConfig
 from .data import Batch
@@ -32,33 +33,62 @@ class TopKTargets(NamedTuple):
 class Teacher(Protocol):
     """What a step needs of a teacher."""
 
+    vocab_size: int  # columns that its head and the student's have in common
+
     def targets(self, batch: Batch, student_ids: StudentIds) -> FullTargets | TopKTargets:
         """The teacher's side of the loss; student_ids is called for targets "student_topk" only."""
         ...
+
+
+def topk_targets(
+    hidden: Tensor,  # (B, T - 1, D)
+    head: OutputHead,
+    batch: Batch,
+    config: TrainConfig,
+    vocab_size: int,
+    ids: Tensor | None = None,  # (B, T - 1, k)
+) -> TopKTargets:
+    """A model at the given ids; None: at its own teacher.k likeliest."""
+    found = topk_logprobs(
+        hidden,
+        head.weight,
+        config.teacher.k if ids is None else 0,
+        ids,
+        bias=head.bias,
+        mask=batch.mask,
+        temperature=config.temperature,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        vocab_size=vocab_size,
+    )
+    if ids is None or found.actual_logprobs is None:
+        return TopKTargets(found.logprobs, found.ids)
+    return TopKTargets(found.actual_logprobs, ids)
 
 
 def distillation_loss(
     hidden: Tensor,  # (B, T - 1, Ds)
     head: OutputHead,
     targets: FullTargets | TopKTargets,
-    mask: Tensor,  # (B, T - 1) bool
+    batch: Batch,
     config: TrainConfig,
-    normalizer: float | Tensor,
-) -> Any:
-    """(loss, DistillStats) of a batch; `normalizer` is the count of tokens that the mean is over."""
+    vocab_size: int,
+    normalizer: float,
+) -> tuple[Tensor, DistillStats]:
+    """The loss of a batch and its statistics; `normalizer` is the count of tokens that the mean is over."""
     common: dict[str, Any] = {
-        "mask": mask,
+        "mask": batch.mask,
         "student_bias": head.bias,
         "student_logit_scale": head.logit_scale,
         "student_softcap": head.softcap,
         "beta": config.beta,
         "temperature": config.temperature,
+        "vocab_size": vocab_size,
         "normalizer": normalizer,
         "return_stats": True,
     }
     if isinstance(targets, TopKTargets):
-        tail = config.teacher.tail
-        return fused_linear_topk_jsd(hidden, head.weight, targets.logprobs, targets.ids, tail=tail, **common)
+        return fused_linear_topk_jsd(hidden, head.weight, *targets, tail=config.teacher.tail, **common)
     teacher = targets.head
     return fused_linear_jsd(
         hidden,

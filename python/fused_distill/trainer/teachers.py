@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from .. import topk_logprobs
 from ..output_heads import OutputHead, output_head
 from ..serving.align import align, align_hidden_states
 from ..serving.client import TeacherClient
@@ -18,22 +17,8 @@ from ..serving.engine import load_tokenizer, tokenizer_fingerprint
 from .config import ConfigError, TrainConfig
 from .data import Batch
 from .stored import StoredTeacher
-from .targets import FullTargets, StudentIds, Teacher, TopKTargets
-
-
-def top_ids(hidden: Tensor, head: OutputHead, k: int, mask: Tensor, temperature: float) -> TopKTargets:
-    """A model's own k likeliest tokens where `mask` is True."""
-    top = topk_logprobs(
-        hidden,
-        head.weight,
-        k,
-        bias=head.bias,
-        mask=mask,
-        temperature=temperature,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-    )
-    return TopKTargets(top.logprobs, top.ids)
+from .student import pretrained
+from .targets import FullTargets, StudentIds, Teacher, TopKTargets, topk_targets
 
 
 @dataclass
@@ -42,64 +27,47 @@ class LocalTeacher:
 
     model: Any
     config: TrainConfig
+    vocab_size: int
 
     @torch.no_grad()
     def targets(self, batch: Batch, student_ids: StudentIds) -> FullTargets | TopKTargets:
         """See Teacher."""
-        wanted, head = self.config.teacher, output_head(self.model)
+        wanted, head = self.config.teacher.targets, output_head(self.model)
         decoder = self.model.get_decoder()
-        hidden = decoder(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
-        hidden = hidden.last_hidden_state[:, :-1]
-        if wanted.targets == "full":
+        output = decoder(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
+        hidden: Tensor = output.last_hidden_state[:, :-1]
+        if wanted == "full":
             return FullTargets(hidden, head)
-        temperature = self.config.temperature
-        if wanted.targets == "topk":
-            return top_ids(hidden, head, wanted.k, batch.mask, temperature)
-        ids = student_ids()
-        found = topk_logprobs(
-            hidden,
-            head.weight,
-            0,
-            ids,
-            bias=head.bias,
-            mask=batch.mask,
-            temperature=temperature,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        )
-        assert found.actual_logprobs is not None
-        return TopKTargets(found.actual_logprobs, ids)
+        ids = student_ids() if wanted == "student_topk" else None
+        return topk_targets(hidden, head, batch, self.config, self.vocab_size, ids)
 
 
+@dataclass
 class ServedTeacher:
     """A teacher server, ours or a stock vLLM's."""
 
-    def __init__(self, client: TeacherClient, config: TrainConfig, device: torch.device):
-        self.client, self.config = client, config
-        self.head: OutputHead | None = None
-        if config.teacher.targets == "full":
-            head = client.head()
-            bias = None if head.bias is None else head.bias.to(device)
-            self.head = head._replace(weight=head.weight.to(device), bias=bias)
+    client: TeacherClient
+    config: TrainConfig
+    vocab_size: int
+    head: OutputHead | None  # for targets "full"
 
     def targets(self, batch: Batch, student_ids: StudentIds) -> FullTargets | TopKTargets:
         """See Teacher."""
-        wanted, mask = self.config.teacher, batch.mask
+        wanted, temperature, mask = self.config.teacher, self.config.temperature, batch.mask
         asked = [[*s.prompt, *s.completion] for s in batch.samples], [len(s.prompt) for s in batch.samples]
         if self.head is not None:
-            weight = self.head.weight
-            dtype = "float32" if weight.dtype == torch.float32 else "bfloat16"
+            dtype = "float32" if self.head.weight.dtype == torch.float32 else "bfloat16"
             states = align_hidden_states(self.client.get_hidden_states(*asked, dtype=dtype), mask)
-            return FullTargets(states.to(weight.dtype), self.head)
-        temperature = self.config.temperature
+            return FullTargets(states.to(self.head.weight.dtype), self.head)
         if wanted.targets == "topk":
             answer = self.client.get_sequence_logprobs(*asked, top_logprobs=wanted.k, temperature=temperature)
-            aligned = align(answer, mask)
-            return TopKTargets(aligned.logprobs, aligned.ids)
+            logprobs, ids, *_ = align(answer, mask)
+            # Tokens that the student's head has no row for belong to the rest.
+            return TopKTargets(logprobs.masked_fill(ids >= self.vocab_size, -torch.inf), ids)
         ids = student_ids()
-        chosen = ids[mask].split(mask.sum(1).tolist())
+        chosen = [rows.cpu().numpy() for rows in ids[mask].split(mask.sum(1).tolist())]
         answer = self.client.get_sequence_logprobs(
-            *asked, top_logprobs=0, temperature=temperature, score_ids=[c.cpu().numpy() for c in chosen]
+            *asked, top_logprobs=0, temperature=temperature, score_ids=chosen
         )
         scores = align(answer, mask).score_logprobs
         assert scores is not None
@@ -113,22 +81,38 @@ def load_teacher(config: TrainConfig, tokenizer: Any, device: torch.device) -> T
         ConfigError: its tokenizer is not the student's, or it does not fit otherwise.
     """
     wanted, fingerprint = config.teacher, tokenizer_fingerprint(tokenizer)
+    vocab_size: int = pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
     if wanted.model is not None:
-        own = load_tokenizer(wanted.model)
-        _same_tokenizer("teacher.model", fingerprint, own and tokenizer_fingerprint(own))
         dtype = wanted.dtype
         if dtype == "auto":
             dtype = "float32" if device.type == "cpu" else "bfloat16"
-        model: Any = AutoModelForCausalLM.from_pretrained(wanted.model, dtype=getattr(torch, dtype))
-        return LocalTeacher(model.to(device).eval().requires_grad_(False), config)
-    if wanted.stored is not None:
-        stored = StoredTeacher(wanted.stored)
-        _same_tokenizer("teacher.stored", fingerprint, stored.info["tokenizer_fingerprint"])
-        return _checked_store(stored, config)
-    assert wanted.url is not None
-    client = TeacherClient(wanted.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
-    _same_tokenizer("teacher.url", fingerprint, client.info().get("tokenizer_fingerprint"))
-    return ServedTeacher(client, config, device)
+        own = load_tokenizer(wanted.model)
+        _same_tokenizer("teacher.model", fingerprint, own and tokenizer_fingerprint(own))
+        model = pretrained(AutoModelForCausalLM, "teacher.model", wanted.model, dtype=getattr(torch, dtype))
+        model.to(device).eval().requires_grad_(False)
+        teacher = LocalTeacher(model, config, min(vocab_size, len(output_head(model).weight)))
+    elif wanted.stored is not None:
+        teacher = StoredTeacher(wanted.stored, vocab_size)
+        _same_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer_fingerprint"])
+        for name, want in (("k", wanted.k), ("temperature", config.temperature)):
+            if teacher.info[name] != want:
+                raise ConfigError(
+                    f"teacher.stored: it was written with {name} {teacher.info[name]}, not {want}"
+                )
+    else:
+        assert wanted.url is not None
+        client = TeacherClient(wanted.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
+        info = client.info()
+        _same_tokenizer("teacher.url", fingerprint, info.get("tokenizer_fingerprint"))
+        _check_capabilities(config, info.get("capabilities", []))
+        head = client.head() if wanted.targets == "full" else None
+        if head is not None:
+            bias = None if head.bias is None else head.bias.to(device)
+            head = head._replace(weight=head.weight.to(device), bias=bias)
+        teacher = ServedTeacher(client, config, min(vocab_size, info.get("vocab_size", vocab_size)), head)
+    if wanted.targets != "full" and wanted.k > teacher.vocab_size:
+        raise ConfigError(f"teacher.k: {wanted.k} is more than the {teacher.vocab_size} tokens there are")
+    return teacher
 
 
 def _same_tokenizer(key: str, student: str, teacher: str | None) -> None:
@@ -140,8 +124,11 @@ def _same_tokenizer(key: str, student: str, teacher: str | None) -> None:
         )
 
 
-def _checked_store(stored: StoredTeacher, config: TrainConfig) -> StoredTeacher:
-    for name, want in (("k", config.teacher.k), ("temperature", config.temperature)):
-        if stored.info[name] != want:
-            raise ConfigError(f"teacher.stored: it was written with {name} {stored.info[name]}, not {want}")
-    return stored
+def _check_capabilities(config: TrainConfig, capabilities: list[str]) -> None:
+    """A stock vLLM server has none of these."""
+    targets = config.teacher.targets
+    needed = {"full": "hidden_states", "student_topk": "score_ids", "topk": None}[targets]
+    if needed is not None and needed not in capabilities:
+        raise ConfigError(f"teacher.targets: must be topk with this server, which has no {needed}")
+    if config.temperature != 1 and "temperature" not in capabilities:
+        raise ConfigError(f"temperature: must be 1 with this server, got {config.temperature}")

@@ -1,0 +1,125 @@
+"""Rows become tokens, tokens become batches."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fused_distill.trainer.config import ConfigError
+from fused_distill.trainer.data import Batch, Sample, load_data, order
+from trainer_cases import ABOUT_THE_TRAINER, Lab, transformers
+from trainer_cases import lab as lab
+
+pytestmark = ABOUT_THE_TRAINER
+
+
+@pytest.fixture
+def tokenizer(lab: Lab) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(lab.student)
+
+
+def written(folder: Path, rows: list[dict[str, Any]]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.path={path}"
+
+
+def text(tokenizer: Any, tokens: list[int]) -> str:
+    return "".join(tokenizer.convert_ids_to_tokens(tokens))
+
+
+def test_jsonl_parquet_and_a_data_sets_split_give_the_same_samples(
+    lab: Lab, tmp_path: Path, tokenizer: Any
+) -> None:
+    from pyarrow import json as arrow_json
+    from pyarrow import parquet
+
+    table = arrow_json.read_json(lab.data)
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "set").mkdir()
+    parquet.write_table(table, tmp_path / "set" / "test-00000.parquet")
+    parquet.write_table(table.slice(5), tmp_path / "set" / "train-00000.parquet")
+    jsonl = load_data(lab.config(tmp_path), tokenizer, True)
+    for source in (["data.path={}/rows.parquet"], ["data.path={}/set", "data.split=test"]):
+        config = lab.config(tmp_path, *(one.format(tmp_path) for one in source))
+        assert load_data(config, tokenizer, True) == jsonl
+    assert len(jsonl[0]) == 40
+
+
+def test_the_last_rows_are_held_out(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+    training, held_out = load_data(lab.config(tmp_path, "data.evaluation_prompts=3"), tokenizer, False)
+    assert [s.row for s in training] == list(range(37))
+    assert [s.row for s in held_out] == [37, 38, 39]
+
+
+def test_completions_end_with_the_end_and_are_cut_to_length(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": "ab", "completion": "cde"}, {"prompt": "ab", "completion": "cdefghi"}]
+    config = lab.config(tmp_path, written(tmp_path, rows), "prompts_per_step=1")
+    (short, long), _ = load_data(config, tokenizer, True)
+    assert text(tokenizer, short.prompt + short.completion) == "abcde<eos>"
+    assert text(tokenizer, long.completion) == "cdefgh"
+    assert (short.truncated, long.truncated) == (False, True)
+
+
+def test_messages_go_through_the_chat_template(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    rows = [{"messages": [{"role": "user", "content": "hi"}]}]
+    config = lab.config(tmp_path, written(tmp_path, rows), "prompts_per_step=1")
+    [sample], _ = load_data(config, tokenizer, False)
+    assert text(tokenizer, sample.prompt) == "u:hi;a:"
+    assert sample.completion == []
+
+
+def test_empty_and_long_prompts_are_left_out(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": p} for p in ("abcd", "", "abcde", "a")]
+    config = lab.config(tmp_path, written(tmp_path, rows), "prompts_per_step=1", "data.max_prompt_length=4")
+    training, _ = load_data(config, tokenizer, False)
+    assert [s.row for s in training] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([{"text": "a"}], "row 0: must have prompt or messages, got text"),
+        ([{"prompt": "a"}, {"prompt": None}], "row 1: must have prompt or messages"),
+        ([{"prompt": 3}], "row 0: "),
+        ([{"messages": [{"role": "user", "content": "a"}]}], "row 0: .*chat_template"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "row 1 must have a completion"),
+    ],
+)
+def test_a_row_that_does_not_do_is_named(
+    lab: Lab, tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], complaint: str
+) -> None:
+    config = lab.config(tmp_path, written(tmp_path, rows), "prompts_per_step=1")
+    with pytest.raises(ConfigError, match=f"data.path: {complaint}"):
+        load_data(config, tokenizer, completions="completion" in rows[0])
+
+
+def test_order_goes_on_from_any_position() -> None:
+    samples = [Sample(i, [1], []) for i in range(7)]
+    whole = list(islice(order(samples, 3, 0), 30))
+    for start in (0, 5, 7, 16):
+        assert list(islice(order(samples, 3, start), 30 - start)) == whole[start:]
+
+
+def test_every_epoch_has_every_sample_in_an_order_of_its_own() -> None:
+    samples = [Sample(i, [1], []) for i in range(7)]
+    rows = [s.row for s in islice(order(samples, 3, 0), 21)]
+    epochs = [rows[i : i + 7] for i in range(0, 21, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_mask_is_true_where_a_completions_token_comes_next() -> None:
+    samples = [Sample(0, [5, 6], [7, 8, 9]), Sample(1, [5, 6, 7], [8]), Sample(2, [5], [])]
+    batch = Batch.of(samples, torch.device("cpu"))
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 0], [5, 0, 0, 0, 0]]
+    assert batch.attention.sum(1).tolist() == [5, 4, 1]
+    assert batch.mask.int().tolist() == [[0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]

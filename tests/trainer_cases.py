@@ -1,0 +1,85 @@
+"""What the trainer's tests share: two tiny models, a data set, settings, and runs of their own process."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import INTERPRETED
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from fused_distill.trainer.config import TrainConfig, load_config  # noqa: E402
+
+ABOUT_THE_TRAINER = pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend")
+SETTINGS = """
+steps: 3
+prompts_per_step: 8
+learning_rate: 0.01
+data: {evaluation_prompts: 0}
+rollouts: {max_completion_length: 6}
+"""
+
+
+class Lab(NamedTuple):
+    student: Path
+    teacher: Path  # wider, and with a head of more rows than there are tokens
+    data: Path
+
+    def config(self, output: Path, *overrides: str) -> TrainConfig:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "settings.yaml").write_text(SETTINGS)
+        own = f"student={self.student}", f"output={output}", f"data.path={self.data}"
+        teacher = (
+            () if any(o.startswith("teacher.url") for o in overrides) else (f"teacher.model={self.teacher}",)
+        )
+        return load_config(output / "settings.yaml", [*own, *teacher, *overrides])
+
+
+def save_model(path: Path, tokenizer: Path, **changes: Any) -> Path:
+    """A random model whose distributions are far from uniform."""
+    torch.manual_seed(len(changes))
+    config = transformers.AutoConfig.from_pretrained(tokenizer)
+    config.update({"num_hidden_layers": 2, "layer_types": config.layer_types[:2], **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.get_input_embeddings().weight.data.mul_(20)
+    model.save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lab(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    folder = tmp_path_factory.mktemp("lab")
+    draw = random.Random(0)
+
+    def text(least: int, most: int) -> str:
+        return "".join(draw.choices("abcdefgh ", k=draw.randint(least, most)))
+
+    rows = [{"prompt": text(2, 12), "completion": text(0, 8)} for _ in range(40)]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Lab(
+        save_model(folder / "student", tiny_model),
+        save_model(folder / "teacher", tiny_model, hidden_size=24, vocab_size=104),
+        data,
+    )
+
+
+def metrics(output: Path, kind: str = "train") -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in metrics(output)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
