@@ -21,7 +21,7 @@ from fused_distill.cli import parsed
 from fused_distill.serving.engine import TransformersEngine
 from fused_distill.serving.rollouts import Sampling, TransformersRollouts
 from fused_distill.trainer.config import load_config
-from test_serving import Served, serving
+from test_serving import serving, serving_app
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -123,12 +123,8 @@ class Environment(dict[str, Any]):
 def served(names: Environment) -> Iterator[dict[str, str]]:
     """The addresses that the pages name, and what answers in their place."""
     app = stand_in_for_vllm(names["student"])
-    with serving(TransformersEngine(names["teacher"])) as teacher:
-        vllm = Served(app)
-        try:
-            yield {"http://127.0.0.1:8000": teacher.url, "http://127.0.0.1:8001": vllm.url}
-        finally:
-            vllm.stop()
+    with serving(TransformersEngine(names["teacher"])) as teacher, serving_app(app) as vllm:
+        yield {"http://127.0.0.1:8000": teacher.url, "http://127.0.0.1:8001": vllm.url}
 
 
 @contextlib.contextmanager

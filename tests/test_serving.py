@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import httpx
@@ -78,12 +78,16 @@ class Served:
 
 
 @contextmanager
-def serving(engine: Any, **options: Any) -> Iterator[Served]:
-    served = Served(create_app(engine, **options))
+def serving_app(app: Any) -> Iterator[Served]:
+    served = Served(app)
     try:
         yield served
     finally:
         served.stop()
+
+
+def serving(engine: Any, **options: Any) -> AbstractContextManager[Served]:
+    return serving_app(create_app(engine, **options))
 
 
 @pytest.fixture(scope="module")

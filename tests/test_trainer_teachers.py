@@ -17,7 +17,7 @@ from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.stored import store_teacher
 from pyarrow import parquet
-from test_serving import serving
+from test_serving import serving, serving_app
 from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, save_model, transformers
 from trainer_cases import lab as lab
 
@@ -159,7 +159,7 @@ class StockVllm:
 
 @pytest.fixture(scope="module")
 def stock(twins: tuple[str, str]) -> Iterator[str]:
-    with serving(None, app=StockVllm(Path(twins[0]))) as served:
+    with serving_app(StockVllm(Path(twins[0]))) as served:
         yield served.url
 
 
