@@ -24,7 +24,7 @@ from typing import Any
 
 from suite import header, results_folder, write_json
 
-STEPS = 6
+STEPS = 4
 TITLE = "TRL's DistillationTrainer, {} tokens of {} a step"
 
 

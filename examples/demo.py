@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     Path(config.data.path).parent.mkdir(parents=True, exist_ok=True)
     prepare(path, config)
+    shutil.rmtree(config.output / "checkpoints", ignore_errors=True)  # of an earlier demo
     student = train(config)
     console.print(f"The student is in {student}, curves and texts in {config.output / 'report.html'}")
 

@@ -25,8 +25,9 @@ def run_demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def output(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("output")
     folders = [f"output={path}", f"student={path}/start", f"data.path={path}/texts.jsonl"]
-    done = run_demo("--teacher", tiny_model, "steps=2", "rollouts.max_completion_length=8", *folders)
-    assert done.returncode == 0, done.stderr
+    for _ in range(2):  # the second begins anew
+        done = run_demo("--teacher", tiny_model, "steps=2", "rollouts.max_completion_length=8", *folders)
+        assert done.returncode == 0, done.stderr
     return path
 
 
