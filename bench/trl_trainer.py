@@ -25,7 +25,7 @@ from typing import Any
 from suite import header, results_folder, write_json
 
 STEPS = 4
-TITLE = "TRL's DistillationTrainer, {} tokens of {} a step"
+TITLE = "TRL's DistillationTrainer, {} tokens a step, V {}"
 
 
 def run(patched: bool, small: bool) -> dict[str, Any]:
