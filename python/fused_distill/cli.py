@@ -157,11 +157,8 @@ def _engine(options: argparse.Namespace) -> TeacherEngine:
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
     hidden_states = not options.no_hidden_states
-    return TransformersEngine.load(options.model, device, dtype, options.max_length, hidden_states)
+    return TransformersEngine.load(options.model, device, options.dtype, options.max_length, hidden_states)
 
 
 def _object(text: str) -> dict[str, Any]:

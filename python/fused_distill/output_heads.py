@@ -1,4 +1,5 @@
-"""The output layer of a transformers model as the losses take it: weight, bias, logit scale, softcap.
+"""The output layer of a transformers model as the losses take it: weight, bias, logit scale, softcap; and
+what comes before it.
 
 Imports nothing of transformers: everything is read from the model that is given.
 """
@@ -55,3 +56,9 @@ def output_head(model: Any) -> OutputHead:
     return OutputHead(
         layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None)
     )
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a `transformers` causal language model that gives its last hidden states."""
+    decoder = model.get_decoder()
+    return getattr(model, "model", decoder) if decoder is model else decoder

@@ -74,6 +74,7 @@ class TeacherClient:
         self._protocol: Protocol = protocol
         self._model = model
         self._head_sha256: str | None = None  # of the head that head() gave
+        self._gives_hidden: dict[str, Any] | None = None  # what a server that gives hidden states said
         self._http = PatientHttp(
             url, token=token, timeout_seconds=timeout_seconds, retries=retries, transport=transport
         )
@@ -96,7 +97,7 @@ class TeacherClient:
         deadline = time.monotonic() + self.deadline_seconds
         if self._detected(deadline) == "openai":
             return self._http.send("GET", "/v1/models", deadline, first_model)
-        return self._http.send("GET", "/v1/teacher", deadline, lambda response: dict(response.json()))
+        return self._teacher(deadline)
 
     def head(self, cache: Path | None = None) -> OutputHead:
         """The teacher's head, on the CPU; downloaded once and kept by its checksum.
@@ -163,13 +164,18 @@ class TeacherClient:
             raise TeacherError(str(error)) from None
 
     def _hidden_info(self, deadline: float) -> dict[str, Any]:
-        """What the server says of itself, if it gives hidden states."""
+        """What the server says of itself, asked once, if it gives hidden states."""
         if self._detected(deadline) == "openai":
             raise ValueError("hidden states cannot be asked of a stock vLLM server")
-        info = self._http.send("GET", "/v1/teacher", deadline, lambda response: dict(response.json()))
-        if "hidden_states" not in info["capabilities"]:
-            raise TeacherError(f"this teacher's engine has no hidden_states, only {info['capabilities']}")
-        return info
+        if self._gives_hidden is None:
+            info = self._teacher(deadline)
+            if "hidden_states" not in info["capabilities"]:
+                raise TeacherError(f"this teacher's engine has no hidden_states, only {info['capabilities']}")
+            self._gives_hidden = info
+        return self._gives_hidden
+
+    def _teacher(self, deadline: float) -> dict[str, Any]:
+        return self._http.send("GET", "/v1/teacher", deadline, lambda response: dict(response.json()))
 
     def get_sequence_logprobs(
         self,

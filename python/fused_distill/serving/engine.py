@@ -111,7 +111,7 @@ class TransformersEngine:
             raise ImportError(
                 "the transformers engine needs transformers: pip install 'fused-distill[trainer]'"
             ) from error
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=weights_dtype(dtype, device))
         return cls(model.to(device), load_tokenizer(name), name, max_length, hidden_states)
 
     def _check_head(self) -> None:
@@ -176,6 +176,13 @@ class TransformersEngine:
 
 def _lengths(batch: list[Sequence]) -> NDArray[np.int64]:
     return np.array([s.positions for s in batch], dtype=np.int64)
+
+
+def weights_dtype(name: str, device: str) -> torch.dtype:
+    """A dtype by its name; "auto" is bfloat16, on the CPU float32."""
+    if name == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return getattr(torch, name)
 
 
 def load_tokenizer(name: str) -> Any | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..output_heads import decoder_of
 from .sequences import Sequence
 
 _log = logging.getLogger(__name__)
@@ -28,8 +29,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, vocab_size: int, max_length: int, device: torch.device):
-        decoder = model.get_decoder()
-        self.decoder = getattr(model, "model", decoder) if decoder is model else decoder
+        self.decoder = decoder_of(model)
         self.max_length, self.device = max_length, device
         kinds = _rope_kinds(model.config.get_text_config())
         if "dynamic" in kinds:

@@ -23,6 +23,11 @@ class Sample(NamedTuple):
     completion: list[int]
     truncated: bool = False  # by max_completion_length
 
+    @property
+    def tokens(self) -> list[int]:
+        """Both."""
+        return [*self.prompt, *self.completion]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -36,7 +41,7 @@ class Batch:
     @classmethod
     def of(cls, samples: list[Sample], device: torch.device) -> Batch:
         """At least one sample."""
-        rows = [torch.tensor([*s.prompt, *s.completion]) for s in samples]
+        rows = [torch.tensor(s.tokens) for s in samples]
         ends = torch.tensor([[len(row)] for row in rows])
         starts = torch.tensor([[len(s.prompt)] for s in samples])
         tokens = pad_sequence(rows, batch_first=True)

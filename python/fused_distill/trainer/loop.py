@@ -164,7 +164,7 @@ class Trainer:
             batch = Batch.of(samples[start : start + BATCH], self.device)
             loss, stats = self.loss(batch, 1.0)
             sums.update(statistics(batch, stats) | {"loss": loss.item()})
-        texts = [self.tokenizer.decode([*s.prompt, *s.completion]) for s in samples[:SHOWN_SAMPLES]]
+        texts = [self.tokenizer.decode(s.tokens) for s in samples[:SHOWN_SAMPLES]]
         return averages(self.sum(sums)), texts
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:

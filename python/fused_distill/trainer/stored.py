@@ -55,7 +55,7 @@ class StoredTeacher:
         logprobs, ids = [], []
         for sample in batch.samples:
             at = self.index.get(sample.row)
-            if at is None or self.table["tokens"][at].as_py() != [*sample.prompt, *sample.completion]:
+            if at is None or self.table["tokens"][at].as_py() != sample.tokens:
                 raise ConfigError(f"teacher.stored: it has not row {sample.row} of the data as it is")
             logprobs.append(np.frombuffer(self.table["logprobs"][at].as_py(), kind).reshape(-1, k))
             ids.append(np.frombuffer(self.table["ids"][at].as_py(), "<i4").reshape(-1, k))
@@ -114,7 +114,7 @@ def _table(samples: list[Sample], teacher: Teacher, dtype: str, device: torch.de
         assert isinstance(targets, TopKTargets)
         for sample, mask, logprobs, ids in zip(batch.samples, batch.mask, *targets, strict=True):
             columns["row"].append(sample.row)
-            columns["tokens"].append([*sample.prompt, *sample.completion])
+            columns["tokens"].append(sample.tokens)
             columns["logprobs"].append(logprobs[mask].cpu().numpy().astype(_kind(dtype)).tobytes())
             columns["ids"].append(ids[mask].cpu().numpy().astype("<i4").tobytes())
     return Table.from_pydict(columns)

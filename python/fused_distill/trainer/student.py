@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ..output_heads import OutputHead, output_head
+from ..output_heads import OutputHead, decoder_of, output_head
 from ..rollout_buffer import split_on_groups
 from ..serving.rollouts import Completion, RolloutEngine, Sampling, TransformersRollouts
 from ..serving.vllm_rollouts import VllmRollouts
@@ -77,7 +77,7 @@ def through_student(wrapped: Any, model: Any, batch: Batch, compute: Callable[[T
     layer = model.get_output_embeddings()
 
     def whole(tokens: Tensor) -> T:
-        output = model.get_decoder()(input_ids=tokens, attention_mask=batch.attention, use_cache=False)
+        output = decoder_of(model)(input_ids=tokens, attention_mask=batch.attention, use_cache=False)
         hidden = output.last_hidden_state[:, :-1]
         return inside_forward(layer, layer, lambda states: compute(states, output_head(model)), hidden)
 
@@ -105,9 +105,8 @@ class Writer:
         def generate(*_: Tensor) -> list[Completion]:
             return self.engine.generate([sample.prompt for sample in given], sampling)
 
-        if (
-            self.sharded and self.server is None
-        ):  # adapters generate with a module that FSDP does not begin at
+        if self.sharded and self.server is None:
+            # Adapters generate with a module that FSDP does not begin at.
             completions = inside_forward(self.wrapped, self.model, generate)
         else:
             completions = generate()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..output_heads import OutputHead, output_head
+from ..output_heads import OutputHead, decoder_of, output_head
 from ..serving.align import align, align_hidden_states
 from ..serving.client import TeacherClient
-from ..serving.engine import load_tokenizer, tokenizer_fingerprint
+from ..serving.engine import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from .config import ConfigError, TrainConfig
 from .data import Batch
 from .stored import StoredTeacher
@@ -33,7 +33,7 @@ class LocalTeacher:
     def targets(self, batch: Batch, student_ids: StudentIds) -> FullTargets | TopKTargets:
         """See Teacher."""
         wanted, head = self.config.teacher.targets, output_head(self.model)
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         output = decoder(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
         hidden: Tensor = output.last_hidden_state[:, :-1]
         if wanted == "full":
@@ -54,7 +54,7 @@ class ServedTeacher:
     def targets(self, batch: Batch, student_ids: StudentIds) -> FullTargets | TopKTargets:
         """See Teacher."""
         wanted, temperature, mask = self.config.teacher, self.config.temperature, batch.mask
-        asked = [[*s.prompt, *s.completion] for s in batch.samples], [len(s.prompt) for s in batch.samples]
+        asked = [s.tokens for s in batch.samples], [len(s.prompt) for s in batch.samples]
         if self.head is not None:
             dtype = "float32" if self.head.weight.dtype == torch.float32 else "bfloat16"
             states = align_hidden_states(self.client.get_hidden_states(*asked, dtype=dtype), mask)
@@ -83,12 +83,14 @@ def load_teacher(config: TrainConfig, tokenizer: Any, device: torch.device) -> T
     wanted, fingerprint = config.teacher, tokenizer_fingerprint(tokenizer)
     vocab_size: int = pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
     if wanted.model is not None:
-        dtype = wanted.dtype
-        if dtype == "auto":
-            dtype = "float32" if device.type == "cpu" else "bfloat16"
         own = load_tokenizer(wanted.model)
         _same_tokenizer("teacher.model", fingerprint, own and tokenizer_fingerprint(own))
-        model = pretrained(AutoModelForCausalLM, "teacher.model", wanted.model, dtype=getattr(torch, dtype))
+        model = pretrained(
+            AutoModelForCausalLM,
+            "teacher.model",
+            wanted.model,
+            dtype=weights_dtype(wanted.dtype, device.type),
+        )
         model.to(device).eval().requires_grad_(False)
         teacher = LocalTeacher(model, config, min(vocab_size, len(output_head(model).weight)))
     elif wanted.stored is not None:
