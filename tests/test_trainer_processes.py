@@ -22,7 +22,11 @@ from trainer_cases import lab as lab
 
 pytestmark = ABOUT_THE_TRAINER
 
-WAYS = ("ddp", "fsdp2")
+LAUNCHED = {
+    "ddp": ["--multi_gpu"],  # which starts processes where there is no GPU too
+    "fsdp2": ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"],
+}
+WAYS = tuple(LAUNCHED)
 SHARED = ("data.evaluation_prompts=6", "evaluate_every=2", "save_every=2")
 # Of data that are the same however they are shared out, then of completions of the student's own.
 RUNS = {
@@ -41,9 +45,10 @@ def two_processes(how: str, *configs: TrainConfig) -> subprocess.Popen[str]:
         files.append(str(config.output / "run.yaml"))
         Path(files[-1]).write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
     worker = Path(__file__).parent / "trainer_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2"]
+    fixed = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     return subprocess.Popen(
-        [*command, str(worker), how, *files],
+        [*command, *fixed, *LAUNCHED[how], str(worker), how, *files],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -56,7 +61,7 @@ def said(process: subprocess.Popen[str]) -> str:
     try:
         return process.communicate(timeout=150)[0][-9000:]
     except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its own
+        process.terminate()  # accelerate then ends its own
         pytest.fail(f"does not end: {process.communicate()[0][-9000:]}")
 
 

@@ -22,7 +22,7 @@ from trainer_cases import lab as lab
 
 pytestmark = ABOUT_THE_TRAINER
 
-KILLS = int(os.environ.get("FUSED_DISTILL_KILLS", "4"))
+KILLS = int(os.environ.get("FUSED_DISTILL_KILLS", "20"))
 TIMES = ("tokens_per_second", "memory_gib", "rollout_seconds", "teacher_seconds", "update_seconds")
 SETTINGS = (
     "steps=8",

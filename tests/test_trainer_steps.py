@@ -88,7 +88,7 @@ def test_rollouts_are_of_the_whole_step_and_no_prompts_are_divided(lab: Lab, tmp
 @pytest.mark.parametrize("lmbda", [0.0, 0.3, 1.0])
 def test_lmbda_is_the_share_of_slices_that_the_student_writes(lab: Lab, tmp_path: Path, lmbda: float) -> None:
     trainer = Trainer(lab.config(tmp_path, f"lmbda={lmbda}", "gradient_accumulation_steps=8"))
-    data = {tuple(s.prompt): s.completion for s in trainer.samples}
+    data = {tuple(row["prompt"]): row["completion"] for row in trainer.samples}
     written = 0
     for trainer.step in range(25):
         buffer = trainer.fill_buffer()

@@ -254,8 +254,8 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("teacher.k=4", "it was written with k 5, not 4"),
-        ("temperature=1", r"it was written with temperature 1\.5, not 1\.0"),
+        ("teacher.k=6", r"it holds k 5 at temperature 1\.5, not k 6 at 1\.5"),
+        ("temperature=1", r"it holds k 5 at temperature 1\.5, not k 5 at 1\.0"),
         ("teacher.stored=/nowhere", "/nowhere holds no teacher.json"),
     ],
 )
@@ -267,11 +267,17 @@ def test_a_store_of_something_else_is_refused(
         Trainer(lab.config(tmp_path, *TOPK, source, override))
 
 
+def test_a_store_holds_every_smaller_k_too(lab: Lab, store: Path, tmp_path: Path) -> None:
+    train(lab.config(tmp_path / "local", *TOPK, "teacher.k=3"))
+    train(lab.config(tmp_path / "stored", *TOPK, f"teacher={{stored: {store}, targets: topk, k: 3}}"))
+    assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "local"), rel=1e-4)
+
+
 def test_a_store_of_other_data_is_refused(lab: Lab, store: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(lab.data.read_text().replace("a", "b"))
     source = f"teacher={{stored: {store}, targets: topk, k: 5}}"
-    with pytest.raises(ConfigError, match=r"teacher\.stored: it has not row \d+ of the data as it is"):
+    with pytest.raises(ConfigError, match=r"teacher\.stored: it has no completion \["):
         train(lab.config(tmp_path, *TOPK, source, f"data.path={data}"))
 
 

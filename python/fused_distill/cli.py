@@ -127,10 +127,13 @@ def serve_teacher(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Distil a student by the settings of a YAML file, and say where it is."""
+    from accelerate import PartialState
+
     from .trainer.config import load_config
     from .trainer.loop import train
 
-    print(train(load_config(options.config, options.overrides), options.resume))
+    student = train(load_config(options.config, options.overrides), options.resume)
+    PartialState().print(student)
 
 
 def cache_teacher(options: argparse.Namespace) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+
+# It warns at every checkpoint that tied weights are written once.
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> None:

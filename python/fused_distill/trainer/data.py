@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset, Features, Sequence, Value, load_dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -27,6 +27,12 @@ class Sample(NamedTuple):
     def tokens(self) -> list[int]:
         """Both."""
         return [*self.prompt, *self.completion]
+
+
+_TOKENS = Sequence(Value("int32"))
+_FEATURES = Features(
+    row=Value("int64"), prompt=_TOKENS, completion=_TOKENS, truncated=Value("bool")
+)  # of a Sample
 
 
 @dataclass(frozen=True)
@@ -50,34 +56,35 @@ class Batch:
         return cls(samples, tokens.to(device), (index < ends).long().to(device), mask[:, :-1].to(device))
 
 
-def load_data(config: TrainConfig, tokenizer: Any, completions: bool) -> tuple[list[Sample], list[Sample]]:
-    """Samples for training and held-out ones, with the data's completions where it has any.
+def load_data(config: TrainConfig, tokenizer: Any, completions: bool) -> tuple[Dataset, list[Sample]]:
+    """Samples for training, as rows with a Sample's fields in mapped files, and held-out ones.
+
+    Tokens are kept by `datasets`' cache, so that a second run or process does not make them again.
 
     Raises:
         ConfigError: the data cannot be read, is too small for the run, or a row lacks its prompt or, where
             `completions` are needed, its completion.
     """
-    found: list[Sample] = []
-    for i, row in enumerate(_rows(config.data)):
-        try:
-            found.append(_sample(i, row, tokenizer, config))
-        except Exception as error:  # tokenizers and their templates raise what they like
-            raise ConfigError(f"data.path: row {i}: {error}") from error
-        if completions and row.get("completion") is None:
-            raise ConfigError(
-                f"data.path: row {i} must have a completion (lmbda below 1, or a stored teacher)"
-            )
-    kept = [sample for sample in found if 0 < len(sample.prompt) <= config.data.max_prompt_length]
+    rows, longest = _rows(config.data), config.data.max_prompt_length
+    how = (tokenizer, config.rollouts.max_completion_length, completions)
+    found = rows.map(
+        _sample,
+        with_indices=True,
+        fn_kwargs={"how": how},
+        remove_columns=rows.column_names,
+        features=_FEATURES,
+    )
+    kept = found.filter(lambda prompt: 0 < len(prompt) <= longest, input_columns=["prompt"])
     split = max(len(kept) - config.data.evaluation_prompts, 0)
     if split < config.prompts_per_step:
         raise ConfigError(
             f"prompts_per_step: {config.prompts_per_step} is more than the {split} prompts left for "
             f"training of {len(found)} rows"
         )
-    return kept[:split], kept[split:]
+    return kept.select(range(split)), [Sample(**kept[i]) for i in range(split, len(kept))]
 
 
-def _rows(data: DataConfig) -> Any:
+def _rows(data: DataConfig) -> Dataset:
     suffix = Path(data.path).suffix.lower()
     try:
         if suffix in (".jsonl", ".json", ".parquet"):
@@ -88,7 +95,14 @@ def _rows(data: DataConfig) -> Any:
         raise ConfigError(f"data.path: {data.path} cannot be read: {error}") from error
 
 
-def _sample(index: int, row: Any, tokenizer: Any, config: TrainConfig) -> Sample:
+def _sample(row: Any, index: int, how: tuple[Any, int, bool]) -> dict[str, Any]:
+    try:
+        return _tokenized(row, *how)._replace(row=index)._asdict()
+    except Exception as error:  # tokenizers and their templates raise what they like
+        raise ConfigError(f"data.path: row {index} {error}") from error
+
+
+def _tokenized(row: Any, tokenizer: Any, longest: int, completions: bool) -> Sample:
     if row.get("messages") is not None:
         prompt = tokenizer.apply_chat_template(
             row["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
@@ -101,14 +115,15 @@ def _sample(index: int, row: Any, tokenizer: Any, config: TrainConfig) -> Sample
     if row.get("completion") is not None:
         completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         completion += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    longest = config.rollouts.max_completion_length
-    return Sample(index, list(prompt), completion[:longest], len(completion) > longest)
+    elif completions:
+        raise ValueError("must have a completion (lmbda below 1, or a stored teacher)")
+    return Sample(0, list(prompt), completion[:longest], len(completion) > longest)
 
 
-def order(samples: list[Sample], seed: int, start: int) -> Iterator[Sample]:
-    """The samples from position `start` on, epoch after epoch, each in an order of its own."""
+def order(samples: Any, seed: int, start: int) -> Iterator[Sample]:
+    """The samples of `load_data` from position `start` on, epoch after epoch, each in an order of its own."""
     for epoch in range(start // len(samples), 1 << 62):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         for i in torch.randperm(len(samples), generator=generator).tolist()[start % len(samples) :]:
-            yield samples[i]
+            yield Sample(**samples[i])
         start = 0

@@ -66,7 +66,9 @@ class Trainer:
                 )
         self.device = self.accelerator.device
         self.tokenizer = pretrained(AutoTokenizer, "student", config.student)
-        self.samples, self.held_out = load_data(config, self.tokenizer, completions=config.lmbda < 1)
+        self.samples: Any
+        with self.accelerator.local_main_process_first():  # the others read what it kept
+            self.samples, self.held_out = load_data(config, self.tokenizer, completions=config.lmbda < 1)
         self.teacher = load_teacher(config, self.tokenizer, self.device)
         torch.manual_seed(config.seed)
         model = load_student(config)

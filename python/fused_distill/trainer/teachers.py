@@ -44,9 +44,9 @@ class LocalTeacher:
 
 @dataclass
 class ServedTeacher:
-    """A teacher server, ours or a stock vLLM's."""
+    """A teacher server, ours or a stock vLLM's, or what was stored of one."""
 
-    client: TeacherClient
+    client: Any  # a TeacherClient; for targets "topk" also a StoredTeacher
     config: TrainConfig
     vocab_size: int
     head: OutputHead | None  # for targets "full"
@@ -94,13 +94,10 @@ def load_teacher(config: TrainConfig, tokenizer: Any, device: torch.device) -> T
         model.to(device).eval().requires_grad_(False)
         teacher = LocalTeacher(model, config, min(vocab_size, len(output_head(model).weight)))
     elif wanted.stored is not None:
-        teacher = StoredTeacher(wanted.stored, vocab_size)
-        _same_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer_fingerprint"])
-        for name, want in (("k", wanted.k), ("temperature", config.temperature)):
-            if teacher.info[name] != want:
-                raise ConfigError(
-                    f"teacher.stored: it was written with {name} {teacher.info[name]}, not {want}"
-                )
+        stored = StoredTeacher(wanted.stored)
+        _same_tokenizer("teacher.stored", fingerprint, stored.info["tokenizer_fingerprint"])
+        stored.check(wanted.k, config.temperature)
+        teacher = ServedTeacher(stored, config, vocab_size, None)
     else:
         assert wanted.url is not None
         client = TeacherClient(wanted.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
