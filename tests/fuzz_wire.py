@@ -66,7 +66,7 @@ MORE: list[dict[str, Any]] = [
     {},
     {"top_logprobs": 5, "temperature": 0.5, "response_format": "binary", "dtype": "float16"},
     {"score_ids": [[[1, 2], [3, 4]], []]},
-    {"score_ids": None, "response_format": "base64"},
+    {"score_ids": None, "vocab_size": 9, "response_format": "base64"},
 ]
 STRANGE = [
     None,

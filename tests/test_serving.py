@@ -103,13 +103,17 @@ def random_sequences(count: int, seed: int = 0) -> tuple[list[list[int]], list[i
 
 
 def direct(
-    model: Any, sequences: list[list[int]], prompt_lengths: list[int], temperature: float = 1.0
+    model: Any,
+    sequences: list[list[int]],
+    prompt_lengths: list[int],
+    temperature: float = 1.0,
+    vocab_size: int = VOCAB,
 ) -> torch.Tensor:
     """(P, V) log-probabilities by one forward pass per sequence."""
-    rows = [torch.empty(0, VOCAB)]
+    rows = [torch.empty(0, vocab_size)]
     for tokens, prompt_length in zip(sequences, prompt_lengths, strict=True):
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float()
+            logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1, :vocab_size].float()
         rows.append(torch.log_softmax(logits / temperature, -1)[max(prompt_length, 1) - 1 :])
     return torch.cat(rows)
 
@@ -120,9 +124,15 @@ def completions(sequences: list[list[int]], prompt_lengths: list[int]) -> torch.
 
 
 def assert_right(
-    answer: Answer, model: Any, sequences: list[list[int]], prompts: list[int], k: int, t: float
+    answer: Answer,
+    model: Any,
+    sequences: list[list[int]],
+    prompts: list[int],
+    k: int,
+    t: float,
+    vocab_size: int = VOCAB,
 ) -> None:
-    want = direct(model, sequences, prompts, t)
+    want = direct(model, sequences, prompts, t, vocab_size)
     actual = want.gather(-1, completions(sequences, prompts).unsqueeze(-1)).squeeze(-1)
     np.testing.assert_allclose(answer.actual_logprobs, actual.numpy(), atol=2e-5)
     np.testing.assert_allclose(answer.logprobs, want.topk(k).values.numpy(), atol=2e-5)
@@ -151,6 +161,14 @@ def test_chosen_ids_are_scored(url: str, model: Any) -> None:
     want = direct(model, sequences, prompts).gather(-1, chosen)
     assert answer.score_logprobs is not None
     np.testing.assert_allclose(answer.score_logprobs, want.numpy(), atol=2e-5)
+
+
+def test_a_shorter_vocabulary_has_all_of_the_probability(url: str, model: Any) -> None:
+    generator = np.random.default_rng(2)
+    sequences = [generator.integers(0, 20, 9).tolist() for _ in range(3)]
+    with TeacherClient(url) as client:
+        answer = client.get_sequence_logprobs(sequences, [2, 3, 4], top_logprobs=20, vocab_size=20)
+    assert_right(answer, model, sequences, [2, 3, 4], 20, 1.0, vocab_size=20)
 
 
 def post(url: str, **body: Any) -> httpx.Response:
@@ -191,6 +209,11 @@ BAD = [
     ("score_ids", {"score_ids": [[[1], [1, 2]]]}),
     (r"score_ids\[0\]", {"score_ids": [[[1], [VOCAB]]]}),
     ("unknown", {"unknown": 1}),
+    ("vocab_size", {"vocab_size": 0}),
+    ("vocab_size", {"vocab_size": VOCAB + 1}),
+    (r"sequences\[0\]", {"vocab_size": 3}),
+    ("top_logprobs", {"vocab_size": 5, "top_logprobs": 6}),
+    (r"score_ids\[0\]", {"vocab_size": 5, "score_ids": [[[1], [5]]]}),
     ("sequences.0.0", {"sequences": [[True]]}),
     ("prompt_lengths.0", {"prompt_lengths": ["1"]}),
     ("temperature", {"temperature": 1e-9}),
@@ -627,6 +650,7 @@ CLIENT_BAD = [
     (r"prompt_lengths\[0\]", {"prompt_lengths": [4]}),
     (r"prompt_lengths\[0\]", {"prompt_lengths": [-1]}),
     ("score_ids", {"score_ids": []}),
+    ("vocab_size", {"vocab_size": 0}),
 ]
 
 
@@ -695,6 +719,8 @@ def test_what_vllm_cannot_do_is_refused_with_the_reason() -> None:
         client.get_sequence_logprobs([[1, 2]], [1], temperature=0.5)
     with pytest.raises(ValueError, match="score_ids must be None with a stock vLLM server"):
         client.get_sequence_logprobs([[1, 2]], [1], score_ids=[[[1]]])
+    with pytest.raises(ValueError, match="vocab_size must be None with a stock vLLM server"):
+        client.get_sequence_logprobs([[1, 2]], [1], vocab_size=9)
 
 
 @pytest.mark.parametrize("layout", ["left and right padded", "packed"])

@@ -205,13 +205,14 @@ def test_an_engine_without_hidden_states_says_so(tmp_path: Path) -> None:
         assert httpx.get(f"{served.url}/v1/teacher/head").status_code == 404
 
 
-@pytest.mark.parametrize("capability", ["temperature", "score_ids"])
-def test_an_engine_without_a_capability_refuses_what_needs_it(capability: str) -> None:
+@pytest.mark.parametrize(
+    ("capability", "value"), [("temperature", 0.5), ("score_ids", [[[1]]]), ("vocab_size", 5)]
+)
+def test_an_engine_without_a_capability_refuses_what_needs_it(capability: str, value: Any) -> None:
     engine = FakeEngine()
     engine.info = engine.info._replace(capabilities=())
-    change: Any = {"temperature": 0.5} if capability == "temperature" else {"score_ids": [[[1]]]}
     with serving(engine) as served:
-        response = post(served.url, sequences=[[1, 2]], prompt_lengths=[1], **change)
+        response = post(served.url, sequences=[[1, 2]], prompt_lengths=[1], **{capability: value})
     assert response.status_code == 422
     assert capability in response.json()["detail"]
 
@@ -334,7 +335,7 @@ def test_rounding_of_a_low_precision_does_not_stop_a_model() -> None:
 def test_without_the_head_a_server_gives_neither_it_nor_hidden_states(model: Any, tmp_path: Path) -> None:
     engine = TransformersEngine(model, hidden_states=False)
     with serving(engine) as served, TeacherClient(served.url) as client:
-        assert client.info()["capabilities"] == ["temperature", "score_ids"]
+        assert client.info()["capabilities"] == ["temperature", "score_ids", "vocab_size"]
         with pytest.raises(ServerError, match="no hidden_states"):
             client.head(tmp_path)
 

@@ -14,8 +14,11 @@ from fused_distill.cli import main
 from fused_distill.serving.engine import TransformersEngine
 from fused_distill.trainer import stored
 from fused_distill.trainer.config import ConfigError
+from fused_distill.trainer.data import Batch
 from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.stored import store_teacher
+from fused_distill.trainer.targets import TopKTargets
+from fused_distill.trainer.teachers import ServedTeacher
 from pyarrow import parquet
 from test_serving import serving, serving_app
 from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, save_model, transformers
@@ -41,35 +44,25 @@ def test_a_served_teacher_gives_the_local_ones_exact_loss(lab: Lab, url: str, tm
     assert losses(tmp_path / "served") == pytest.approx(losses(tmp_path / "local"), rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def twins(lab: Lab, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A teacher with as many rows as the student, as a server leaves out none, and its server."""
-    teacher = save_model(tmp_path_factory.mktemp("twins"), tiny_model, hidden_size=24)
-    with serving(TransformersEngine.load(str(teacher), "cpu", "float32")) as served:
-        yield str(teacher), served.url
-
-
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "truncate"])
 def test_a_served_teacher_gives_the_local_one_at_the_students_tokens(
-    lab: Lab, twins: tuple[str, str], tmp_path: Path, tail: str
+    lab: Lab, url: str, tmp_path: Path, tail: str
 ) -> None:
     how = ["teacher.targets=student_topk", "teacher.k=5", f"teacher.tail={tail}", "temperature=1.5"]
-    train(lab.config(tmp_path / "local", f"teacher.model={twins[0]}", *how))
-    train(lab.config(tmp_path / "served", f"teacher.url={twins[1]}", *how))
+    train(lab.config(tmp_path / "local", *how))
+    train(lab.config(tmp_path / "served", f"teacher.url={url}", *how))
     assert losses(tmp_path / "served") == pytest.approx(losses(tmp_path / "local"), rel=1e-4)
 
 
 TOPK = ("teacher.targets=topk", "teacher.k=5", "lmbda=0", "temperature=1.5", "data.evaluation_prompts=8")
 
 
-def test_local_served_and_stored_top_k_give_the_same_losses(
-    lab: Lab, twins: tuple[str, str], tmp_path: Path
-) -> None:
-    local, url = f"teacher.model={twins[0]}", f"teacher.url={twins[1]}"
-    for source, name in ((local, "by_model"), (url, "by_server")):
+def test_local_served_and_stored_top_k_give_the_same_losses(lab: Lab, url: str, tmp_path: Path) -> None:
+    local, served = f"teacher.model={lab.teacher}", f"teacher.url={url}"
+    for source, name in ((local, "by_model"), (served, "by_server")):
         store_teacher(lab.config(tmp_path / name, *TOPK, source), tmp_path / name / "store", "float32")
     train(lab.config(tmp_path / "local", *TOPK, local))
-    train(lab.config(tmp_path / "served", *TOPK, url))
+    train(lab.config(tmp_path / "served", *TOPK, served))
     for name in ("by_model", "by_server"):
         source = f"teacher={{stored: {tmp_path}/{name}/store, targets: topk, k: 5}}"
         train(lab.config(tmp_path / name, *TOPK, source))
@@ -79,10 +72,18 @@ def test_local_served_and_stored_top_k_give_the_same_losses(
 
 
 def test_ids_beyond_the_students_head_count_as_the_rest(lab: Lab, url: str, tmp_path: Path) -> None:
-    """Of 104 served ids 6 have no row in the student's head; the local teacher never gives them."""
-    how = ["teacher.targets=topk", "teacher.k=98", "lmbda=0"]
-    train(lab.config(tmp_path, f"teacher.url={url}", *how))
-    assert all(loss > 0 for loss in losses(tmp_path))
+    """Of a stock vLLM server, which gives all of its 104: 6 have no row in the student's head."""
+    how = [f"teacher.url={url}", "teacher.targets=topk", "teacher.k=98", "lmbda=0"]
+    trainer = Trainer(lab.config(tmp_path, *how))
+    assert isinstance(trainer.teacher, ServedTeacher)
+    trainer.teacher.normalises = False
+    batch = Batch.of(trainer.fill_buffer()[0], torch.device("cpu"))
+    targets = trainer.teacher.targets(batch, torch.Tensor)
+    assert isinstance(targets, TopKTargets)
+    beyond = (targets.ids >= 98) & batch.mask.unsqueeze(-1)
+    assert beyond.any()
+    assert (targets.logprobs[beyond] == -torch.inf).all()
+    assert trainer.loss(batch, 1.0)[0] > 0
 
 
 @pytest.mark.parametrize("rows", [98, 104])
@@ -158,16 +159,22 @@ class StockVllm:
 
 
 @pytest.fixture(scope="module")
-def stock(twins: tuple[str, str]) -> Iterator[str]:
-    with serving_app(StockVllm(Path(twins[0]))) as served:
+def unpadded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with as many rows as the student, as a stock vLLM server leaves out none."""
+    return save_model(tmp_path_factory.mktemp("unpadded"), tiny_model, hidden_size=24)
+
+
+@pytest.fixture(scope="module")
+def stock(unpadded: Path) -> Iterator[str]:
+    with serving_app(StockVllm(unpadded)) as served:
         yield served.url
 
 
 def test_a_stock_vllm_server_gives_the_local_top_k(
-    lab: Lab, twins: tuple[str, str], stock: str, tmp_path: Path
+    lab: Lab, unpadded: Path, stock: str, tmp_path: Path
 ) -> None:
     how = ["teacher.targets=topk", "teacher.k=5"]
-    train(lab.config(tmp_path / "local", *how, f"teacher.model={twins[0]}"))
+    train(lab.config(tmp_path / "local", *how, f"teacher.model={unpadded}"))
     train(lab.config(tmp_path / "stock", *how, f"teacher.url={stock}"))
     assert losses(tmp_path / "stock") == pytest.approx(losses(tmp_path / "local"), rel=1e-4)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class Asked:
     top_logprobs: int
     temperature: float
     score_ids: list[list[list[int]]] | None
+    vocab_size: int | None
     deadline: float
 
     @classmethod
@@ -45,6 +46,7 @@ class Asked:
         top_logprobs: int,
         temperature: float,
         score_ids: Sequence[Sequence[Ids] | NDArray[Any]] | NDArray[Any] | None,
+        vocab_size: int | None,
         seconds: float,
     ) -> Asked:
         """From a caller's arguments. Raises ValueError naming the one that does not fit, and its index."""
@@ -56,6 +58,7 @@ class Asked:
             None
             if score_ids is None
             else [[[int(t) for t in position] for position in own] for own in score_ids],
+            None if vocab_size is None else int(vocab_size),
             time.monotonic() + seconds,
         )
         asked._check()
@@ -69,6 +72,8 @@ class Asked:
             raise ValueError(f"top_logprobs must not be negative, got {self.top_logprobs}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
         for i, tokens in enumerate(self.sequences):
             if len(tokens) < 1:
                 raise ValueError(f"sequences[{i}] must have at least one token, got none")
@@ -112,7 +117,7 @@ class Asked:
         scores = None if self.score_ids is None else [self.score_ids[i] for i in indices]
         sequences = [self.sequences[i] for i in indices]
         prompts = [self.prompt_lengths[i] for i in indices]
-        return Asked(sequences, prompts, self.top_logprobs, self.temperature, scores, self.deadline)
+        return replace(self, sequences=sequences, prompt_lengths=prompts, score_ids=scores)
 
     def check_answer(self, answer: Answer, first: int) -> None:
         """The answer covers what was asked and lacks no number; `first` is its first sequence's index."""

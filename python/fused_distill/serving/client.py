@@ -154,7 +154,7 @@ class TeacherClient:
             ServerError: as `get_sequence_logprobs`; TeacherError also where they belong to another head than
                 `head()` gave.
         """
-        asked = Asked.of(sequences, prompt_lengths, 0, 1.0, None, self.deadline_seconds)
+        asked = Asked.of(sequences, prompt_lengths, 0, 1.0, None, None, self.deadline_seconds)
         info = self._hidden_info(asked.deadline)
         most = info["limits"]["numbers"] // info["hidden_size"]
         found = self._in_parts(asked, lambda part, first: self._states(part, first, dtype), most)
@@ -185,6 +185,7 @@ class TeacherClient:
         top_logprobs: int = 1,
         temperature: float = 1.0,
         score_ids: Sequence[Sequence[Ids] | NDArray[Any]] | NDArray[Any] | None = None,
+        vocab_size: int | None = None,
     ) -> Answer:
         """The teacher's log-probabilities at every completion position.
 
@@ -195,6 +196,8 @@ class TeacherClient:
             temperature: > 0, divides the teacher's logits; 1 only with protocol "openai".
             score_ids: per sequence and position M tokens whose log-probabilities are wanted as well; not with
                 protocol "openai".
+            vocab_size: the distribution is over the first vocab_size tokens, those that a student with a
+                shorter head knows; not with protocol "openai". None: over all rows of the teacher's head.
 
         Returns:
             An `Answer` in the order of the sequences; see `wire` for which positions there are.
@@ -205,7 +208,13 @@ class TeacherClient:
                 TeacherError, a kind of it: one answered another question, or without a number.
         """
         asked = Asked.of(
-            sequences, prompt_lengths, top_logprobs, temperature, score_ids, self.deadline_seconds
+            sequences,
+            prompt_lengths,
+            top_logprobs,
+            temperature,
+            score_ids,
+            vocab_size,
+            self.deadline_seconds,
         )
         if self._detected(asked.deadline) == "openai":
             if temperature != 1:
@@ -217,6 +226,8 @@ class TeacherClient:
                 raise ValueError(
                     "score_ids must be None with a stock vLLM server, which scores its own top tokens only"
                 )
+            if vocab_size is not None:
+                raise ValueError("vocab_size must be None with a stock vLLM server, which knows its own only")
         return Answer.join(self._in_parts(asked, self._score))
 
     def _in_parts(
@@ -267,6 +278,7 @@ class TeacherClient:
             "top_logprobs": asked.top_logprobs,
             "temperature": asked.temperature,
             "score_ids": asked.score_ids,
+            "vocab_size": asked.vocab_size,
             "response_format": "binary",
         }
         return checked(

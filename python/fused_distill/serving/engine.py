@@ -24,7 +24,8 @@ _log = logging.getLogger(__name__)
 
 Result = Answer | HiddenStates
 Results = list[Answer] | list[HiddenStates]
-Capability = Literal["temperature", "score_ids", "hidden_states"]
+Capability = Literal["temperature", "score_ids", "vocab_size", "hidden_states"]
+LOGPROBS: tuple[Capability, ...] = ("temperature", "score_ids", "vocab_size")
 
 
 class TeacherInfo(NamedTuple):
@@ -34,7 +35,7 @@ class TeacherInfo(NamedTuple):
     vocab_size: int
     max_length: int
     tokenizer_fingerprint: str | None
-    capabilities: tuple[Capability, ...] = ("temperature", "score_ids")  # beyond top log-probabilities
+    capabilities: tuple[Capability, ...] = LOGPROBS  # beyond top log-probabilities
 
 
 class TeacherEngine(Protocol):
@@ -82,7 +83,7 @@ class TransformersEngine:
             min(config.vocab_size, len(self.head.weight)),
             max_length,
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-            ("temperature", "score_ids", "hidden_states") if hidden_states else ("temperature", "score_ids"),
+            (*LOGPROBS, "hidden_states") if hidden_states else LOGPROBS,
         )
         vocabulary = slice(self.info.vocab_size)
         bias = None if self.head.bias is None else self.head.bias[vocabulary]
@@ -161,7 +162,7 @@ class TransformersEngine:
             temperature=execution.temperature,
             logit_scale=self.head.logit_scale,
             softcap=self.head.softcap,
-            vocab_size=self.info.vocab_size,
+            vocab_size=execution.vocab_size or self.info.vocab_size,
         )
         assert top.actual_logprobs is not None
         asked_logprobs = top.actual_logprobs.float().cpu().numpy()

@@ -36,3 +36,4 @@ class Execution(NamedTuple):
     score_count: int | None  # M; None: no score_logprobs
     temperature: float
     response: Response = "logprobs"
+    vocab_size: int | None = None  # columns of the head that are the vocabulary; None: all

@@ -69,6 +69,7 @@ class ScoreRequest(BaseModel):
     score_ids: Annotated[list[Annotated[list[_Ids], _FirstError()]], _FirstError()] | None = (
         None  # per sequence, per position, M ids
     )
+    vocab_size: int | None = Field(None, ge=1)  # columns of the head that are the vocabulary; null: all
     response: Response = "logprobs"
     response_format: wire.Format = "json"  # hidden states: binary or base64
     # Of the binary forms; None: float32, of hidden states bfloat16.
@@ -126,7 +127,10 @@ def _work(
         raise ValueError(f"sequences must hold at most {limits.tokens} tokens in all, got {total}")
     scores = request.score_ids
     wire.check_request(sequences, prompt_lengths, scores)
-    most = min(limits.top_logprobs, info.vocab_size)
+    vocab_size = request.vocab_size or info.vocab_size
+    if vocab_size > info.vocab_size:
+        raise ValueError(f"vocab_size must be at most {info.vocab_size}, got {vocab_size}")
+    most = min(limits.top_logprobs, vocab_size)
     if request.top_logprobs > most:
         raise ValueError(f"top_logprobs must be at most {most}, got {request.top_logprobs}")
     width = 1 + request.top_logprobs  # numbers of one position
@@ -138,8 +142,8 @@ def _work(
     for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         if not 1 <= len(tokens) <= info.max_length:
             raise ValueError(f"sequences[{i}] must have 1 to {info.max_length} tokens, got {len(tokens)}")
-        if max(tokens) >= info.vocab_size:
-            raise ValueError(f"sequences[{i}] must hold ids below {info.vocab_size}, got {max(tokens)}")
+        if max(tokens) >= vocab_size:
+            raise ValueError(f"sequences[{i}] must hold ids below {vocab_size}, got {max(tokens)}")
         own = None if scores is None else tuple(map(tuple, scores[i]))
         items.append(Sequence(tuple(tokens), prompt_length, own))
         if own is not None:
@@ -147,8 +151,8 @@ def _work(
                 raise ValueError(f"score_ids[{i}] must have {items[i].positions} positions, got {len(own)}")
             widths |= set(map(len, own))
             highest = max((max(ids, default=0) for ids in own), default=0)
-            if highest >= info.vocab_size:
-                raise ValueError(f"score_ids[{i}] must hold ids below {info.vocab_size}, got {highest}")
+            if highest >= vocab_size:
+                raise ValueError(f"score_ids[{i}] must hold ids below {vocab_size}, got {highest}")
     count = max(widths, default=0)
     if len(widths) > 1 or count > limits.score_ids:
         raise ValueError(
@@ -158,16 +162,17 @@ def _work(
     numbers = sum(item.positions for item in items) * (width + count)
     if numbers > limits.numbers:
         raise ValueError(f"sequences must ask for at most {limits.numbers} numbers in all, got {numbers}")
-    execution = Execution(
-        request.top_logprobs, None if scores is None else count, request.temperature, request.response
+    score_count = None if scores is None else count
+    return items, Execution(
+        request.top_logprobs, score_count, request.temperature, request.response, request.vocab_size
     )
-    return items, execution
 
 
 def _check_options(request: ScoreRequest, capabilities: tuple[Capability, ...]) -> None:
     asked: dict[Capability, tuple[str, bool]] = {
         "temperature": (f"temperature must be 1, got {request.temperature}", request.temperature != 1),
         "score_ids": ("score_ids must be null", request.score_ids is not None),
+        "vocab_size": (f"vocab_size must be null, got {request.vocab_size}", request.vocab_size is not None),
         "hidden_states": ("response must be 'logprobs', got 'hidden_states'", request.hidden),
     }
     for capability, (message, wanted) in asked.items():
@@ -180,7 +185,7 @@ def _check_options(request: ScoreRequest, capabilities: tuple[Capability, ...]) 
         return
     if request.response_format == "json":
         raise ValueError("response_format must be 'binary' or 'base64' for hidden states, got 'json'")
-    given = request.model_fields_set & {"top_logprobs", "temperature", "score_ids"}
+    given = request.model_fields_set & {"top_logprobs", "temperature", "score_ids", "vocab_size"}
     if given:
         raise ValueError(f"{min(given)} must not be given for hidden states, which hold all of it")
 

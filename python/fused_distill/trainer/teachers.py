@@ -49,26 +49,28 @@ class ServedTeacher:
     client: Any  # a TeacherClient; for targets "topk" also a StoredTeacher
     config: TrainConfig
     vocab_size: int
-    head: OutputHead | None  # for targets "full"
+    head: OutputHead | None = None  # for targets "full"
+    normalises: bool = False  # over vocab_size tokens, else over all rows of its own head
 
     def targets(self, batch: Batch, student_ids: StudentIds) -> FullTargets | TopKTargets:
         """See Teacher."""
-        wanted, temperature, mask = self.config.teacher, self.config.temperature, batch.mask
+        wanted, mask = self.config.teacher, batch.mask
         asked = [s.tokens for s in batch.samples], [len(s.prompt) for s in batch.samples]
         if self.head is not None:
             dtype = "float32" if self.head.weight.dtype == torch.float32 else "bfloat16"
             states = align_hidden_states(self.client.get_hidden_states(*asked, dtype=dtype), mask)
             return FullTargets(states.to(self.head.weight.dtype), self.head)
+        how: dict[str, Any] = {"temperature": self.config.temperature}
+        if self.normalises:
+            how["vocab_size"] = self.vocab_size
         if wanted.targets == "topk":
-            answer = self.client.get_sequence_logprobs(*asked, top_logprobs=wanted.k, temperature=temperature)
+            answer = self.client.get_sequence_logprobs(*asked, top_logprobs=wanted.k, **how)
             logprobs, ids, *_ = align(answer, mask)
             # Tokens that the student's head has no row for belong to the rest.
             return TopKTargets(logprobs.masked_fill(ids >= self.vocab_size, -torch.inf), ids)
         ids = student_ids()
         chosen = [rows.cpu().numpy() for rows in ids[mask].split(mask.sum(1).tolist())]
-        answer = self.client.get_sequence_logprobs(
-            *asked, top_logprobs=0, temperature=temperature, score_ids=chosen
-        )
+        answer = self.client.get_sequence_logprobs(*asked, top_logprobs=0, score_ids=chosen, **how)
         scores = align(answer, mask).score_logprobs
         assert scores is not None
         return TopKTargets(scores, ids)
@@ -97,18 +99,20 @@ def load_teacher(config: TrainConfig, tokenizer: Any, device: torch.device) -> T
         stored = StoredTeacher(wanted.stored)
         _same_tokenizer("teacher.stored", fingerprint, stored.info["tokenizer_fingerprint"])
         stored.check(wanted.k, config.temperature)
-        teacher = ServedTeacher(stored, config, vocab_size, None)
+        teacher = ServedTeacher(stored, config, vocab_size)
     else:
         assert wanted.url is not None
         client = TeacherClient(wanted.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
         info = client.info()
         _same_tokenizer("teacher.url", fingerprint, info.get("tokenizer_fingerprint"))
-        _check_capabilities(config, info.get("capabilities", []))
+        capabilities = info.get("capabilities", [])
+        _check_capabilities(config, capabilities)
         head = client.head() if wanted.targets == "full" else None
         if head is not None:
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)
-        teacher = ServedTeacher(client, config, min(vocab_size, info.get("vocab_size", vocab_size)), head)
+        vocab_size = min(vocab_size, info.get("vocab_size", vocab_size))
+        teacher = ServedTeacher(client, config, vocab_size, head, "vocab_size" in capabilities)
     if wanted.targets != "full" and wanted.k > teacher.vocab_size:
         raise ConfigError(f"teacher.k: {wanted.k} is more than the {teacher.vocab_size} tokens there are")
     return teacher
