@@ -34,7 +34,7 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_distill.trainer.student.VllmRollouts", Server)
+    monkeypatch.setattr("fused_distill.trainer.loop.VllmRollouts", Server)
 
 
 HOW = ("steps=5", "data.evaluation_prompts=4", "evaluate_every=3", "save_every=3")

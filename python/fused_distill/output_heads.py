@@ -21,6 +21,10 @@ class OutputHead(NamedTuple):
     logit_scale: float
     softcap: float | None
 
+    def options(self, prefix: str = "") -> dict[str, Any]:
+        """All but the weight, as keyword arguments of the losses and of `topk_logprobs`."""
+        return {f"{prefix}{name}": getattr(self, name) for name in ("bias", "logit_scale", "softcap")}
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) from hidden (..., D)."""
         logits = self.logit_scale * F.linear(hidden, self.weight, self.bias)

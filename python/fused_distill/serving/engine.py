@@ -158,10 +158,8 @@ class TransformersEngine:
             self.head.weight,
             execution.top_logprobs,
             asked,
-            bias=self.head.bias,
             temperature=execution.temperature,
-            logit_scale=self.head.logit_scale,
-            softcap=self.head.softcap,
+            **self.head.options(),
             vocab_size=execution.vocab_size or self.info.vocab_size,
         )
         assert top.actual_logprobs is not None

@@ -42,7 +42,7 @@ class Completion(NamedTuple):
     group: int
     prompt: list[int]
     tokens: list[int]  # with the end-of-sequence token, if it ended so
-    logprobs: list[float]  # of the tokens, as the model gives them before temperature, top_p and top_k
+    logprobs: list[float]  # of the tokens, before temperature, top_p and top_k; empty where not wanted
     finish_reason: Literal["stop", "length"]
 
 
@@ -64,10 +64,12 @@ class TransformersRollouts:
         batch_size: prompts, n times each, of one call.
         synced: every process runs as many passes as the one that needs the most, as a sharded model wants it;
             all of them must give as many prompts.
+        logprobs: whether completions carry theirs. The logits of all steps are kept for them, 4 bytes times
+            the vocabulary for every token of a batch.
     """
 
-    def __init__(self, model: Any, batch_size: int = 32, synced: bool = False):
-        self.model, self.batch_size, self.synced = model, batch_size, synced
+    def __init__(self, model: Any, batch_size: int = 32, synced: bool = False, logprobs: bool = True):
+        self.model, self.batch_size, self.synced, self.logprobs = model, batch_size, synced, logprobs
         ends = model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
@@ -81,7 +83,9 @@ class TransformersRollouts:
         self.model.eval()
         try:
             # One stream of random numbers for the whole call; the caller's goes on where it was.
-            with torch.random.fork_rng(enabled=sampling.seed is not None):
+            device = self.model.device
+            devices = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(devices, enabled=sampling.seed is not None):
                 if sampling.seed is not None:
                     torch.manual_seed(sampling.seed)
                 for start in range(0, len(prompts), self.batch_size):
@@ -113,7 +117,7 @@ class TransformersRollouts:
             num_return_sequences=sampling.n,
             pad_token_id=0,
             return_dict_in_generate=True,
-            output_logits=True,
+            output_logits=self.logprobs,
             **_PLAIN,
             synced_gpus=self.synced,
             **how,
@@ -121,9 +125,9 @@ class TransformersRollouts:
         tokens: Tensor = output.sequences[:, longest:]
         steps = [
             torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, i : i + 1])
-            for i, logits in enumerate(output.logits)
+            for i, logits in enumerate(output.logits or ())
         ]
-        logprobs = torch.cat(steps, -1).tolist()
+        logprobs = torch.cat(steps, -1).tolist() if steps else [[]] * len(tokens)
         found: list[Completion] = []
         for i, row in enumerate(tokens.tolist()):
             end = next((t + 1 for t, token in enumerate(row) if token in self.ends), None)

@@ -20,9 +20,11 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Rows with `prompt` (text) or `messages` (a chat), and for off-policy slices `completion` (text)."""
+    """Rows with `prompt` (text) or `messages` (a chat), and for off-policy slices `completion` (text), or
+    messages that end with the assistant's."""
 
     path: str = Field(description="JSONL or Parquet file, or a hub data set's name")
+    name: str | None = Field(None, description="of one of a hub data set's configurations")
     split: str = Field("train", description="of a hub data set")
     evaluation_prompts: int = Field(16, ge=0, description="rows held out, the last ones")
     max_prompt_length: int = Field(512, ge=1, description="tokens; rows with longer prompts are left out")
@@ -117,6 +119,31 @@ class TrainConfig(_Section):
         if self.lora is not None and self.rollouts.url is not None:
             raise ValueError("lora must not be given with rollouts.url: adapters are not sent to the server")
         return self
+
+
+# What may be other than it was when a run goes on: how long, where and on what machines.
+_FREE: Any = dict.fromkeys(
+    ("student", "output", "steps", "gradient_accumulation_steps", "evaluate_every", "save_every"), True
+) | {
+    "keep_checkpoints": True,
+    "trackers": True,
+    "data": {"path"},
+    "teacher": {"model", "url", "stored"},
+    "rollouts": {"url"},
+}
+
+
+def lasting(config: TrainConfig) -> dict[str, Any]:
+    """By their keys, the settings that a run keeps when it goes on."""
+
+    def flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(flat(config.model_dump(mode="json", exclude=_FREE)))
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:

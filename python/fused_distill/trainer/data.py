@@ -90,7 +90,7 @@ def _rows(data: DataConfig) -> Dataset:
         if suffix in (".jsonl", ".json", ".parquet"):
             kind = "parquet" if suffix == ".parquet" else "json"
             return load_dataset(kind, data_files=data.path, split="train")
-        return load_dataset(data.path, split=data.split)
+        return load_dataset(data.path, data.name, split=data.split)
     except Exception as error:  # datasets raises whatever its readers raise
         raise ConfigError(f"data.path: {data.path} cannot be read: {error}") from error
 
@@ -103,21 +103,27 @@ def _sample(row: Any, index: int, how: tuple[Any, int, bool]) -> dict[str, Any]:
 
 
 def _tokenized(row: Any, tokenizer: Any, longest: int, completions: bool) -> Sample:
-    if row.get("messages") is not None:
+    messages, completion = row.get("messages"), row.get("completion")
+    if messages:
+        if messages[-1]["role"] == "assistant":
+            if completion is not None:
+                raise ValueError("must have a completion or messages that end with the assistant's, not both")
+            *messages, answer = messages
+            completion = answer["content"]
         prompt = tokenizer.apply_chat_template(
-            row["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
     elif row.get("prompt") is not None:
         prompt = tokenizer(row["prompt"])["input_ids"]
     else:
         raise ValueError(f"must have prompt or messages, got {', '.join(row)}")
-    completion = []
-    if row.get("completion") is not None:
-        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-        completion += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens = []
+    if completion is not None:
+        tokens = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        tokens += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     elif completions:
         raise ValueError("must have a completion (lmbda below 1, or a stored teacher)")
-    return Sample(0, list(prompt), completion[:longest], len(completion) > longest)
+    return Sample(0, list(prompt), tokens[:longest], len(tokens) > longest)
 
 
 def order(samples: Any, seed: int, start: int) -> Iterator[Sample]:

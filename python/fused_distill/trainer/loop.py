@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -15,21 +17,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoTokenizer, get_scheduler
 
 from .._settings import DistillStats
+from .._teachers import wide_dtype
 from ..output_heads import OutputHead
-from .checkpoint import checkpoints, save_checkpoint
+from ..rollout_buffer import split_on_groups
+from ..serving.rollouts import RolloutEngine, Sampling, TransformersRollouts
+from ..serving.vllm_rollouts import VllmRollouts
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, order
 from .journal import Journal
-from .student import Writer, load_student, pretrained, through_student
+from .student import load_student, pretrained, through_student
 from .targets import FullTargets, TopKTargets, distillation_loss, topk_targets
 from .teachers import load_teacher
-
-Sums = Any  # a Counter of floats, which its type does not allow
 
 BATCH = 8  # samples of an evaluation's forward pass
 SHOWN_SAMPLES = 3
@@ -48,11 +53,13 @@ class Trainer:
             mixed_precision="no" if config.precision == "fp32" else config.precision,
             cpu=not torch.accelerator.is_available(),  # else a second process on the CPU runs on its own
             log_with=[*config.trackers] or None,
+            # Longer than a client of a server is patient while the other processes wait.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
             project_dir=str(config.output),
         )
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        sharded = self.accelerator.is_fsdp2
-        if self.accelerator.distributed_type == DistributedType.FSDP and not sharded:
+        self.sharded = self.accelerator.is_fsdp2
+        if self.accelerator.distributed_type == DistributedType.FSDP and not self.sharded:
             raise ConfigError("fsdp_version: must be 2 (of accelerate's settings)")
         slices = self.processes * config.gradient_accumulation_steps
         for key, value, unit in (
@@ -78,11 +85,16 @@ class Trainer:
         self.model: Any = self.accelerator.unwrap_model(self.wrapped)
         self.schedule: Any = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, config.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.writer = Writer(self.wrapped, self.model, config, sharded)
+        self.server: VllmRollouts | None = None
+        if config.rollouts.url is not None:
+            self.server = VllmRollouts(config.rollouts.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
+        elif self.sharded:
+            register_fsdp_forward_method(self.wrapped, "generate")
+        own = TransformersRollouts(self.model, synced=self.sharded, logprobs=False)
+        self.engine: RolloutEngine = self.server or own
         self.step = 0
         self.sent_at: int | None = None  # the step whose weights the rollout server has
-        self.seconds: Sums = Counter()
-        self.stopping = False
+        self.seconds: Any = Counter()
 
     def fill_buffer(self) -> list[list[Sample]]:
         """This process's samples of one step, a list for each slice of the gradient accumulation."""
@@ -97,19 +109,32 @@ class Trainer:
         if on_policy:
             seed = (config.seed << 40) + (self.step * self.processes + self.rank << 16)
             n = config.rollouts.num_generations
-            buffer += self.writer.write(mine[: on_policy * each], seed, n, on_policy)
+            buffer += self.write(mine[: on_policy * each], seed, n, on_policy)
         return buffer
+
+    @torch.no_grad()
+    def write(self, given: list[Sample], seed: int, n: int, slices: int = 1) -> list[list[Sample]]:
+        """n completions of each prompt by the student as it is, cut into slices between prompts."""
+        how = self.config.rollouts
+        sampling = Sampling(n, how.max_completion_length, how.temperature, how.top_p, how.top_k, seed)
+        # One cast of the weights for all tokens; shards are cast by FSDP.
+        with nullcontext() if self.sharded else self.accelerator.autocast():
+            completions = self.engine.generate([sample.prompt for sample in given], sampling)
+        return [
+            [Sample(given[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
+            for part in split_on_groups(completions, slices)
+        ]
 
     def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, DistillStats]:
         """The batch's share of the step's loss, and its statistics a token."""
         config, vocab_size = self.config, self.teacher.vocab_size
 
         def compute(hidden: Tensor, head: OutputHead) -> tuple[Tensor, DistillStats]:
-            def student_ids() -> Tensor:
-                return topk_targets(hidden, head, batch, config, vocab_size).ids
-
+            ids = None
+            if config.teacher.targets == "student_topk":
+                ids = topk_targets(hidden, head, batch, config, vocab_size).ids
             with self.timed("teacher_seconds"):
-                targets = self.teacher.targets(batch, student_ids)
+                targets = self.teacher.targets(batch, ids)
             loss, stats = distillation_loss(hidden, head, targets, batch, config, vocab_size, normalizer)
             if not loss.isfinite():
                 raise NonFiniteLoss(self.diagnosis(batch, targets, stats))
@@ -135,15 +160,16 @@ class Trainer:
     def update(self, buffer: list[list[Sample]]) -> dict[str, float]:
         """One optimizer step; the loss is the mean over the tokens of the buffers of all processes."""
         batches = [Batch.of(samples, self.device) for samples in buffer]
-        total = max(1.0, self.sum({"tokens": sum(int(batch.mask.sum()) for batch in batches)})["tokens"])
-        sums: Sums = Counter()
+        total = max(1.0, float(self.sum(sum(batch.mask.sum() for batch in batches))))
+        sums: Any = 0
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            # FSDP would keep whole gradients on every device.
+            now = self.sharded or i == len(batches) - 1
+            with nullcontext() if now else self.accelerator.no_sync(self.wrapped):
                 loss, stats = self.loss(batch, total)
                 # DDP and FSDP average over the processes; the tokens of all of them are in `total`.
                 self.accelerator.backward(loss * self.processes)
-            sums.update(statistics(batch, stats) | {"loss": loss.item() * total})
+            sums += statistics(batch, loss * total, stats)
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not isfinite(norm) and self.config.precision != "fp16":  # whose scaler leaves the step out
@@ -160,20 +186,18 @@ class Trainer:
         samples = self.held_out[self.rank :: self.processes]
         if self.config.teacher.stored is None:
             self.send_weights()
-            [samples] = self.writer.write(samples, self.config.seed + self.rank, 1)
-        sums: Sums = Counter()
+            [samples] = self.write(samples, self.config.seed + self.rank, 1)
+        sums: Any = 0
         for start in range(0, len(samples), BATCH):
             batch = Batch.of(samples[start : start + BATCH], self.device)
             loss, stats = self.loss(batch, 1.0)
-            sums.update(statistics(batch, stats) | {"loss": loss.item()})
+            sums += statistics(batch, loss, stats)
         texts = [self.tokenizer.decode(s.tokens) for s in samples[:SHOWN_SAMPLES]]
         return averages(self.sum(sums)), texts
 
-    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+    def sum(self, values: Any) -> Tensor:
         """Over all processes."""
-        numbers = torch.tensor([*values.values()], dtype=torch.float64, device=self.device)
-        total: Any = self.accelerator.reduce(numbers, "sum")
-        return dict(zip(values, total.tolist(), strict=True))
+        return self.accelerator.reduce(values, "sum")  # pyright: ignore[reportReturnType]
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -198,12 +222,12 @@ class Trainer:
 
     def send_weights(self) -> None:
         """To the server that writes completions, if there is one, unless it has them."""
-        if self.writer.server is None or self.sent_at == self.step:
+        if self.server is None or self.sent_at == self.step:
             return
         folder = self.config.output / "weights"
         self.save(folder)
         if self.accelerator.is_main_process:
-            self.writer.server.sync_from_disk(folder)
+            self.server.sync_from_disk(folder)
         self.accelerator.wait_for_everyone()
         self.sent_at = self.step
 
@@ -226,14 +250,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         raise ConfigError(f"output: {config.output} holds checkpoints: --resume goes on from the last")
     run = Trainer(config)
     if found:
-        run.accelerator.load_state(str(found[-1]))
-        run.step = int(found[-1].name.removeprefix("step-"))
+        run.step = load_checkpoint(run.accelerator, config, found[-1])
     journal = Journal(run.accelerator, config, run.step)
-
-    def stop(*_: object) -> None:
-        run.stopping = True
-
-    with signal_handler(signal.SIGTERM, stop):
+    with ExitStack() as after:
+        before = signal.signal(signal.SIGTERM, lambda *_: run.accelerator.set_trigger())
+        after.callback(signal.signal, signal.SIGTERM, before)
         if run.step == 0 and run.held_out:
             journal.write(0, "evaluation", *run.evaluate())
         while run.step < config.steps:
@@ -253,9 +274,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             last = run.step == config.steps
             if run.held_out and (last or run.step % config.evaluate_every == 0):
                 journal.write(run.step, "evaluation", *run.evaluate())
-            stopping = run.sum({"stopping": run.stopping})["stopping"] > 0
+            stopping = run.accelerator.check_trigger()  # in any process
             if last or stopping or run.step % config.save_every == 0:
-                save_checkpoint(run.accelerator, config.output, run.step, config.keep_checkpoints)
+                save_checkpoint(run.accelerator, config, run.step)
+                if run.sent_at != run.step:
+                    run.sent_at = None  # a run that goes on from here sends its weights first
             if stopping:
                 break
         student = config.output / "student"
@@ -265,37 +288,24 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     return student
 
 
-@contextmanager
-def signal_handler(number: int, handler: Any) -> Iterator[None]:
-    """Inside, a signal calls the handler; afterwards what it called before."""
-    before = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
+STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
-def statistics(batch: Batch, stats: DistillStats) -> dict[str, float]:
-    """Sums over a batch's counted tokens and samples."""
-    samples = batch.samples
-    return {
-        "tokens": int(batch.mask.sum()),
-        "samples": len(samples),
-        "completion_length": sum(len(s.completion) for s in samples),
-        "truncated": sum(s.truncated for s in samples),
-        **{
-            name: float(getattr(stats, name).sum())
-            for name in ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
-        },
-    }
+def statistics(batch: Batch, loss: Tensor, stats: DistillStats) -> Tensor:
+    """Sums over a batch: its tokens and samples, and what `averages` makes means of."""
+    samples, device = batch.samples, loss.device
+    lengths = [len(samples), sum(len(s.completion) for s in samples), sum(s.truncated for s in samples)]
+    of_samples = torch.tensor(lengths, dtype=wide_dtype(device), device=device)
+    of_tokens = [batch.mask.sum(), loss.detach(), *(getattr(stats, name).sum() for name in STATISTICS)]
+    return torch.cat([of_samples, torch.stack([value.to(of_samples) for value in of_tokens])])
 
 
-def averages(sums: dict[str, float]) -> dict[str, float]:
+def averages(sums: Tensor) -> dict[str, float]:
     """A token's, of lengths and truncation a sample's; the count of tokens as it is."""
-    tokens, samples = sums.pop("tokens"), sums.pop("samples")
-    of_samples = ("completion_length", "truncated")
-    means = {n: v / max(samples if n in of_samples else tokens, 1) for n, v in sums.items()}
-    return means | {"tokens": tokens}
+    samples, length, truncated, tokens, *rest = sums.tolist()
+    means = {"completion_length": length / samples, "truncated": truncated / samples, "tokens": tokens}
+    names = ("loss", *STATISTICS)
+    return means | {name: value / max(tokens, 1) for name, value in zip(names, rest, strict=True)}
 
 
 def memory_gib(device: torch.device) -> float:

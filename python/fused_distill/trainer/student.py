@@ -1,8 +1,7 @@
-"""The student: its hidden states inside whatever wraps it, and what it writes."""
+"""The student: the model that is trained, and its hidden states inside whatever wraps it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,11 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..output_heads import OutputHead, decoder_of, output_head
-from ..rollout_buffer import split_on_groups
-from ..serving.rollouts import Completion, RolloutEngine, Sampling, TransformersRollouts
-from ..serving.vllm_rollouts import VllmRollouts
 from .config import ConfigError, TrainConfig
-from .data import Batch, Sample
+from .data import Batch
 
 T = TypeVar("T")
 
@@ -29,14 +25,26 @@ def pretrained(kind: Any, key: str, name: str, **options: Any) -> Any:
 
 
 def load_student(config: TrainConfig) -> Any:
-    """The model to be trained, in float32, with adapters if the settings ask for them.
+    """The model to be trained, in float32; with adapters if the settings ask for them, on weights in bfloat16
+    where products are.
 
     Dropout is off: rollouts, scores and updates are of the same function.
     """
-    model = pretrained(AutoModelForCausalLM, "student", config.student, dtype=torch.float32).eval()
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in config.frozen):
+    frozen_base = config.lora is not None and config.precision == "bf16"
+    dtype = torch.bfloat16 if frozen_base else torch.float32
+    model = pretrained(AutoModelForCausalLM, "student", config.student, dtype=dtype).eval()
+    used = {id(p) for part in (decoder_of(model), model.get_output_embeddings()) for p in part.parameters()}
+    names = dict(model.named_parameters())
+    for part in config.frozen:
+        if not any(part in name for name in names):
+            raise ConfigError(
+                f"frozen: no parameter has {part!r} in its name; they are such as {[*names][:3]}"
+            )
+    for name, parameter in names.items():  # a vision tower gets no gradient, which DDP would wait for
+        if id(parameter) not in used or any(part in name for part in config.frozen):
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise ConfigError(f"frozen: {config.frozen} leaves nothing to train")
     if config.lora is None:
         return model
     try:
@@ -82,35 +90,3 @@ def through_student(wrapped: Any, model: Any, batch: Batch, compute: Callable[[T
         return inside_forward(layer, layer, lambda states: compute(states, output_head(model)), hidden)
 
     return inside_forward(wrapped, model, whole, batch.tokens)
-
-
-class Writer:
-    """Completions of the student as it is, by transformers or by a vLLM server that gets its weights."""
-
-    def __init__(self, wrapped: Any, model: Any, config: TrainConfig, sharded: bool):
-        self.wrapped, self.model, self.config, self.sharded = wrapped, model, config, sharded
-        self.engine: RolloutEngine = TransformersRollouts(model, synced=sharded)
-        self.server: VllmRollouts | None = None
-        if config.rollouts.url is not None:
-            self.engine = self.server = VllmRollouts(
-                config.rollouts.url, token=os.environ.get("FUSED_DISTILL_TOKEN")
-            )
-
-    @torch.no_grad()
-    def write(self, given: list[Sample], seed: int, n: int, slices: int = 1) -> list[list[Sample]]:
-        """n completions of each prompt, cut into slices between prompts."""
-        how = self.config.rollouts
-        sampling = Sampling(n, how.max_completion_length, how.temperature, how.top_p, how.top_k, seed)
-
-        def generate(*_: Tensor) -> list[Completion]:
-            return self.engine.generate([sample.prompt for sample in given], sampling)
-
-        if self.sharded and self.server is None:
-            # Adapters generate with a module that FSDP does not begin at.
-            completions = inside_forward(self.wrapped, self.model, generate)
-        else:
-            completions = generate()
-        return [
-            [Sample(given[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
-            for part in split_on_groups(completions, slices)
-        ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -12,8 +11,6 @@ from .._settings import DistillStats
 from ..output_heads import OutputHead
 from .config import TrainConfig
 from .data import Batch
-
-StudentIds = Callable[[], Tensor]  # (B, T - 1, k) the student's likeliest tokens, computed when asked for
 
 
 class FullTargets(NamedTuple):
@@ -35,8 +32,8 @@ class Teacher(Protocol):
 
     vocab_size: int  # columns that its head and the student's have in common
 
-    def targets(self, batch: Batch, student_ids: StudentIds) -> FullTargets | TopKTargets:
-        """The teacher's side of the loss; student_ids is called for targets "student_topk" only."""
+    def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets | TopKTargets:
+        """The teacher's side of the loss; student_ids (B, T - 1, k) are given for targets "student_topk"."""
         ...
 
 
@@ -54,12 +51,10 @@ def topk_targets(
         head.weight,
         config.teacher.k if ids is None else 0,
         ids,
-        bias=head.bias,
         mask=batch.mask,
         temperature=config.temperature,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
         vocab_size=vocab_size,
+        **head.options(),
     )
     if ids is None or found.actual_logprobs is None:
         return TopKTargets(found.logprobs, found.ids)
@@ -76,11 +71,8 @@ def distillation_loss(
     normalizer: float,
 ) -> tuple[Tensor, DistillStats]:
     """The loss of a batch and its statistics; `normalizer` is the count of tokens that the mean is over."""
-    common: dict[str, Any] = {
+    common = head.options("student_") | {
         "mask": batch.mask,
-        "student_bias": head.bias,
-        "student_logit_scale": head.logit_scale,
-        "student_softcap": head.softcap,
         "beta": config.beta,
         "temperature": config.temperature,
         "vocab_size": vocab_size,
@@ -89,14 +81,5 @@ def distillation_loss(
     }
     if isinstance(targets, TopKTargets):
         return fused_linear_topk_jsd(hidden, head.weight, *targets, tail=config.teacher.tail, **common)
-    teacher = targets.head
-    return fused_linear_jsd(
-        hidden,
-        head.weight,
-        targets.hidden,
-        teacher.weight,
-        teacher_bias=teacher.bias,
-        teacher_logit_scale=teacher.logit_scale,
-        teacher_softcap=teacher.softcap,
-        **common,
-    )
+    common |= targets.head.options("teacher_")
+    return fused_linear_jsd(hidden, head.weight, targets.hidden, targets.head.weight, **common)

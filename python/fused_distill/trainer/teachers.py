@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,7 +19,7 @@ from .config import ConfigError, TrainConfig
 from .data import Batch
 from .stored import StoredTeacher
 from .student import pretrained
-from .targets import FullTargets, StudentIds, Teacher, TopKTargets, topk_targets
+from .targets import FullTargets, Teacher, TopKTargets, topk_targets
 
 
 @dataclass
@@ -30,7 +31,7 @@ class LocalTeacher:
     vocab_size: int
 
     @torch.no_grad()
-    def targets(self, batch: Batch, student_ids: StudentIds) -> FullTargets | TopKTargets:
+    def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets | TopKTargets:
         """See Teacher."""
         wanted, head = self.config.teacher.targets, output_head(self.model)
         decoder = decoder_of(self.model)
@@ -38,8 +39,7 @@ class LocalTeacher:
         hidden: Tensor = output.last_hidden_state[:, :-1]
         if wanted == "full":
             return FullTargets(hidden, head)
-        ids = student_ids() if wanted == "student_topk" else None
-        return topk_targets(hidden, head, batch, self.config, self.vocab_size, ids)
+        return topk_targets(hidden, head, batch, self.config, self.vocab_size, student_ids)
 
 
 @dataclass
@@ -52,7 +52,7 @@ class ServedTeacher:
     head: OutputHead | None = None  # for targets "full"
     normalises: bool = False  # over vocab_size tokens, else over all rows of its own head
 
-    def targets(self, batch: Batch, student_ids: StudentIds) -> FullTargets | TopKTargets:
+    def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets | TopKTargets:
         """See Teacher."""
         wanted, mask = self.config.teacher, batch.mask
         asked = [s.tokens for s in batch.samples], [len(s.prompt) for s in batch.samples]
@@ -63,17 +63,16 @@ class ServedTeacher:
         how: dict[str, Any] = {"temperature": self.config.temperature}
         if self.normalises:
             how["vocab_size"] = self.vocab_size
-        if wanted.targets == "topk":
+        if student_ids is None:
             answer = self.client.get_sequence_logprobs(*asked, top_logprobs=wanted.k, **how)
             logprobs, ids, *_ = align(answer, mask)
             # Tokens that the student's head has no row for belong to the rest.
             return TopKTargets(logprobs.masked_fill(ids >= self.vocab_size, -torch.inf), ids)
-        ids = student_ids()
-        chosen = [rows.cpu().numpy() for rows in ids[mask].split(mask.sum(1).tolist())]
+        chosen = [rows.cpu().numpy() for rows in student_ids[mask].split(mask.sum(1).tolist())]
         answer = self.client.get_sequence_logprobs(*asked, top_logprobs=0, score_ids=chosen, **how)
         scores = align(answer, mask).score_logprobs
         assert scores is not None
-        return TopKTargets(scores, ids)
+        return TopKTargets(scores, student_ids)
 
 
 def load_teacher(config: TrainConfig, tokenizer: Any, device: torch.device) -> Teacher:
@@ -87,12 +86,9 @@ def load_teacher(config: TrainConfig, tokenizer: Any, device: torch.device) -> T
     if wanted.model is not None:
         own = load_tokenizer(wanted.model)
         _same_tokenizer("teacher.model", fingerprint, own and tokenizer_fingerprint(own))
-        model = pretrained(
-            AutoModelForCausalLM,
-            "teacher.model",
-            wanted.model,
-            dtype=weights_dtype(wanted.dtype, device.type),
-        )
+        dtype = weights_dtype(wanted.dtype, device.type)
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):  # which is for what FSDP then fills
+            model = pretrained(AutoModelForCausalLM, "teacher.model", wanted.model, dtype=dtype)
         model.to(device).eval().requires_grad_(False)
         teacher = LocalTeacher(model, config, min(vocab_size, len(output_head(model).weight)))
     elif wanted.stored is not None:
