@@ -35,14 +35,10 @@ class DistillTrainer(Trainer):
                 teacher_hidden,
                 teacher.weight,
                 mask=inputs["labels"][:, 1:] != -100,
-                student_bias=student.bias,
-                teacher_bias=teacher.bias,
-                student_logit_scale=student.logit_scale,
-                teacher_logit_scale=teacher.logit_scale,
-                student_softcap=student.softcap,
-                teacher_softcap=teacher.softcap,
                 beta=self.beta,
                 normalizer=num_items_in_batch,
+                **student.options("student_"),
+                **teacher.options("teacher_"),
             )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # by which DDP divides

@@ -162,7 +162,7 @@ def test_the_settings_of_a_page_are_valid(page: Path, tmp_path: Path) -> None:
 def test_the_commands_of_a_page_exist(page: Path) -> None:
     """Ours parse, targets of make are there; pip and accelerate are run elsewhere."""
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for line in "".join(blocks(page, "bash")).splitlines():
+    for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["fused-distill"]:
             parsed(words[1:])

@@ -61,6 +61,24 @@ def test_logprobs_are_the_models_own_whatever_the_temperature(model: Any) -> Non
         torch.testing.assert_close(torch.tensor(completion.logprobs), want, atol=1e-4, rtol=1e-4)
 
 
+def test_without_logprobs_the_same_tokens_come_and_no_logits_are_kept(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(n=2, max_tokens=6, seed=1)
+    want = TransformersRollouts(model).generate(PROMPTS, sampling)
+    generate, kept = model.generate, []
+
+    def watched(**options: Any) -> Any:
+        output = generate(**options)
+        kept.append(output.logits)
+        return output
+
+    monkeypatch.setattr(model, "generate", watched)
+    found = TransformersRollouts(model, logprobs=False).generate(PROMPTS, sampling)
+    assert found == [c._replace(logprobs=[]) for c in want]
+    assert kept == [None]
+
+
 def test_completions_end_with_the_end_token_or_at_the_limit(model: Any) -> None:
     found = TransformersRollouts(model).generate(PROMPTS * 8, Sampling(max_tokens=6, seed=0))
     assert {c.finish_reason for c in found} == {"stop", "length"}

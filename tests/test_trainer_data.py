@@ -78,6 +78,31 @@ def test_messages_go_through_the_chat_template(lab: Lab, tmp_path: Path, tokeniz
     assert list(training["completion"]) == [[]]
 
 
+def test_the_assistants_last_message_is_the_completion(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    turns = [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yo"))]
+    config = lab.config(tmp_path, written(tmp_path, [{"messages": turns}]), "prompts_per_step=1")
+    training, _ = load_data(config, tokenizer, True)
+    [sample] = (Sample(**training[i]) for i in range(len(training)))
+    assert text(tokenizer, sample.prompt) == "u:hi;a:"
+    assert text(tokenizer, sample.completion) == "yo<eos>"
+
+
+def test_a_data_set_may_have_configurations(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+    folder = tmp_path / "set"
+    for name in ("main", "other"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    parts = [f"- config_name: {n}\n  data_files: {n}/train.jsonl" for n in ("main", "other")]
+    (folder / "README.md").write_text("\n".join(["---", "configs:", *parts, "---"]))
+    config = lab.config(tmp_path, f"data.path={folder}", "data.name=other", "prompts_per_step=1")
+    training, _ = load_data(config, tokenizer, False)
+    assert [text(tokenizer, prompt) for prompt in training["prompt"]] == ["other"]
+
+
 def test_empty_and_long_prompts_are_left_out(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": p} for p in ("abcd", "", "abcde", "a")]
     config = lab.config(tmp_path, written(tmp_path, rows), "prompts_per_step=1", "data.max_prompt_length=4")
@@ -93,6 +118,10 @@ def test_empty_and_long_prompts_are_left_out(lab: Lab, tmp_path: Path, tokenizer
         ([{"prompt": 3}], "row 0 "),
         ([{"messages": [{"role": "user", "content": "a"}]}], "row 0 .*chat_template"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "row 1 must have a completion"),
+        (
+            [{"messages": [{"role": "assistant", "content": "a"}], "completion": "b"}],
+            "row 0 must have a completion or messages that end with the assistant's, not both",
+        ),
     ],
 )
 def test_a_row_that_does_not_do_is_named(

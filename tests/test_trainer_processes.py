@@ -17,6 +17,7 @@ import yaml
 from fused_distill.trainer.checkpoint import checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
+from fused_distill.trainer.stored import store_teacher
 from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, metrics, save_model, transformers, weights
 from trainer_cases import lab as lab
 
@@ -44,11 +45,14 @@ def two_processes(how: str, *configs: TrainConfig) -> subprocess.Popen[str]:
     for config in configs:
         files.append(str(config.output / "run.yaml"))
         Path(files[-1]).write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
-    worker = Path(__file__).parent / "trainer_worker.py"
+    return launched(how, str(Path(__file__).parent / "trainer_worker.py"), how, *files)
+
+
+def launched(how: str, *script: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2"]
     fixed = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     return subprocess.Popen(
-        [*command, *fixed, *LAUNCHED[how], str(worker), how, *files],
+        [*command, *fixed, *LAUNCHED[how], *script],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -147,6 +151,25 @@ def test_sigterm_to_two_processes_saves_and_they_go_on_bit_for_bit(
     end = said(process)
     assert process.returncode == 0, end
     assert losses(tmp_path) == losses(runs / "fsdp2" / "on_policy")
+
+
+def test_two_processes_share_the_writing_of_a_store(lab: Lab, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in lab.data.read_text().splitlines()]
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({**row, "prompt": f"{row['prompt']}{i}"}) + "\n" for i in range(7) for row in rows)
+    )
+    config = lab.config(tmp_path, f"data.path={data}", "teacher.targets=topk", "teacher.k=5", "lmbda=0")
+    store_teacher(config, tmp_path / "one", "float32")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
+    process = launched(
+        "ddp", "-m", "fused_distill.cli", "cache-teacher", f"{tmp_path}/run.yaml", f"--output={tmp_path}/two"
+    )
+    end = said(process)
+    assert process.returncode == 0, end
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert sorted(one) == ["part-000000.parquet", "part-000001.parquet", "teacher.json"]
+    assert one == two
 
 
 def test_processes_must_get_equal_shares(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from fused_distill.cli import main
 from fused_distill.trainer.checkpoint import checkpoints
-from fused_distill.trainer.config import TrainConfig
+from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
 from trainer_cases import ABOUT_THE_TRAINER, Lab, metrics
 from trainer_cases import lab as lab
@@ -179,6 +179,7 @@ def test_a_full_disk_loses_no_checkpoint(lab: Lab, undisturbed: tuple[Path, floa
     process = start(config, largest - 1)
     process.join()
     assert process.exitcode == 1
+    assert not (tmp_path / "checkpoints" / "unfinished").exists()
     assert {p: p.read_bytes() for folder in checkpoints(tmp_path) for p in folder.iterdir()} == kept
     process = start(config)
     process.join()
@@ -200,6 +201,13 @@ def test_the_command_goes_on_for_more_steps(
     main(["train", str(output / "settings.yaml"), "--resume", "steps=3", f"output={output}", *own])
     assert capsys.readouterr().out.splitlines()[-1] == str(output / "student")
     assert outcome(output) == outcome(tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_its_settings_only(lab: Lab, tmp_path: Path) -> None:
+    train(lab.config(tmp_path, "steps=1"))
+    changed = lab.config(tmp_path, "steps=2", "beta=0.25", "rollouts.top_p=0.5")
+    with pytest.raises(ConfigError, match=r"^rollouts\.top_p: was 1\.0 before, is 0\.5; beta: was 0\.5"):
+        train(changed, resume=True)
 
 
 def test_the_process_has_its_own_sigterm_back_even_after_an_error(

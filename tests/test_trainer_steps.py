@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from fused_distill.cli import main
+from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.data import Sample
 from fused_distill.trainer.loop import NonFiniteLoss, Trainer, train
+from fused_distill.trainer.student import load_student
 from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, metrics, save_model, transformers, weights
 from trainer_cases import lab as lab
 
@@ -217,6 +219,40 @@ def test_adapters_alone_are_trained_and_load_with_peft(lab: Lab, tmp_path: Path)
     adapted = {n: p for n, p in loaded.named_parameters() if "lora_B" in n}
     assert any(p.abs().sum() > 0 for p in adapted.values())
     assert losses(tmp_path)[2] != losses(tmp_path)[0]
+
+
+def test_adapters_are_float32_on_a_base_in_the_precision_of_products(lab: Lab, tmp_path: Path) -> None:
+    model = load_student(lab.config(tmp_path, "lora.r=2", "precision=bf16"))
+    dtypes = {("lora_" in name, p.dtype) for name, p in model.named_parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_what_the_loss_does_not_reach_is_not_trained(lab: Lab, tiny_model: Path, tmp_path: Path) -> None:
+    """DDP would wait for a vision tower's gradients."""
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.Gemma3Config(
+        text_config=transformers.AutoConfig.from_pretrained(tiny_model).to_dict(),
+        vision_config={**vision, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+    )
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "student")
+    transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "student")
+    model = load_student(lab.config(tmp_path, f"student={tmp_path}/student"))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert not any("vision" in name or "projector" in name for name in trained)
+    assert len(trained) < len([*model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("frozen", "complaint"),
+    [("[embd]", "frozen: no parameter has 'embd' in its name"), ("['']", "leaves nothing to train")],
+)
+def test_what_is_frozen_must_be_there_and_leave_something(
+    lab: Lab, tmp_path: Path, frozen: str, complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        load_student(lab.config(tmp_path, f"frozen={frozen}"))
 
 
 def test_bfloat16_is_near_float32(lab: Lab, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from fused_distill.cli import main
 from fused_distill.serving import wire
 from fused_distill.serving.engine import TransformersEngine
-from fused_distill.trainer import stored
+from fused_distill.trainer import stored, teachers
 from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.data import Batch
 from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.stored import store_teacher
+from fused_distill.trainer.student import pretrained
 from fused_distill.trainer.targets import TopKTargets
 from fused_distill.trainer.teachers import ServedTeacher
 from pyarrow import parquet
@@ -99,6 +101,22 @@ def test_heads_of_different_rows_compare_what_they_share(
     # The whole vocabulary by another way; the student's rows beyond it are no outcomes.
     assert losses(tmp_path / "topk") == pytest.approx(losses(tmp_path / "full"), rel=1e-4)
     assert losses(tmp_path / "student_topk") == pytest.approx(losses(tmp_path / "full"), rel=1e-4)
+
+
+def test_a_teacher_is_loaded_whole_in_every_process_of_fsdp(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    seen: dict[str, str] = {}
+
+    def watched(kind: Any, key: str, name: str, **options: Any) -> Any:
+        seen[key] = os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
+        return pretrained(kind, key, name, **options)
+
+    monkeypatch.setattr(teachers, "pretrained", watched)
+    Trainer(lab.config(tmp_path))
+    assert seen["teacher.model"] == "false"
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 @pytest.fixture(scope="module")
