@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,15 @@ from cases import INTERPRETED
 from fused_distill.compat import trl as compat
 from fused_distill.compat.trl import patch_trl, unpatch_trl
 from torch import Tensor
+from trl_cases import PROMPTS, SERVED, PlayedClient, assert_equal_runs, local, lora, server, train, trl
+from trl_cases import make_trainer as make_trainer_in
 
-trl = pytest.importorskip("trl")
-transformers = pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
-local = pytest.importorskip("trl.trainer.distillation_trainer")
-server = pytest.importorskip("trl.experimental.server_distillation.server_distillation_trainer")
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-STEPS = 20
-PROMPTS = ["ab", "Hello there", "x y z", "Why?"]
+BOTH = pytest.mark.parametrize("options", [{}, SERVED], ids=["local", "server"])
 SERVER_CASES = [
     (0.0, 1, True),
     (0.0, 5, True),
@@ -45,124 +42,57 @@ def unpatched() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_trainer(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """make_trainer(beta, **options): a local teacher, or with loss_top_k one behind a server that is played.
-
-    In float32; with the server in float64, as TRL's float32 tails lose digits.
-    """
-
-    def make(beta: float, **options: Any) -> Any:
-        torch.manual_seed(1)
-        config = transformers.AutoConfig.from_pretrained(tiny_model)
-        student = transformers.AutoModelForCausalLM.from_config(config)
-        config.hidden_size = 24
-        teacher = transformers.AutoModelForCausalLM.from_config(config).eval()
-        for model in (student, teacher):
-            model.get_input_embeddings().weight.data.mul_(20)  # random models are nearly uniform
-        settings = {
-            "output_dir": str(tmp_path),
-            "beta": beta,
-            "temperature": 0.8,
-            "max_steps": STEPS,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_completion_length": 8,
-            # Adam would make steps of the rounding where a gradient should be 0.
-            "optim": "sgd",
-            "learning_rate": 0.02,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": [],
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            **options,
-        }
-        arguments = {
-            "model": student,
-            "train_dataset": datasets.Dataset.from_dict({"prompt": PROMPTS * STEPS}),
-            "processing_class": transformers.AutoTokenizer.from_pretrained(tiny_model, padding_side="left"),
-        }
-        if "loss_top_k" not in options:
-            args = trl.DistillationConfig(**settings)
-            return trl.DistillationTrainer(teacher_model=teacher, args=args, **arguments)
-        student.double()
-        monkeypatch.setattr(
-            "trl.generation.vllm_client.VLLMClient", lambda **_: PlayedClient(teacher.double())
-        )
-        monkeypatch.setattr(
-            server.ServerDistillationTrainer, "_get_teacher_token_logprobs_from_server", answer_in_float64
-        )
-        args = trl.experimental.server_distillation.ServerDistillationConfig(
-            teacher_model_server_url="http://nowhere", **settings
-        )
-        return server.ServerDistillationTrainer(args=args, **arguments)
-
-    return make
-
-
-answer_in_float32 = server.ServerDistillationTrainer._get_teacher_token_logprobs_from_server
-
-
-def answer_in_float64(self: Any, inputs: dict[str, Any], aligned_prompt_length: int) -> dict[str, Tensor]:
-    answer = answer_in_float32(self, inputs, aligned_prompt_length)
-    return {name: t.double() if t.is_floating_point() else t for name, t in answer.items()}
-
-
-class PlayedClient:
-    """Answers as TRL's VLLMClient does, from a model at hand."""
-
-    def __init__(self, teacher: Any) -> None:
-        self.teacher = teacher
-
-    def get_sequence_logprobs(
-        self, sequences: list[list[int]], prompt_lengths: list[int], top_logprobs: int, temperature: float
-    ) -> dict[str, list[Any]]:
-        answers: dict[str, list[Any]] = {"logprobs": [], "logprob_token_ids": [], "actual_logprobs": []}
-        for sequence, length in zip(sequences, prompt_lengths, strict=True):
-            tokens = torch.tensor([sequence])
-            with torch.no_grad():
-                logits = self.teacher(input_ids=tokens).logits[0, length - 1 : -1]
-            logprobs = torch.log_softmax(logits / temperature, -1)
-            top = logprobs.topk(top_logprobs)
-            answers["logprobs"].append(top.values.tolist())
-            answers["logprob_token_ids"].append(top.indices.tolist())
-            answers["actual_logprobs"].append(logprobs.gather(-1, tokens[0, length:, None]).tolist())
-        return answers
-
-
-def train(trainer: Any) -> tuple[list[float], list[float], list[Tensor]]:
-    """Losses and entropies of all steps, the parameters after the last."""
-    trainer.train()
-    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(steps) == STEPS
-    entropies = [entry["entropy"] for entry in steps if "entropy" in entry]
-    return [entry["loss"] for entry in steps], entropies, [p.detach() for p in trainer.model.parameters()]
+def make_trainer(tiny_model: Path, tmp_path: Path) -> Callable[..., Any]:
+    return partial(make_trainer_in, tiny_model, tmp_path)
 
 
 def assert_trains_as_trl(make: Callable[[], Any], tolerance: float) -> None:
     theirs = train(make())
     with patch_trl():
         ours = train(make())
-    assert theirs[0][-1] != pytest.approx(theirs[0][0], rel=0.01)  # it did train
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-6)  # logged in float32
-    assert ours[1] == pytest.approx(theirs[1], rel=1e-6)
-    torch.testing.assert_close(ours[2], theirs[2], rtol=tolerance, atol=tolerance)
+    assert theirs.losses[-1] != pytest.approx(theirs.losses[0], rel=0.01)  # it did train
+    assert_equal_runs(ours, theirs, tolerance)
+    again = train(make())  # by TRL's own
+    assert (again.losses, again.entropies) == (theirs.losses, theirs.entropies)
+    assert all(map(torch.equal, again.parameters, theirs.parameters))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
 def test_training_with_a_local_teacher_equals_trls(make_trainer: Callable[..., Any], beta: float) -> None:
-    assert_trains_as_trl(lambda: make_trainer(beta), 1e-5)
+    assert_trains_as_trl(partial(make_trainer, beta), 1e-5)
 
 
 @pytest.mark.parametrize(("beta", "k", "tail"), SERVER_CASES)
 def test_training_with_a_server_teacher_equals_trls(
     make_trainer: Callable[..., Any], beta: float, k: int, tail: bool
 ) -> None:
-    assert_trains_as_trl(lambda: make_trainer(beta, loss_top_k=k, loss_add_tail=tail), 1e-10)
+    assert_trains_as_trl(partial(make_trainer, beta, loss_top_k=k, loss_add_tail=tail), 1e-10)
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_top_k": 1}], ids=["local", "server"])
+@BOTH
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_training_of_adapters_equals_trls(
+    make_trainer: Callable[..., Any], options: dict[str, int], accumulated: int
+) -> None:
+    make = partial(make_trainer, peft=lora(), gradient_accumulation_steps=accumulated, **options)
+    assert_trains_as_trl(make, 1e-5)
+
+
+@BOTH
+def test_training_of_adapters_and_a_whole_head_equals_trls(
+    make_trainer: Callable[..., Any], options: dict[str, int]
+) -> None:
+    assert_trains_as_trl(
+        lambda: make_trainer(peft=lora(modules_to_save=["lm_head"]), tied=False, **options), 1e-5
+    )
+
+
+def test_training_of_adapters_that_wait_for_a_token_equals_trls(make_trainer: Callable[..., Any]) -> None:
+    # aLoRA begins where PeftModel.forward finds the tokens; TRL's local trainer does not call that.
+    assert_trains_as_trl(lambda: make_trainer(peft=lora(alora_invocation_tokens=[3]), **SERVED), 1e-10)
+
+
+@BOTH
 def test_evaluation_equals_trls(make_trainer: Callable[..., Any], options: Any) -> None:
     trainer = make_trainer(0.5, **options)
     inputs = training_inputs(trainer)
@@ -173,13 +103,25 @@ def test_evaluation_equals_trls(make_trainer: Callable[..., Any], options: Any) 
         torch.testing.assert_close(trainer.compute_loss(trainer.model, inputs), theirs)
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_top_k": 1}], ids=["local", "server"])
+@BOTH
+def test_a_trainer_that_was_patched_computes_as_before(
+    make_trainer: Callable[..., Any], options: dict[str, int]
+) -> None:
+    trainer = make_trainer(0.5, **options)
+    inputs = training_inputs(trainer)
+    before = trainer.compute_loss(trainer.model, inputs)
+    with patch_trl():
+        trainer.compute_loss(trainer.model, inputs)
+    assert torch.equal(trainer.compute_loss(trainer.model, inputs), before)
+
+
+@BOTH
 def test_no_logits_are_made_by_the_models(make_trainer: Callable[..., Any], options: Any) -> None:
     trainer = make_trainer(0.5, **options)
     inputs = training_inputs(trainer)
 
-    def refuse(*_: Any) -> None:
-        raise AssertionError("the output layer ran")
+    def refuse(_module: Any, _inputs: Any, output: Tensor) -> None:
+        assert output.ndim == 0, "the output layer gave logits"  # not the loss
 
     trainer.model.lm_head.register_forward_hook(refuse)
     if trainer.teacher_model is not None:
@@ -207,7 +149,7 @@ def training_inputs(trainer: Any) -> dict[str, Any]:
     """What a training step gets: completions of different lengths."""
     trainer.current_gradient_accumulation_steps = 2
     trainer.model.train()
-    inputs = trainer._prepare_inputs([{"prompt": prompt} for prompt in PROMPTS])
+    inputs = trainer._prepare_inputs([{"prompt": prompt} for prompt in PROMPTS[:4]])
     inputs["completion_mask"][0, -3:] = 0
     return inputs
 
@@ -227,7 +169,7 @@ def test_log_probabilities_that_the_server_leaves_out_are_an_error(
 
     monkeypatch.setattr(PlayedClient, "get_sequence_logprobs", incomplete)
     patch_trl()
-    with pytest.raises(ValueError, match=r"no log-probability .* at 1 of 13 completion tokens"):
+    with pytest.raises(ValueError, match=r"no log-probability .* at 1 of 4 completion tokens"):
         trainer.compute_loss(trainer.model, inputs)
 
 
@@ -255,6 +197,16 @@ def test_sharded_heads_are_gathered() -> None:
         torch.testing.assert_close(gradient.full_tensor(), torch.autograd.grad(expected[0], whole)[0])
     finally:
         distributed.destroy_process_group()
+
+
+def test_shards_that_cannot_be_gathered_are_refused() -> None:
+    hidden, weight, mask = torch.randn(2, 3, 8), torch.randn(40, 8), torch.ones(2, 3)
+    flat = weight.flatten()[:160]  # FSDP1's, outside the forward of the unit that holds it
+    freed = weight.clone()  # the same with use_orig_params=False
+    freed.untyped_storage().resize_(0)
+    for heads in ((flat, weight), (freed, weight), (weight, flat)):
+        with pytest.raises(RuntimeError, match=r"output layer's weight is in shards .* use FSDP2"):
+            compat._divergence_loss(hidden, hidden, *heads, mask, 0.5)
 
 
 def state() -> tuple[Any, Any]:

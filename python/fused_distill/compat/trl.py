@@ -9,19 +9,21 @@ Two places of TRL 1.16 (https://github.com/huggingface/trl) are replaced, for tr
 
 - `DistillationTrainer`'s function from the completions' hidden states to the loss becomes `fused_linear_jsd`.
 - `ServerDistillationTrainer.compute_loss`, which has the model make logits of all tokens, prompts included,
-  runs the backbone and gives its completion tokens to `fused_linear_topk_jsd`.
+  runs the model with `fused_linear_topk_jsd` of its completion tokens in the output layer's place.
 
-The losses are TRL's own within rounding, for every beta, with what TRL logs. Where TRL's server trainer
-computes in the model's dtype, logits are float32 here; asked for its outputs it gives None, as
-`DistillationTrainer` does. A head that FSDP2 keeps in shards gets the average of the ranks' gradients; TRL's
-own loss leaves each shard the gradient of its own rank's tokens alone.
+The losses are TRL's own within rounding, for every beta, with what TRL logs; so are the gradients with PEFT
+adapters, DDP, FSDP2 and DeepSpeed ZeRO. Where TRL's server trainer computes in the model's dtype, logits are
+float32 here; asked for its outputs it gives None, as `DistillationTrainer` does. A head that FSDP2 keeps in
+shards gets the average of the ranks' gradients; TRL's own loss leaves each shard the gradient of its own rank's
+tokens alone. A head that FSDP1 wraps by itself is refused.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -116,17 +118,17 @@ def _divergence_loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
     with (
-        _gathered(student_lm_head_weight, student_lm_head_bias),
-        _gathered(teacher_lm_head_weight, teacher_lm_head_bias),
+        _whole(student_lm_head_weight, student_lm_head_bias, student_hidden_states) as (weight, bias),
+        _whole(teacher_lm_head_weight, teacher_lm_head_bias, teacher_hidden_states) as teachers,
     ):
         loss, stats = fused_linear_jsd(
             student_hidden_states,
-            _whole(student_lm_head_weight, student_hidden_states),
+            weight,
             teacher_hidden_states,
-            _whole(teacher_lm_head_weight, teacher_hidden_states),
+            teachers[0],
             mask=mask,
-            student_bias=_whole(student_lm_head_bias, student_hidden_states),
-            teacher_bias=_whole(teacher_lm_head_bias, teacher_hidden_states),
+            student_bias=bias,
+            teacher_bias=teachers[1],
             beta=beta,
             temperature=temperature,
             student_logit_scale=student_logit_scale,
@@ -163,11 +165,10 @@ def _server_loss(
     }
     teacher = self._get_teacher_token_logprobs_from_server(batch, prompt_ids.shape[1])
     student = self.accelerator.unwrap_model(model)
-    # Through the wrapper's forward, so that DDP, FSDP and DeepSpeed see it; that leaves autocast out.
-    with self.accelerator.autocast():
-        loss = self._forward_redirection(
-            model, student, _sparse_loss, self, student, batch, completion_ids, completion_mask, teacher
-        )
+    # In the wrapper's forward, so that DDP, FSDP and DeepSpeed see it.
+    loss = self._forward_redirection(
+        model, student, _sparse_loss, self, student, batch, completion_ids, completion_mask, teacher
+    )
     if self.model.training:
         loss = loss / self.current_gradient_accumulation_steps
     return (loss, None) if return_outputs else loss
@@ -181,28 +182,51 @@ def _sparse_loss(
     completion_mask: Tensor,  # (B, C) bool
     teacher: dict[str, Tensor],  # (B, T) and (B, T, K), T <= C
 ) -> Tensor:
-    hidden = trainer._get_last_hidden_state(
-        student, batch["input_ids"], batch["attention_mask"], completion_ids.shape[1]
-    )
-    head = output_head(student)
     n_scored = teacher["actual_logprobs"].shape[1]
     mask = completion_mask[:, :n_scored]
     logprobs, ids = _support(trainer.beta, teacher, completion_ids[:, :n_scored], mask)
-    device = head.weight.device
-    with _gathered(head.weight, head.bias):
-        return fused_linear_topk_jsd(
-            hidden[:, :n_scored].to(device),
-            _whole(head.weight, hidden),
-            logprobs.to(device),
-            ids.to(device),
-            tail="bucket" if trainer.loss_add_tail else "renormalize",
-            mask=mask.to(device),
-            student_bias=_whole(head.bias, hidden),
-            beta=trainer.beta,
-            temperature=trainer.temperature,
-            student_logit_scale=head.logit_scale,
-            student_softcap=head.softcap,
-        )
+    start = batch["input_ids"].shape[1] - completion_ids.shape[1] - 1
+    student = trainer.accelerator.unwrap_model(student, keep_torch_compile=False)
+
+    def loss(hidden: Tensor) -> Tensor:
+        head = output_head(student)
+        device = head.weight.device
+        with _whole(head.weight, head.bias, hidden) as (weight, bias):
+            return fused_linear_topk_jsd(
+                hidden[:, start : start + n_scored].to(device),
+                weight,
+                logprobs.to(device),
+                ids.to(device),
+                tail="bucket" if trainer.loss_add_tail else "renormalize",
+                mask=mask.to(device),
+                student_bias=bias,
+                beta=trainer.beta,
+                temperature=trainer.temperature,
+                student_logit_scale=head.logit_scale,
+                student_softcap=head.softcap,
+            )
+
+    return _for_logits(student, loss, batch["input_ids"], batch["attention_mask"])
+
+
+def _for_logits(
+    student: Any, function: Callable[[Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """`function` of the hidden states (B, T, D) that the student's forward gives its output layer.
+
+    It is called in that layer's place, a number where the logits were, so that adapters, autocast and
+    whatever else is around the student's parts do what they do for logits.
+    """
+    layer = student.get_output_embeddings()
+    own, results = layer.forward, []
+    hook = layer.register_forward_hook(lambda _module, _inputs, result: results.append(result))
+    layer.forward = function
+    try:
+        student.forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        layer.forward = own
+        hook.remove()
+    return results[0]
 
 
 def _support(beta: float, teacher: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,12 +252,24 @@ def _support(beta: float, teacher: dict[str, Tensor], tokens: Tensor, mask: Tens
     return logprobs, ids
 
 
-def _gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
-    """DeepSpeed ZeRO-3's parameters whole meanwhile."""
-    return import_module("trl.trainer.utils").maybe_gather_lm_head_ctx(*parameters)
+@contextmanager
+def _whole(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A head's parameters as ordinary tensors: DeepSpeed ZeRO-3's whole meanwhile, FSDP2's gathered.
+
+    Raises:
+        RuntimeError: the weight is in shards that only the head's own forward gathers.
+    """
+    with import_module("trl.trainer.utils").maybe_gather_lm_head_ctx(weight, bias):
+        weight, bias = _plain(weight, hidden), _plain(bias, hidden)
+        if weight.ndim != 2 or weight.untyped_storage().nbytes() == 0:
+            raise RuntimeError(
+                "the output layer's weight is in shards that this loss cannot gather: "
+                "use FSDP2 (fsdp_version: 2), or a wrap policy that does not wrap the output layer by itself"
+            )
+        yield weight, bias
 
 
-def _whole(parameter: Tensor | None, hidden: Tensor) -> Any:
+def _plain(parameter: Any, hidden: Tensor) -> Any:
     """FSDP2's DTensor, float32 shards, as an ordinary tensor of the backbone's dtype."""
     gathered = whole(parameter)
-    return parameter if gathered is None or gathered is parameter else gathered.to(hidden.dtype)
+    return parameter if gathered is parameter else gathered.to(hidden.dtype)

@@ -1,0 +1,66 @@
+"""Two processes on the CPU train with patch_trl as TRL's own losses train them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import INTERPRETED
+from trl_cases import Run, assert_equal_runs
+from trl_worker import SHARDED, STUDENTS, TEACHERS
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend")
+
+Results = dict[str, dict[tuple[str, str], Run]]
+OF_EACH_TEACHER = pytest.mark.parametrize("teacher", TEACHERS)
+TOLERANCE = {"local": 1e-5, "server": 1e-10}
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """What each process of trl_worker.py trained."""
+    folder = tmp_path_factory.mktemp("trl")
+    worker = Path(__file__).parent / "trl_worker.py"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1"
+    fixed = "--mixed_precision=no --dynamo_backend=no --main_process_port=0"
+    process = subprocess.Popen(
+        [sys.executable, *launch.split(), *fixed.split(), str(worker), str(tiny_model), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        said = process.communicate(timeout=150)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # accelerate then ends its own
+        said = process.communicate()[0]
+    assert process.returncode == 0, said[-9000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@OF_EACH_TEACHER
+@pytest.mark.parametrize("student", STUDENTS)
+def test_training_under_ddp_equals_trls(ranks: list[Results], teacher: str, student: str) -> None:
+    for runs in ranks:
+        assert_equal_runs(runs["ddp"][teacher, student], runs["trl"][teacher, student], TOLERANCE[teacher])
+
+
+@OF_EACH_TEACHER
+@pytest.mark.parametrize("student", SHARDED)
+def test_shards_train_as_whole_models(ranks: list[Results], teacher: str, student: str) -> None:
+    # Not compared with TRL, which gives a head's shard the gradient of one rank's tokens alone.
+    for runs in ranks:
+        assert_equal_runs(runs["fsdp2"][teacher, student], runs["ddp"][teacher, student], TOLERANCE[teacher])
+
+
+@OF_EACH_TEACHER
+@pytest.mark.parametrize("student", STUDENTS)
+def test_ranks_stay_the_same(ranks: list[Results], teacher: str, student: str) -> None:
+    one, two = (runs["ddp"][teacher, student] for runs in ranks)
+    assert all(map(torch.equal, one.parameters, two.parameters))

@@ -1,0 +1,168 @@
+"""What the tests of patch_trl share: TRL's two trainers on tiny models, a teacher server that is played, and
+what they train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+trl = pytest.importorskip("trl")
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+local = pytest.importorskip("trl.trainer.distillation_trainer")
+server = pytest.importorskip("trl.experimental.server_distillation.server_distillation_trainer")
+
+PROMPTS = ["ab", "Hello there", "x y z", "Why?", "q", "1 2 3", "zz top", "!"]
+SERVED = {"loss_top_k": 1}
+
+
+class Run(NamedTuple):
+    losses: list[float]
+    entropies: list[float]
+    parameters: list[Tensor]  # after the last step
+    gradients: list[dict[str, Tensor]]  # of each step
+
+
+def make_trainer(
+    model: Path, output: Path, beta: float = 0.5, *, peft: Any = None, tied: bool = True, **options: Any
+) -> Any:
+    """A trainer with a local teacher, or with loss_top_k one behind a server that is played.
+
+    In float32; with the server in float64, as TRL's float32 tails lose digits.
+    """
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.from_pretrained(model)
+    config.update(
+        {"num_hidden_layers": 2, "layer_types": config.layer_types[:2], "tie_word_embeddings": tied}
+    )
+    student = transformers.AutoModelForCausalLM.from_config(config)
+    config.hidden_size = 24
+    teacher = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for model_ in (student, teacher):  # random models are nearly uniform
+        for weight in {model_.get_input_embeddings().weight, model_.get_output_embeddings().weight}:
+            weight.data.mul_(20)
+    settings = {
+        "output_dir": str(output),
+        "beta": beta,
+        "temperature": 0.8,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 8,
+        "generation_kwargs": {"sequence_bias": [[[1], 5.0]]},  # some completions end
+        # Adam would make steps of the rounding where a gradient should be 0.
+        "optim": "sgd",
+        "learning_rate": 0.02,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **options,
+    }
+    arguments = {
+        "model": student,
+        "peft_config": peft,
+        "train_dataset": datasets.Dataset.from_dict({"prompt": PROMPTS * 10}),
+        "processing_class": transformers.AutoTokenizer.from_pretrained(model, padding_side="left"),
+    }
+    if "loss_top_k" not in options:
+        args = trl.DistillationConfig(**settings)
+        return trl.DistillationTrainer(teacher_model=teacher, args=args, **arguments)
+    student.double()
+    args = trl.experimental.server_distillation.ServerDistillationConfig(
+        teacher_model_server_url="http://nowhere", **settings
+    )
+    client = PlayedClient(teacher.double())
+    with mock.patch("trl.generation.vllm_client.VLLMClient", return_value=client):
+        trainer = server.ServerDistillationTrainer(args=args, **arguments)
+    trainer._get_teacher_token_logprobs_from_server = InFloat64(trainer)
+    return trainer
+
+
+def lora(**options: Any) -> Any:
+    """Settings of adapters that are not zero when training begins."""
+    return pytest.importorskip("peft").LoraConfig(
+        r=2,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        **options,
+    )
+
+
+class InFloat64:
+    """The trainer's own answer to what the server says, in float64."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.own = trainer._get_teacher_token_logprobs_from_server
+
+    def __call__(self, inputs: dict[str, Any], aligned_prompt_length: int) -> dict[str, Tensor]:
+        answer = self.own(inputs, aligned_prompt_length)
+        return {name: t.double() if t.is_floating_point() else t for name, t in answer.items()}
+
+
+class PlayedClient:
+    """Answers as TRL's VLLMClient does, from a model at hand."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher = teacher
+
+    def get_sequence_logprobs(
+        self, sequences: list[list[int]], prompt_lengths: list[int], top_logprobs: int, temperature: float
+    ) -> dict[str, list[Any]]:
+        answers: dict[str, list[Any]] = {"logprobs": [], "logprob_token_ids": [], "actual_logprobs": []}
+        for sequence, length in zip(sequences, prompt_lengths, strict=True):
+            tokens = torch.tensor([sequence])
+            with torch.no_grad():
+                logits = self.teacher(input_ids=tokens).logits[0, length - 1 : -1]
+            logprobs = torch.log_softmax(logits / temperature, -1)
+            top = logprobs.topk(top_logprobs)
+            answers["logprobs"].append(top.values.tolist())
+            answers["logprob_token_ids"].append(top.indices.tolist())
+            answers["actual_logprobs"].append(logprobs.gather(-1, tokens[0, length:, None]).tolist())
+        return answers
+
+
+class Gradients(transformers.TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.steps.append({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+
+
+def whole(tensor: Any) -> Tensor:
+    """A copy, of shards together."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def train(trainer: Any) -> Run:
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == len(gradients.steps) == trainer.args.max_steps
+    assert any(e["completions/min_length"] < e["completions/max_length"] for e in steps)
+    entropies = [entry["entropy"] for entry in steps if "entropy" in entry]
+    parameters = [whole(p) for p in trainer.model.parameters()]
+    return Run([entry["loss"] for entry in steps], entropies, parameters, gradients.steps)
+
+
+def assert_equal_runs(ours: Run, theirs: Run, tolerance: float) -> None:
+    """Losses and entropies, logged in float32; gradients relative to the largest of their parameter."""
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-6)
+    assert ours.entropies == pytest.approx(theirs.entropies, rel=1e-6)
+    torch.testing.assert_close(ours.parameters, theirs.parameters, rtol=tolerance, atol=tolerance)
+    for step, expected in zip(ours.gradients, theirs.gradients, strict=True):
+        assert step.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(
+                step[name], gradient, rtol=0, atol=10 * tolerance * float(gradient.abs().max()), msg=name
+            )
