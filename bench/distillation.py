@@ -100,8 +100,9 @@ def plot(content: dict[str, Any], path: Path) -> None:
     for one in axes.flat:
         one.set_xlabel("optimizer step", fontsize=8)
         one.spines[["top", "right"]].set_visible(False)
-    for one in axes[:, 0]:
-        one.legend(frameon=False, fontsize=7)
+    axes[0, 0].legend(frameon=False, fontsize=7)
+    styles = axes[1, 0].get_legend_handles_labels()
+    figure.legend(*styles, frameon=False, fontsize=7, ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=130)
 
 

@@ -12,10 +12,10 @@ Two places of TRL 1.16 (https://github.com/huggingface/trl) are replaced, for tr
   runs the model with `fused_linear_topk_jsd` of its completion tokens in the output layer's place.
 
 The losses are TRL's own within rounding, for every beta, with what TRL logs; so are the gradients with PEFT
-adapters, DDP, FSDP2 and DeepSpeed ZeRO. Where TRL's server trainer computes in the model's dtype, logits are
-float32 here; asked for its outputs it gives None, as `DistillationTrainer` does. A head that FSDP2 keeps in
-shards gets the average of the ranks' gradients; TRL's own loss leaves each shard the gradient of its own rank's
-tokens alone. A head that FSDP1 wraps by itself is refused.
+adapters, DDP and FSDP2. Where TRL's server trainer computes in the model's dtype, logits are float32 here;
+asked for its outputs it gives None, as `DistillationTrainer` does. A head that FSDP2 keeps in shards gets the
+average of the ranks' gradients; TRL's own loss leaves each shard the gradient of its own rank's tokens alone.
+A head that FSDP1 wraps by itself is refused.
 """
 
 from __future__ import annotations
