@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from accelerate import Accelerator, PartialState
@@ -25,3 +26,5 @@ def main(how: str, *settings: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # FSDP2's threads on the CPU now and then abort an interpreter that ends

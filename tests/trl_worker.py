@@ -65,3 +65,5 @@ def main(model: str, folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # FSDP2's threads on the CPU now and then abort an interpreter that ends
