@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
+LONG = {"layers": 6, "max_steps": 20}
 BOTH = pytest.mark.parametrize("options", [{}, SERVED], ids=["local", "server"])
 SERVER_CASES = [
     (0.0, 1, True),
@@ -59,14 +60,14 @@ def assert_trains_as_trl(make: Callable[[], Any], tolerance: float) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
 def test_training_with_a_local_teacher_equals_trls(make_trainer: Callable[..., Any], beta: float) -> None:
-    assert_trains_as_trl(partial(make_trainer, beta), 1e-5)
+    assert_trains_as_trl(partial(make_trainer, beta, **LONG), 1e-5)
 
 
 @pytest.mark.parametrize(("beta", "k", "tail"), SERVER_CASES)
 def test_training_with_a_server_teacher_equals_trls(
     make_trainer: Callable[..., Any], beta: float, k: int, tail: bool
 ) -> None:
-    assert_trains_as_trl(partial(make_trainer, beta, loss_top_k=k, loss_add_tail=tail), 1e-10)
+    assert_trains_as_trl(partial(make_trainer, beta, loss_top_k=k, loss_add_tail=tail, **LONG), 1e-10)
 
 
 @BOTH

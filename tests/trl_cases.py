@@ -29,7 +29,14 @@ class Run(NamedTuple):
 
 
 def make_trainer(
-    model: Path, output: Path, beta: float = 0.5, *, peft: Any = None, tied: bool = True, **options: Any
+    model: Path,
+    output: Path,
+    beta: float = 0.5,
+    *,
+    layers: int = 2,
+    peft: Any = None,
+    tied: bool = True,
+    **options: Any,
 ) -> Any:
     """A trainer with a local teacher, or with loss_top_k one behind a server that is played.
 
@@ -38,7 +45,11 @@ def make_trainer(
     torch.manual_seed(1)
     config = transformers.AutoConfig.from_pretrained(model)
     config.update(
-        {"num_hidden_layers": 2, "layer_types": config.layer_types[:2], "tie_word_embeddings": tied}
+        {
+            "num_hidden_layers": layers,
+            "layer_types": config.layer_types[:layers],
+            "tie_word_embeddings": tied,
+        }
     )
     student = transformers.AutoModelForCausalLM.from_config(config)
     config.hidden_size = 24
