@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import INTERPRETED
+from launching import launched, said
 from trl_cases import Run, assert_equal_runs
 from trl_worker import SHARDED, STUDENTS, TEACHERS
 
@@ -26,21 +24,9 @@ def ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Re
     """What each process of trl_worker.py trained."""
     folder = tmp_path_factory.mktemp("trl")
     worker = Path(__file__).parent / "trl_worker.py"
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1"
-    fixed = "--mixed_precision=no --dynamo_backend=no --main_process_port=0"
-    process = subprocess.Popen(
-        [sys.executable, *launch.split(), *fixed.split(), str(worker), str(tiny_model), str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        said = process.communicate(timeout=150)[0]
-    except subprocess.TimeoutExpired:
-        process.terminate()  # accelerate then ends its own
-        said = process.communicate()[0]
-    assert process.returncode == 0, said[-9000:]
+    process = launched("ddp", str(worker), str(tiny_model), str(folder))
+    end = said(process)
+    assert process.returncode == 0, end
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,12 @@ from fused_distill.trainer.checkpoint import checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.stored import store_teacher
+from launching import LAUNCHED, launched, said
 from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, metrics, save_model, transformers, weights
 from trainer_cases import lab as lab
 
 pytestmark = ABOUT_THE_TRAINER
 
-LAUNCHED = {
-    "ddp": ["--multi_gpu"],  # which starts processes where there is no GPU too
-    "fsdp2": ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"],
-}
 WAYS = tuple(LAUNCHED)
 SHARED = ("data.evaluation_prompts=6", "evaluate_every=2", "save_every=2")
 # Of data that are the same however they are shared out, then of completions of the student's own.
@@ -46,27 +41,6 @@ def two_processes(how: str, *configs: TrainConfig) -> subprocess.Popen[str]:
         files.append(str(config.output / "run.yaml"))
         Path(files[-1]).write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
     return launched(how, str(Path(__file__).parent / "trainer_worker.py"), how, *files)
-
-
-def launched(how: str, *script: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2"]
-    fixed = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    return subprocess.Popen(
-        [*command, *fixed, *LAUNCHED[how], *script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def said(process: subprocess.Popen[str]) -> str:
-    """The end of what it said, once it has ended."""
-    try:
-        return process.communicate(timeout=150)[0][-9000:]
-    except subprocess.TimeoutExpired:
-        process.terminate()  # accelerate then ends its own
-        pytest.fail(f"does not end: {process.communicate()[0][-9000:]}")
 
 
 @pytest.fixture(scope="module")

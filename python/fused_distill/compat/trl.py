@@ -199,11 +199,9 @@ def _sparse_loss(
                 ids.to(device),
                 tail="bucket" if trainer.loss_add_tail else "renormalize",
                 mask=mask.to(device),
-                student_bias=bias,
                 beta=trainer.beta,
                 temperature=trainer.temperature,
-                student_logit_scale=head.logit_scale,
-                student_softcap=head.softcap,
+                **head._replace(bias=bias).options("student_"),
             )
 
     return _for_logits(student, loss, batch["input_ids"], batch["attention_mask"])

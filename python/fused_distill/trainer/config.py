@@ -122,11 +122,9 @@ class TrainConfig(_Section):
 
 
 # What may be other than it was when a run goes on: how long, where and on what machines.
-_FREE: Any = dict.fromkeys(
-    ("student", "output", "steps", "gradient_accumulation_steps", "evaluate_every", "save_every"), True
-) | {
-    "keep_checkpoints": True,
-    "trackers": True,
+_FREE: Any = {
+    **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
+    **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints"), True),
     "data": {"path"},
     "teacher": {"model", "url", "stored"},
     "rollouts": {"url"},

@@ -66,11 +66,15 @@ def load_data(config: TrainConfig, tokenizer: Any, completions: bool) -> tuple[D
             `completions` are needed, its completion.
     """
     rows, longest = _rows(config.data), config.data.max_prompt_length
-    how = (tokenizer, config.rollouts.max_completion_length, completions)
+    how = {
+        "tokenizer": tokenizer,
+        "longest": config.rollouts.max_completion_length,
+        "completions": completions,
+    }
     found = rows.map(
         _sample,
         with_indices=True,
-        fn_kwargs={"how": how},
+        fn_kwargs=how,
         remove_columns=rows.column_names,
         features=_FEATURES,
     )
@@ -95,14 +99,14 @@ def _rows(data: DataConfig) -> Dataset:
         raise ConfigError(f"data.path: {data.path} cannot be read: {error}") from error
 
 
-def _sample(row: Any, index: int, how: tuple[Any, int, bool]) -> dict[str, Any]:
+def _sample(row: Any, index: int, **how: Any) -> dict[str, Any]:
     try:
-        return _tokenized(row, *how)._replace(row=index)._asdict()
+        return _tokenized(row, index, **how)._asdict()
     except Exception as error:  # tokenizers and their templates raise what they like
         raise ConfigError(f"data.path: row {index} {error}") from error
 
 
-def _tokenized(row: Any, tokenizer: Any, longest: int, completions: bool) -> Sample:
+def _tokenized(row: Any, index: int, tokenizer: Any, longest: int, completions: bool) -> Sample:
     messages, completion = row.get("messages"), row.get("completion")
     if messages:
         if messages[-1]["role"] == "assistant":
@@ -123,7 +127,7 @@ def _tokenized(row: Any, tokenizer: Any, longest: int, completions: bool) -> Sam
         tokens += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     elif completions:
         raise ValueError("must have a completion (lmbda below 1, or a stored teacher)")
-    return Sample(0, list(prompt), tokens[:longest], len(tokens) > longest)
+    return Sample(index, list(prompt), tokens[:longest], len(tokens) > longest)
 
 
 def order(samples: Any, seed: int, start: int) -> Iterator[Sample]:
