@@ -1,0 +1,124 @@
+"""Results of fixed inputs, recorded once: bitwise equal on the recording kind of machine, close elsewhere.
+
+`python tests/test_golden.py` (and with TRITON_INTERPRET=1) records them again. A change that is meant to alter
+results does so and says why; any other change must leave tests/golden.json alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import BACKEND, TOPK, Case
+from fused_distill import topk_logprobs
+from torch import Tensor
+
+FILE = Path(__file__).with_name("golden.json")
+TOKENS, VOCAB, WIDTH, TEACHER_WIDTH = (2, 3), 2100, 8, 6  # one tile of the kernels and a bit
+
+
+def machine() -> str:
+    """Everything the last bit depends on: the torch version and the processor's vector instructions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    vendor = next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return " ".join([f"torch {torch.__version__}", platform.system(), platform.machine(), vendor, capability])
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    teacher_hidden, teacher_weight = randn(*TOKENS, TEACHER_WIDTH), randn(VOCAB, TEACHER_WIDTH)
+    return {
+        "student_hidden": randn(*TOKENS, WIDTH),
+        "student_weight": randn(VOCAB, WIDTH) / WIDTH**0.5,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        "student_bias": randn(VOCAB),
+        "teacher_bias": randn(VOCAB),
+        "token_weight": randn(*TOKENS).abs(),
+        "labels": torch.tensor([[5, -100, 2099], [7, 0, 1]]),
+        "mask": torch.tensor([[True, True, False], [True, True, True]]),
+    }
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    given = tensors()
+    student = given["student_hidden"], given["student_weight"]
+    support = topk_logprobs(given["teacher_hidden"], given["teacher_weight"], 5)
+    full = Case((*student, given["teacher_hidden"], given["teacher_weight"]))
+    common = ("student_bias", "token_weight", "labels", "mask")
+    transform = {"temperature": 0.7, "student_logit_scale": 0.5, "student_softcap": 5.0}
+    options: dict[str, Any] = {**transform, "hard_weight": 0.6, "soft_weight": 0.4, "vocab_size": 2090}
+    teacher = {"teacher_logit_scale": 1.5, "teacher_softcap": 4.0}
+    for beta in (0.0, 0.3, 1.0):
+        yield f"full-{beta}", full.with_options(beta=beta)
+        rich = Case(full.tensors, {k: given[k] for k in (*common, "teacher_bias")}, {**options, **teacher})
+        rich.per_token["labels"] = given["labels"].clamp(max=2089)
+        yield f"full-{beta}-options", rich.with_options(beta=beta, normalizer=17.0)
+        yield f"full-{beta}-none", rich.with_options(beta=beta, reduction="none")
+        yield f"full-{beta}-bfloat16", full.to(torch.bfloat16).with_options(beta=beta)
+        for tail in ("bucket", "renormalize", "truncate"):
+            sparse = Case((*student, support.logprobs, support.ids), {}, {"tail": tail, "beta": beta}, TOPK)
+            yield f"{tail}-{beta}", sparse
+            rich = Case(sparse.tensors, {k: given[k] for k in common}, {**sparse.options, **options}, TOPK)
+            rich.per_token["labels"] = given["labels"].clamp(max=2089)
+            yield f"{tail}-{beta}-options", rich.with_options(vocab_size=None)
+            yield f"{tail}-{beta}-chunks", sparse.with_options(workspace_bytes=sparse.least_workspace())
+    if BACKEND == "torch":
+        yield "full-0.3-float64", full.to(torch.float64).with_options(beta=0.3)
+
+
+def results(case: Case) -> dict[str, Any]:
+    """A digest of every bit, and each result's norm for machines that round differently."""
+    answer = case.answer(BACKEND)
+    columns = [c for c in (answer.loss, *answer.grads, *answer.stats) if c is not None]
+    digest = hashlib.sha256()
+    for column in columns:
+        digest.update(column.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return {"sha256": digest.hexdigest(), "norms": [c.double().norm().item() for c in columns]}
+
+
+CASES = dict(cases())
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_those_recorded(name: str) -> None:
+    recorded = json.loads(FILE.read_text())[BACKEND]
+    want, got = recorded["results"][name], results(CASES[name])
+    if recorded["machine"] == machine():
+        assert got["sha256"] == want["sha256"]
+    assert got["norms"] == pytest.approx(want["norms"], rel=1e-2 if "bfloat16" in name else 1e-5, abs=1e-7)
+
+
+def record() -> None:
+    torch.set_num_threads(1)
+    content = json.loads(FILE.read_text()) if FILE.exists() else {}
+    content[BACKEND] = {
+        "machine": machine(),
+        "results": {name: results(case) for name, case in CASES.items()},
+    }
+    FILE.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    record()
