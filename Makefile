@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
-KERNEL_TESTS := tests/test_properties.py tests/test_topk.py tests/test_near_identical.py tests/test_vocab_parallel.py
+KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py tests/rows/test_close_models.py tests/parallel
 
 .PHONY: demo test test-library test-vllm lint fuzz bench bench-gpu bench-serving report docs clean
 
@@ -18,7 +18,7 @@ test-library: $(VENV)/installed-dev
 
 # A real vLLM on the CPU, in a venv of its own: its torch is not the tests'.
 test-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed
-	$(WITH_VLLM) $(BIN)/python -m pytest tests/test_vllm.py
+	$(WITH_VLLM) $(BIN)/python -m pytest tests/vllm
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -26,7 +26,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 fuzz: $(VENV)/installed-dev
-	$(BIN)/python tests/fuzz_wire.py -max_total_time=300 -rss_limit_mb=4096 $(ARGS)
+	$(BIN)/python tests/serving/fuzz_wire.py -max_total_time=300 -rss_limit_mb=4096 $(ARGS)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python bench/cpu.py $(ARGS)

@@ -25,11 +25,11 @@ import httpx
 import numpy as np
 import torch
 import transformers
-from fused_distill.serving.engine import TransformersEngine
-from fused_distill.serving.hidden_wire import decode_hidden
-from fused_distill.serving.openai_protocol import openai_answer, openai_request
-from fused_distill.serving.sequences import Execution, Sequence
-from fused_distill.serving.wire import SCORE_PATH, decode_binary, decode_json
+from fused_distill.serving.protocol.hidden_states import decode_hidden
+from fused_distill.serving.protocol.logprobs import SCORE_PATH, decode_binary, decode_json
+from fused_distill.serving.protocol.openai import openai_answer, openai_request
+from fused_distill.serving.protocol.request import Execution, Sequence
+from fused_distill.serving.server.transformers_engine import TransformersEngine
 from servers import running
 from suite import header, results_folder, write_json
 from tokenizers import Tokenizer, models, pre_tokenizers

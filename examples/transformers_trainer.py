@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fused_distill import fused_linear_jsd
-from fused_distill.output_heads import output_head
+from fused_distill.huggingface.lm_head import output_head
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 

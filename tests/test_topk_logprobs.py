@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import INTERPRETED
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
-from fused_distill._heads import Head
+from fused_distill.chunked.lm_head import Head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -5,7 +5,7 @@ known at K tokens per position, without holding either model's logits. `topk_log
 """
 
 from . import reference
-from ._settings import DistillStats
+from .config import DistillStats
 from .linear_jsd import FusedLinearJSDLoss, fused_linear_jsd
 from .linear_topk_jsd import FusedLinearTopKJSDLoss, fused_linear_topk_jsd
 from .topk_logprobs import TopKLogprobs, topk_logprobs

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ._check import check_options
+from .validation import check_options
 
 
 class LossModule(nn.Module):

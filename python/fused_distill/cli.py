@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .serving.engine import TeacherEngine
+    from .serving.server.transformers_engine import TeacherEngine
 
 
 class _Parser(argparse.ArgumentParser):
@@ -101,8 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def serve_teacher(options: argparse.Namespace) -> None:
     """Serve a teacher. FUSED_DISTILL_TOKEN in the environment is the bearer token that clients must send."""
-    from .serving.batching import BatchLimits
-    from .serving.server import ServerLimits, check_token, create_app
+    from .serving.server.app import ServerLimits, check_token, create_app
+    from .serving.server.batching import BatchLimits
 
     # Checked before a model is loaded.
     limits = ServerLimits(request_seconds=options.request_seconds, numbers=options.answer_numbers)
@@ -148,14 +148,14 @@ def _engine(options: argparse.Namespace) -> TeacherEngine:
     if options.engine == "vllm":
         if options.device != "auto":
             raise ValueError(f"--device must be auto with --engine vllm, got {options.device!r}")
-        from .serving.vllm_engine import VllmEngine
+        from .serving.server.vllm_engine import VllmEngine
 
         return VllmEngine.load(options.model, options.dtype, options.max_length, options.engine_options)
     if options.engine_options is not None:
         raise ValueError("--engine-options must not be given with --engine transformers")
     import torch
 
-    from .serving.engine import TransformersEngine
+    from .serving.server.transformers_engine import TransformersEngine
 
     device = options.device
     if device == "auto":

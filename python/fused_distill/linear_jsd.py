@@ -8,9 +8,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import reference
-from ._autograd import Call, fused_loss
-from ._backends import full_backend
-from ._check import (
+from ._module import LossModule
+from .chunked.autograd import Call, fused_loss
+from .chunked.loop import LossTensors
+from .chunked.teacher import FullTeacher
+from .config import LossSettings
+from .parallel.dtensor import whole
+from .parallel.vocab_shard import Vocabulary
+from .rows.backend import full_backend
+from .validation import (
     LossOptions,
     check_hidden_and_head,
     check_labels,
@@ -19,12 +25,6 @@ from ._check import (
     check_student,
     check_tokens,
 )
-from ._dtensor import whole
-from ._engine import LossTensors
-from ._module import LossModule
-from ._settings import LossSettings
-from ._teachers import FullTeacher
-from ._vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

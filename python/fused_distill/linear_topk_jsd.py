@@ -9,9 +9,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import reference
-from ._autograd import Call, fused_loss
-from ._backends import topk_backend
-from ._check import (
+from ._module import LossModule
+from .chunked.autograd import Call, fused_loss
+from .chunked.loop import LossTensors
+from .chunked.teacher import TopKTeacher
+from .config import LossSettings
+from .parallel.dtensor import whole
+from .parallel.vocab_shard import Vocabulary
+from .rows.backend import topk_backend
+from .validation import (
     TopKLossOptions,
     check_labels,
     check_normalizer,
@@ -20,12 +26,6 @@ from ._check import (
     check_support,
     check_tokens,
 )
-from ._dtensor import whole
-from ._engine import LossTensors
-from ._module import LossModule
-from ._settings import LossSettings
-from ._teachers import TopKTeacher
-from ._vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._settings import DistillStats
+from .config import DistillStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -7,7 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import (
+from .chunked.gemm import accumulation_dtype, autocast_dtype
+from .chunked.lm_head import Head, logit_buffer
+from .chunked.teacher import wide_dtype
+from .chunked.workspace import default_workspace_bytes, plan_chunks
+from .config import LossSettings
+from .parallel.dtensor import whole
+from .validation import (
     check_count,
     check_float,
     check_hidden_and_head,
@@ -18,12 +24,6 @@ from ._check import (
     check_tokens,
     check_vocab_size,
 )
-from ._dtensor import whole
-from ._heads import Head, logit_buffer
-from ._plan import default_workspace_bytes, plan_chunks
-from ._products import accumulation_dtype, autocast_dtype
-from ._settings import LossSettings
-from ._teachers import wide_dtype
 
 
 class TopKLogprobs(NamedTuple):

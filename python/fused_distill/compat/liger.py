@@ -23,8 +23,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .._check import IGNORED_LABEL, LossOptions, check_count, check_not_negative, check_options
 from ..linear_jsd import fused_linear_jsd
+from ..validation import IGNORED_LABEL, LossOptions, check_count, check_not_negative, check_options
 
 
 class LigerFusedLinearJSDLoss(nn.Module):

@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dtensor import whole
+from ..huggingface.lm_head import output_head
 from ..linear_jsd import fused_linear_jsd
 from ..linear_topk_jsd import fused_linear_topk_jsd
-from ..output_heads import output_head
+from ..parallel.dtensor import whole
 
 _KNOWN = "1.16"
 _replaced: list[tuple[Any, str, Any]] = []  # owner, name, TRL's own

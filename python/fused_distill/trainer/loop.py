@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoTokenizer, get_scheduler
 
-from .._settings import DistillStats
-from .._teachers import wide_dtype
-from ..output_heads import OutputHead
-from ..rollout_buffer import split_on_groups
-from ..serving.rollouts import RolloutEngine, Sampling, TransformersRollouts
-from ..serving.vllm_rollouts import VllmRollouts
+from ..chunked.teacher import wide_dtype
+from ..config import DistillStats
+from ..huggingface.lm_head import OutputHead
+from ..rollouts.base import RolloutEngine, Sampling, TransformersRollouts
+from ..rollouts.grouping import split_on_groups
+from ..rollouts.vllm import VllmRollouts
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, order

@@ -21,8 +21,8 @@ from pyarrow import Table
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from ..serving.engine import tokenizer_fingerprint
-from ..serving.wire import Answer, Dtype, decode_binary, encode_binary
+from ..serving.protocol.logprobs import Answer, Dtype, decode_binary, encode_binary
+from ..serving.server.transformers_engine import tokenizer_fingerprint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data
 from .student import pretrained

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ..output_heads import OutputHead, decoder_of, output_head
+from ..huggingface.lm_head import OutputHead, decoder_of, output_head
 from .config import ConfigError, TrainConfig
 from .data import Batch
 

@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from .. import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
-from .._settings import DistillStats
-from ..output_heads import OutputHead
+from ..config import DistillStats
+from ..huggingface.lm_head import OutputHead
 from .config import TrainConfig
 from .data import Batch
 

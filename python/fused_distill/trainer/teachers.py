@@ -11,10 +11,10 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..output_heads import OutputHead, decoder_of, output_head
-from ..serving.align import align, align_hidden_states
-from ..serving.client import TeacherClient
-from ..serving.engine import load_tokenizer, tokenizer_fingerprint, weights_dtype
+from ..huggingface.lm_head import OutputHead, decoder_of, output_head
+from ..serving.client.align import align, align_hidden_states
+from ..serving.client.client import TeacherClient
+from ..serving.server.transformers_engine import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from .config import ConfigError, TrainConfig
 from .data import Batch
 from .stored import StoredTeacher

@@ -1,0 +1,206 @@
+"""The benchmark suite: providers compute the same thing, results hold what reproduces them, tables follow."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report
+import torch
+from cases import INTERPRETED
+from providers import FLOOR, LOSSES, Case, make_inputs, make_step
+from worker import ProviderFailed, Worker
+
+ROOT = Path(__file__).resolve().parents[2]
+ON_CPU = ["fused-distill", "fused-distill, torch", "Liger chunked", "TRL", "naive"]
+CASE = Case(tokens=40, vocab=300, student_dim=16, teacher_dim=24)
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs providers without the interpreter")
+
+
+def bench(script: str, output: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, ROOT / "bench" / script, "--small", "--output", output, *arguments]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}  # as from a shell
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=output.parent, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("tail", ["bucket", "truncate", "renormalize"])
+def test_top_k_providers_compute_the_same_loss_and_gradients(tail: str, beta: float) -> None:
+    case = replace(CASE, teacher_dim=0, k=8)
+    peer = "verl, truncate" if tail == "truncate" else f"TRL, {tail}"
+    if tail == "truncate" and beta:
+        with pytest.raises(ValueError, match="forward KL only"):
+            LOSSES[peer](beta)
+        return
+    ours, theirs = make_inputs(case), make_inputs(case)
+    loss, other = LOSSES[f"fused-distill, {tail}"](beta)(*ours), LOSSES[peer](beta)(*theirs)
+    loss.backward()
+    other.backward()
+    assert loss.item() == pytest.approx(other.item(), rel=1e-5)
+    for mine, its in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("provider", ON_CPU)
+def test_providers_compute_the_same_loss_and_gradients(provider: str, beta: float) -> None:
+    want, got = make_inputs(CASE), make_inputs(CASE)
+    loss = LOSSES["fused-distill"](beta)(*(t.double() for t in want))
+    loss.backward()
+    result = LOSSES[provider](beta)(*got)
+    result.backward()
+    assert result.item() == pytest.approx(loss.item(), rel=1e-5)
+    for mine, true in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(mine.grad, true.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_floor_is_the_four_or_three_products() -> None:
+    step = make_step(FLOOR, CASE, make_inputs(CASE))
+    topk = replace(CASE, teacher_dim=0, k=8)
+    topk_step = make_step(FLOOR, topk, make_inputs(topk))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+        step()
+        topk_step()
+    shapes = [event.input_shapes[:2] for event in seen.events() or [] if event.name == "aten::mm"]
+    student, teacher = [[40, 16], [16, 300]], [[40, 24], [24, 300]]
+    gradients = [[[40, 300], [300, 16]], [[300, 40], [40, 16]]]
+    assert shapes == [student, teacher, *gradients, student, *gradients]
+
+
+def test_a_cpu_run_leaves_rows_with_all_that_reproduces_them(tmp_path: Path) -> None:
+    content = bench("cpu.py", tmp_path / "cpu.json", "-k", "(floor or naive) and Dt48")
+    assert [row["provider"] for row in content["rows"]] == ["floor", "naive"]
+    assert all(len(row["seconds"]) >= 2 and min(row["seconds"]) > 0 for row in content["rows"])
+    assert content["machine"]["cpu"]
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["commit"]
+    assert content["command"].startswith("python bench/cpu.py --small")
+    assert (tmp_path / "cpu.png").stat().st_size > 0
+
+
+def test_a_gpu_run_takes_the_triton_path_and_says_what_could_not_run(tmp_path: Path) -> None:
+    content = bench("gpu.py", tmp_path / "gpu.json", "-k", "(floor or Triton or triton) and N8")
+    rows = {(row["provider"], row["beta"]): row for row in content["rows"]}
+    assert rows["fused-distill, triton", 0.5]["loss"] > 0
+    assert all("seconds" in row or row["error"] for row in content["rows"])
+
+
+def test_numerics_beat_naive_float32_on_close_models(tmp_path: Path) -> None:
+    rows = bench("numerics.py", tmp_path / "numerics.json")["rows"]
+    closest = [row for row in rows if "noise 1e-05" in row["case"] and "loss" in row["table"]]
+    errors = {
+        name: max(r["error"] for r in closest if r["provider"] == name) for name in ("fused-distill", "naive")
+    }
+    assert errors["fused-distill"] < 1e-3 < errors["naive"]
+
+
+def test_peak_memory_counts_what_a_step_allocates() -> None:
+    worker = Worker("naive")
+    try:
+        case = Case(tokens=512, vocab=8192, student_dim=8, teacher_dim=8)
+        logits = 4 * case.tokens * case.vocab
+        extra = worker.prepare(case)["extra_bytes"]
+        assert extra is not None
+        assert 3 * logits < extra < 30 * logits
+    finally:
+        worker.close()
+
+
+def test_a_provider_that_raises_is_an_answer() -> None:
+    worker = Worker("fused-distill, triton")
+    try:
+        with pytest.raises(ProviderFailed, match="backend='triton' needs tensors on a CUDA or ROCm device"):
+            worker.prepare(CASE)
+    finally:
+        worker.close()
+
+
+def test_a_provider_whose_process_ends_is_an_answer() -> None:
+    worker = Worker("no such provider")
+    worker._child.kill()
+    with pytest.raises(ProviderFailed, match="process ended with status -9"):
+        worker.prepare(CASE)
+
+
+def result_file(folder: Path) -> Path:
+    shape = {
+        "tokens": 8,
+        "vocab": 9,
+        "student_dim": 2,
+        "teacher_dim": 3,
+        "dtype": "float32",
+        "beta": 0.5,
+        "k": 0,
+    }
+    rows = [
+        {"provider": "floor", **shape, "seconds": [2.0, 4.0, 3.0]},
+        {"provider": "naive", **shape, "seconds": [6.0], "extra_bytes": 2**30, "gradient_bytes": 2**29},
+        {"provider": "TRL", **shape, "error": "OutOfMemoryError: no memory"},
+    ]
+    machine = {"cpu": "a CPU", "threads": 2}
+    content = {
+        "command": "c",
+        "date": "2026-01-02",
+        "commit": "abc",
+        "machine": machine,
+        "versions": {},
+        "rows": rows,
+    }
+    path = folder / "some.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_tables_are_written_between_their_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result_file(tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    text = report.with_tables("before\n<!-- bench:some -->\nstale\n<!-- /bench -->\nafter\n")
+    assert text.startswith("before\n<!-- bench:some -->\n")
+    assert text.endswith("<!-- /bench -->\nafter\n")
+    assert "stale" not in text
+    assert "| naive | 0.5 | 6.00 s | 2.00 | 1.00 | 0.50 |" in text
+    assert "| TRL | 0.5 | OutOfMemoryError: no memory | | | |" in text
+    assert report.with_tables(text) == text
+
+
+def test_check_tells_stale_tables_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result_file(tmp_path)
+    document = tmp_path / "README.md"
+    document.write_text("<!-- bench:some -->\n<!-- /bench -->\n")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "DOCUMENTS", (document,))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    assert report.main() == 1
+    assert document.read_text() == "<!-- bench:some -->\n<!-- /bench -->\n"
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    assert report.main() == 0
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    assert report.main() == 0
+
+
+def test_the_documents_show_the_committed_results() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "report.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_plot_is_drawn_from_a_result_file(tmp_path: Path) -> None:
+    path = result_file(tmp_path)
+    report.plot(path)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert math.isclose(
+        report.floor_seconds(json.loads(path.read_text())["rows"], (8, 9, 2, 3, 0, "float32")) or 0, 3
+    )

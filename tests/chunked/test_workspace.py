@@ -1,0 +1,222 @@
+"""The workspace bound is kept, in the plan and in fact."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
+from fused_distill.chunked.workspace import plan_chunks
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SIZES = st.integers(0, 10**6)
+REQUESTS = {
+    "fixed_bytes": st.integers(0, 10**6),
+    "row_bytes": st.integers(1, 10**6),
+    "block_row_bytes": SIZES,
+    "block_rows": st.integers(0, 300),
+}
+
+
+@given(st.integers(0, 5000), st.integers(1, 10**9), st.fixed_dictionaries(REQUESTS))
+def test_chunks_cover_the_tokens_once_within_the_bound(
+    n_tokens: int, bound: int, request: dict[str, int]
+) -> None:
+    least = request["fixed_bytes"] + request["row_bytes"] + request["block_row_bytes"]
+    if bound < least:
+        with pytest.raises(ValueError, match=f"workspace_bytes must be at least {least} "):
+            plan_chunks(n_tokens, bound, **request)
+        bound = least
+    plan = plan_chunks(n_tokens, bound, **request)
+    covered = [i for chunk in plan.chunks() for i in range(chunk.start, chunk.stop)]
+    assert covered == list(range(n_tokens))
+    used = (
+        request["fixed_bytes"]
+        + plan.rows * request["row_bytes"]
+        + plan.block_rows * request["block_row_bytes"]
+    )
+    assert used <= bound
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of live tensors made under this mode, and their peak."""
+
+    def __init__(self, inputs: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = {t.untyped_storage().data_ptr() for t in inputs}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage: Any) -> None:
+        key = storage.data_ptr()
+        if key == 0 or key in self.seen:
+            return
+        self.seen.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.drop, key, storage.nbytes())
+
+    def drop(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 4 << 20, 16 << 20])
+def test_a_call_stays_within_its_workspace(workspace_bytes: int, masked: bool, dtype: torch.dtype) -> None:
+    n, vocab, ds, dt = 300, 3000, 16, 24
+    tensors = [torch.randn(size).to(dtype) for size in ((n, ds), (vocab, ds), (n, dt), (vocab, dt))]
+    tensors[0].requires_grad_()
+    tensors[1].requires_grad_()
+    mask = torch.rand(n) < 0.7 if masked else None
+    gc.collect()
+    with PeakMemory(tensors) as memory:
+        loss = fused_linear_jsd(
+            *tensors, mask=mask, workspace_bytes=workspace_bytes, return_stats=True, backend="torch"
+        )[0]
+    gradient_bytes = 4 * (tensors[0].numel() + tensors[1].numel())
+    assert loss.isfinite()
+    assert memory.peak > gradient_bytes + workspace_bytes // 8  # the measurement sees the logits
+    assert memory.peak <= gradient_bytes + workspace_bytes
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "labels": {"labels": torch.arange(300), "hard_weight": 0.5},
+    "softcaps and biases": {
+        "student_softcap": 5.0,
+        "teacher_softcap": 30.0,
+        "student_bias": torch.zeros(3000, requires_grad=True),
+        "teacher_bias": torch.zeros(3000),
+    },
+    "no statistics": {"return_stats": False},
+    "forward KL": {"beta": 0.0},
+    "reverse KL": {"beta": 1.0},
+    "each token's loss": {"reduction": "none"},
+    "fewer columns": {"vocab_size": 1700},
+    "token weights": {"token_weight": torch.rand(300)},
+}
+VARIANTS["everything"] = {
+    k: v for name in ("labels", "softcaps and biases", "token weights") for k, v in VARIANTS[name].items()
+}
+VARIANTS["everything in bfloat16"] = {**VARIANTS["everything"], "dtype": torch.bfloat16}
+VARIANTS["everything in float64"] = {**VARIANTS["everything"], "dtype": torch.float64}
+
+
+@pytest.mark.parametrize("workspace_bytes", [4 << 20, 16 << 20])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_call_stays_within_its_workspace(variant: str, workspace_bytes: int) -> None:
+    options: dict[str, Any] = {"return_stats": True, "workspace_bytes": workspace_bytes, **VARIANTS[variant]}
+    dtype = options.pop("dtype", torch.float32)
+    n, vocab, ds, dt = 300, 3000, 16, 24
+    hs, ws, ht, wt = (torch.randn(size).to(dtype) for size in ((n, ds), (vocab, ds), (n, dt), (vocab, dt)))
+    leaves = [hs.requires_grad_(), ws.requires_grad_()]
+    if "student_bias" in options:
+        leaves.append(options["student_bias"])
+    gc.collect()
+    with PeakMemory(
+        [hs, ws, ht, wt, *(v for v in options.values() if isinstance(v, torch.Tensor))]
+    ) as memory:
+        result = fused_linear_jsd(hs, ws, ht, wt, backend="torch", **options)
+        loss = (result[0] if options["return_stats"] else result).sum()
+        torch.autograd.grad(loss, leaves)
+    accumulated = 8 if dtype == torch.float64 else 4
+    returned = 0 if accumulated == dtype.itemsize else dtype.itemsize  # the gradients as the caller gets them
+    # Loss and statistics of all tokens once more: what `return_stats` and "none" hand out.
+    per_token = 8 * 8 * n
+    gradient_bytes = (accumulated + returned) * sum(leaf.numel() for leaf in leaves)
+    allowed = gradient_bytes + per_token + workspace_bytes
+    assert memory.peak <= allowed, (
+        f"{(memory.peak - allowed) / workspace_bytes:.1%} of the workspace too much"
+    )
+
+
+@pytest.mark.parametrize("workspace_bytes", [4 << 20, 16 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 64])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "truncate"])
+def test_a_top_k_call_stays_within_its_workspace(
+    tail: str, k: int, dtype: torch.dtype, workspace_bytes: int
+) -> None:
+    n, vocab, ds = 300, 3000, 16
+    hs, ws = (torch.randn(size).to(dtype).requires_grad_() for size in ((n, ds), (vocab, ds)))
+    ids = torch.stack([torch.randperm(vocab)[:k] for _ in range(n)])
+    logprobs = torch.log_softmax(torch.randn(n, k + 1), -1)[:, :k]
+    mask = torch.rand(n) < 0.7
+    gc.collect()
+    with PeakMemory([hs, ws, ids, logprobs, mask]) as memory:
+        loss, _ = fused_linear_topk_jsd(
+            hs,
+            ws,
+            logprobs,
+            ids,
+            tail=tail,
+            mask=mask,
+            student_softcap=5.0,
+            workspace_bytes=workspace_bytes,
+            return_stats=True,
+            backend="torch",
+        )
+    assert loss.isfinite()
+    gradient_bytes = 4 * (hs.numel() + ws.numel())
+    checked_ids = 8 * ids.numel()  # bools of the ids' size, and the tokens' statistics
+    allowed = gradient_bytes + checked_ids + 64 * n + workspace_bytes
+    assert memory.peak <= allowed, (
+        f"{(memory.peak - allowed) / workspace_bytes:.1%} of the workspace too much"
+    )
+
+
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 4 << 20])
+def test_topk_logprobs_stays_within_its_workspace(workspace_bytes: int) -> None:
+    n, vocab, dim, k = 300, 3000, 16, 20
+    hidden, weight = torch.randn(n, dim), torch.randn(vocab, dim)
+    with PeakMemory([hidden, weight]) as memory:
+        topk_logprobs(hidden, weight, k, softcap=5.0, temperature=0.7, workspace_bytes=workspace_bytes)
+    results = 12 * n * k
+    assert memory.peak <= results + workspace_bytes
+
+
+def test_the_least_workspace_that_the_error_names_will_do() -> None:
+    tensors = [torch.randn(size) for size in ((9, 4), (50, 4), (9, 5), (50, 5))]
+    with pytest.raises(ValueError, match=r"workspace_bytes must be at least \d+ ") as error:
+        fused_linear_jsd(*tensors, workspace_bytes=1, backend="torch")
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    want = fused_linear_jsd(*tensors, backend="torch")
+    torch.testing.assert_close(fused_linear_jsd(*tensors, workspace_bytes=least, backend="torch"), want)
+    with pytest.raises(ValueError, match=f"at least {least} "):
+        fused_linear_jsd(*tensors, workspace_bytes=least - 1, backend="torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_workspace_that_serves_the_loss_serves_its_backward_pass(dtype: torch.dtype) -> None:
+    # reduction="none" plans twice, and only the second plan has gradients.
+    hs, ws, ht, wt = (torch.randn(size).to(dtype) for size in ((9, 4), (50, 4), (9, 5), (50, 5)))
+    hs.requires_grad_()
+    with pytest.raises(ValueError, match="at least") as error:
+        fused_linear_jsd(hs, ws, ht, wt, workspace_bytes=1, reduction="none", backend="torch")
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    loss = fused_linear_jsd(hs, ws, ht, wt, workspace_bytes=least, reduction="none", backend="torch")
+    assert torch.autograd.grad(loss.sum(), hs)[0].isfinite().all()
+
+
+def test_the_measurement_sees_temporaries_and_their_end() -> None:
+    with PeakMemory([]) as memory:
+        a = torch.ones(1000)
+        b = (a + 1) * 2  # three live for a moment
+        del a
+        b[10:].add_(1)  # a view and an update in place cost nothing
+        c = b + 1
+    assert c.shape == b.shape
+    assert memory.peak == 12000
+    assert memory.live == 8000

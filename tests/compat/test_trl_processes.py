@@ -1,0 +1,52 @@
+"""Two processes on the CPU train with patch_trl as TRL's own losses train them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cases import INTERPRETED
+from launching import launched, said
+from trl_cases import Run, assert_equal_runs
+from trl_worker import SHARDED, STUDENTS, TEACHERS
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend")
+
+Results = dict[str, dict[tuple[str, str], Run]]
+OF_EACH_TEACHER = pytest.mark.parametrize("teacher", TEACHERS)
+TOLERANCE = {"local": 1e-5, "server": 1e-10}
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """What each process of trl_worker.py trained."""
+    folder = tmp_path_factory.mktemp("trl")
+    worker = Path(__file__).parents[1] / "helpers/trl_worker.py"
+    process = launched("ddp", str(worker), str(tiny_model), str(folder))
+    end = said(process)
+    assert process.returncode == 0, end
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@OF_EACH_TEACHER
+@pytest.mark.parametrize("student", STUDENTS)
+def test_training_under_ddp_equals_trls(ranks: list[Results], teacher: str, student: str) -> None:
+    for runs in ranks:
+        assert_equal_runs(runs["ddp"][teacher, student], runs["trl"][teacher, student], TOLERANCE[teacher])
+
+
+@OF_EACH_TEACHER
+@pytest.mark.parametrize("student", SHARDED)
+def test_shards_train_as_whole_models(ranks: list[Results], teacher: str, student: str) -> None:
+    # Not compared with TRL, which gives a head's shard the gradient of one rank's tokens alone.
+    for runs in ranks:
+        assert_equal_runs(runs["fsdp2"][teacher, student], runs["ddp"][teacher, student], TOLERANCE[teacher])
+
+
+@OF_EACH_TEACHER
+@pytest.mark.parametrize("student", STUDENTS)
+def test_ranks_stay_the_same(ranks: list[Results], teacher: str, student: str) -> None:
+    one, two = (runs["ddp"][teacher, student] for runs in ranks)
+    assert all(map(torch.equal, one.parameters, two.parameters))

@@ -1,0 +1,60 @@
+"""The demo, run as a user runs it, on a model small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+DEMO = Path(__file__).parents[2] / "examples/demo.py"
+
+
+def run_demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, DEMO, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def output(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("output")
+    folders = [f"output={path}", f"student={path}/start", f"data.path={path}/texts.jsonl"]
+    for _ in range(2):  # the second begins anew
+        done = run_demo("--teacher", tiny_model, "steps=2", "rollouts.max_completion_length=8", *folders)
+        assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_it_leaves_a_report_and_metrics(output: Path) -> None:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("evaluation", 0),
+        ("train", 1),
+        ("train", 2),
+        ("evaluation", 2),
+    ]
+    assert "data:image/png" in (output / "report.html").read_text()
+
+
+def test_the_saved_student_loads_with_a_third_of_the_layers(output: Path) -> None:
+    student = transformers.AutoModelForCausalLM.from_pretrained(output / "student")
+    assert student.config.num_hidden_layers == 2
+    assert len(student.get_decoder().layers) == 2
+
+
+def test_no_held_out_prompt_is_trained_on(output: Path) -> None:
+    rows = [json.loads(line)["prompt"] for line in (output / "texts.jsonl").read_text().splitlines()]
+    assert not set(rows[:-16]) & set(rows[-16:])
+    assert len(set(rows)) == 80
+
+
+def test_a_bad_setting_is_named_in_one_line() -> None:
+    done = run_demo("steps=0")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("demo.py: error: steps: ")
