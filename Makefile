@@ -18,7 +18,7 @@ test-library: $(VENV)/installed-dev
 
 # A real vLLM on the CPU, in a venv of its own: its torch is not the tests'.
 test-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed
-	$(WITH_VLLM) $(BIN)/python -m pytest tests/vllm
+	$(WITH_VLLM) $(BIN)/python -m pytest tests/real_vllm
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ import transformers
 from fused_distill.serving.protocol.hidden_states import decode_hidden
 from fused_distill.serving.protocol.logprobs import SCORE_PATH, decode_binary, decode_json
 from fused_distill.serving.protocol.openai import openai_answer, openai_request
-from fused_distill.serving.protocol.request import Execution, Sequence
+from fused_distill.serving.protocol.request import ScoringOptions, TokenSequence
 from fused_distill.serving.server.transformers_engine import TransformersEngine
 from servers import running
 from suite import header, results_folder, write_json
@@ -135,13 +135,13 @@ def sharing_rows(folder: Path, vocab: int, length: int) -> Iterator[dict[str, An
         generator.integers(3, vocab, 3 * length // 4),
         generator.integers(3, vocab, (8, length // 4)),
     )
-    batch = [Sequence((*prompt.tolist(), *rest.tolist()), len(prompt)) for rest in rests]
+    batch = [TokenSequence((*prompt.tolist(), *rest.tolist()), len(prompt)) for rest in rests]
     title = f"8 generations of {length // 4} tokens for a prompt of {len(prompt)}, transformers, milliseconds"
     for provider, shared in (("prompt once", True), ("prompt each time", False)):
         engine.decoder.shares_prompts, seconds = shared, []
         for _ in range(ROUNDS + 1):
             started = time.perf_counter()
-            engine.score(batch, Execution(0, None, 1.0, "hidden_states"))
+            engine.score(batch, ScoringOptions(0, None, 1.0, "hidden_states"))
             seconds.append(time.perf_counter() - started)
         value = 1e3 * statistics.median(seconds[1:])
         yield {

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
-from fused_distill.huggingface.lm_head import output_head
+from fused_distill.huggingface.lm_head import lm_head_of
 from fused_distill.rollouts.base import Sampling, TransformersRollouts
 from fused_distill.trainer.data import Batch, Sample
 from suite import ROOT, header, results_folder, write_json
@@ -37,7 +37,7 @@ def states_and_head(model: Any, batches: list[Batch]) -> tuple[Tensor, Tensor, f
     decoder = model.get_decoder()
     outputs = [(b, decoder(input_ids=b.tokens, attention_mask=b.attention)) for b in batches]
     states = torch.cat([output.last_hidden_state[:, :-1][b.mask] for b, output in outputs])
-    head = output_head(model)
+    head = lm_head_of(model)
     return states, head.weight.detach(), head.softcap
 
 

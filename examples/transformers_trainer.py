@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fused_distill import fused_linear_jsd
-from fused_distill.huggingface.lm_head import output_head
+from fused_distill.huggingface.lm_head import lm_head_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
@@ -25,7 +25,7 @@ class DistillTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        student, teacher = output_head(self.accelerator.unwrap_model(model)), output_head(self.teacher)
+        student, teacher = lm_head_of(self.accelerator.unwrap_model(model)), lm_head_of(self.teacher)
         with self.accelerator.autocast():
             with torch.no_grad():
                 teacher_hidden = last_hidden_states(self.teacher, tokens)

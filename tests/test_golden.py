@@ -1,7 +1,7 @@
 """Results of fixed inputs, recorded once: bitwise equal on the recording kind of machine, close elsewhere.
 
-`python tests/test_golden.py` (and with TRITON_INTERPRET=1) records them again. A change that is meant to alter
-results does so and says why; any other change must leave tests/golden.json alone.
+`python tests/test_golden.py` (and with TRITON_INTERPRET=1) records them again. A change that is meant to
+change results does so and says why; any other change must leave tests/golden.json alone.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ known at K tokens per position, without holding either model's logits. `topk_log
 """
 
 from . import reference
-from .config import DistillStats
 from .linear_jsd import FusedLinearJSDLoss, fused_linear_jsd
 from .linear_topk_jsd import FusedLinearTopKJSDLoss, fused_linear_topk_jsd
+from .stats import DistillStats
 from .topk_logprobs import TopKLogprobs, topk_logprobs
 
 __all__ = [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,41 +47,3 @@ class LossSettings:
             self.soft_weight,
         ]
         return torch.tensor(numbers, dtype=dtype)
-
-
-class DistillStats(NamedTuple):
-    """Per-token diagnostics in nats, detached, shaped like the tokens; 0 (False) at tokens that do not count.
-
-    They describe the two distributions that the loss compares, temperature included. For a top-k teacher
-    these are over the K ids, and over the rest as one more outcome with tail="bucket"; with tail="truncate"
-    the entropies and divergences are sums over the K ids.
-    """
-
-    student_entropy: Tensor  # (...) float, -sum p_s log p_s
-    teacher_entropy: Tensor  # (...) float, -sum p_t log p_t
-    forward_kl: Tensor  # (...) float, KL(teacher || student)
-    reverse_kl: Tensor  # (...) float, KL(student || teacher)
-    top1_agreement: Tensor  # (...) bool, a most likely token in common; a top-k teacher's among the K ids
-    # Of top-k losses only, the student's where the whole vocabulary is projected:
-    student_mass: Tensor | None = None  # (...) float, probability of the K ids
-    teacher_mass: Tensor | None = None  # (...) float
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> DistillStats:
-        """The function of every field that is there."""
-        return DistillStats(*(None if c is None else function(c) for c in self))  # pyright: ignore[reportArgumentType]
-
-
-class RowResult(NamedTuple):
-    """What row arithmetic gives besides the logit gradient."""
-
-    loss: Tensor  # (n,) weight * (soft_weight * divergence + hard_weight * cross entropy)
-    stats: DistillStats | None  # of shape (n,)
-
-    @classmethod
-    def concatenate(cls, parts: list[RowResult]) -> RowResult:
-        """The rows of all parts, of which there is at least one."""
-        losses, stats = zip(*parts, strict=True)
-        if stats[0] is None:
-            return cls(torch.cat(losses), None)
-        columns = iter(zip(*([c for c in s if c is not None] for s in stats), strict=True))
-        return cls(torch.cat(losses), stats[0].map(lambda _: torch.cat(next(columns))))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import DistillStats
+from .stats import DistillStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

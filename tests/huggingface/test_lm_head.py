@@ -1,4 +1,4 @@
-"""Logits by `output_head` equal the model's own, for every family that scales or caps them."""
+"""Logits by `lm_head_of` equal the model's own, for every family that scales or caps them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import INTERPRETED
-from fused_distill.huggingface.lm_head import output_head
+from fused_distill.huggingface.lm_head import lm_head_of
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
@@ -44,11 +44,11 @@ def test_logits_equal_the_models(family: str) -> None:
     tokens = torch.randint(40, (2, 7))
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=tokens).last_hidden_state
-        logits = output_head(model).logits(hidden)
+        logits = lm_head_of(model).logits(hidden)
         torch.testing.assert_close(logits, model(input_ids=tokens).logits)
 
 
 def test_a_model_without_a_head_is_refused() -> None:
     model = transformers.AutoModel.from_config(transformers.LlamaConfig(**SIZES))
     with pytest.raises(ValueError, match="model must have output embeddings, got LlamaModel"):
-        output_head(model)
+        lm_head_of(model)

@@ -1,7 +1,7 @@
 """Fuzzing of everything that parses bytes from the network: `python tests/fuzz_wire.py -runs=100000`.
 
-An input's first byte chooses what parses the rest. Only `WireError` (answers) and `Refused` (requests) may
-come out, and an answer that was decoded must survive each of the three forms. Needs atheris; arguments are
+An input's first byte chooses what parses the rest. Only `WireError` (answers) and `RequestError` (requests)
+may come out, and an answer that was decoded must survive each of the three forms. Needs atheris; arguments are
 libFuzzer's.
 """
 
@@ -29,22 +29,22 @@ atheris: Any = import_module("atheris")  # there for some platforms only, and wi
 with atheris.instrument_imports(include=["fused_distill.serving"]):
     from fused_distill.serving.protocol import logprobs as wire
     from fused_distill.serving.protocol.hidden_states import HiddenStates, decode_hidden, encode_hidden
-    from fused_distill.serving.protocol.logprobs import Answer
+    from fused_distill.serving.protocol.logprobs import TeacherLogprobs
     from fused_distill.serving.protocol.packing import WireError
-    from fused_distill.serving.server.app import Refused, ServerLimits, parsed
+    from fused_distill.serving.server.app import RequestError, ServerLimits, parsed
     from fused_distill.serving.server.transformers_engine import TeacherInfo
 
 FIELDS = ("lengths", "logprobs", "ids", "actual_logprobs", "score_logprobs")
 
 
-def example(lengths: list[int], k: int, m: int | None) -> Answer:
+def example(lengths: list[int], k: int, m: int | None) -> TeacherLogprobs:
     """An answer of random numbers."""
     generator, count = np.random.default_rng(0), sum(lengths)
 
     def numbers(*shape: int) -> Any:
         return -generator.exponential(2.0, shape).astype(np.float32)
 
-    return Answer(
+    return TeacherLogprobs(
         np.array(lengths, np.int64),
         numbers(count, k),
         generator.integers(0, 100, (count, k)).astype(np.int32),
@@ -58,7 +58,7 @@ ANSWERS = [
     for lengths, k, m in (([2, 0, 1], 2, 1), ([0], 1, 0), ([1], 0, None), ([3], 3, None), ([], 0, 0))
 ]
 LEAST = np.full((1, 1), np.finfo(np.float32).min)  # a finite number, as that of a masked token often is
-ANSWERS.append(Answer(np.array([1]), LEAST, np.zeros((1, 1), np.int32), LEAST[0], LEAST))
+ANSWERS.append(TeacherLogprobs(np.array([1]), LEAST, np.zeros((1, 1), np.int32), LEAST[0], LEAST))
 JSON_ANSWERS = [wire.encode_json(answer) for answer in ANSWERS]
 JSON_ANSWERS += [wire.encode_base64(answer, "float16") for answer in ANSWERS]
 ASKED: dict[str, Any] = {"sequences": [[1, 2, 3], [4]], "prompt_lengths": [1, 0]}
@@ -104,7 +104,7 @@ def seeds() -> list[bytes]:
 TEACHER: Any = SimpleNamespace(info=TeacherInfo("none", 100, 50, None), head_file=None)
 
 
-def assert_survives(answer: Answer) -> None:
+def assert_survives(answer: TeacherLogprobs) -> None:
     """The answer is the same after each form."""
     for form, again in (
         ("binary", wire.decode_binary(wire.encode_binary(answer))),
@@ -218,7 +218,7 @@ def request(data: bytes) -> None:
     """A request's body."""
     try:
         asked, sequences, execution = parsed(data, TEACHER, ServerLimits())
-    except Refused as refused:
+    except RequestError as refused:
         if refused.response.status_code != 422:
             raise
         return
@@ -242,7 +242,7 @@ TARGETS: tuple[Callable[[bytes], None], ...] = (
 )
 
 
-def answer_or_error(decode: Callable[[], Answer]) -> None:
+def answer_or_error(decode: Callable[[], TeacherLogprobs]) -> None:
     """Nothing but `WireError` comes out; an answer survives every form."""
     try:
         answer = decode()

@@ -17,7 +17,7 @@ from fused_distill import fused_linear_jsd
 from fused_distill.rollouts.base import Completion, Sampling
 from fused_distill.rollouts.grouping import split_on_groups
 from fused_distill.serving.protocol import logprobs as wire
-from fused_distill.serving.protocol.logprobs import Answer
+from fused_distill.serving.protocol.logprobs import TeacherLogprobs
 from fused_distill.serving.protocol.packing import WireError
 from fused_distill.serving.server.batching import BatchLimits
 from hypothesis import given
@@ -74,7 +74,7 @@ def test_rule_2_completions_are_grouped_by_an_explicit_id() -> None:
 @given(st.lists(st.booleans(), min_size=1, max_size=6))
 def test_rule_3_merged_answers_all_carry_score_logprobs_or_none_does(with_scores: list[bool]) -> None:
     made = [
-        Answer(
+        TeacherLogprobs(
             np.array([1]),
             np.full((1, 2), -i, np.float32),
             np.zeros((1, 2), np.int32),
@@ -85,9 +85,9 @@ def test_rule_3_merged_answers_all_carry_score_logprobs_or_none_does(with_scores
     ]
     if len(set(with_scores)) == 2:
         with pytest.raises(WireError, match="all answers must carry score_logprobs or none, got a mixture"):
-            Answer.join(made)
+            TeacherLogprobs.join(made)
     else:
-        for part, whole in zip(Answer.join(made).split(), made, strict=True):
+        for part, whole in zip(TeacherLogprobs.join(made).split(), made, strict=True):
             assert_same(part, whole)
 
 
@@ -97,7 +97,7 @@ def test_rule_3_merged_answers_all_carry_actual_logprobs() -> None:
     with pytest.raises(WireError, match="JSON is no answer"):
         wire.decode_json(content)
     with pytest.raises(WireError, match="actual_logprobs must have shape"):
-        Answer(
+        TeacherLogprobs(
             np.array([1]), np.zeros((1, 2), np.float32), np.zeros((1, 2), np.int32), np.zeros(0, np.float32)
         )
 
@@ -128,7 +128,7 @@ def test_rule_4_client_and_server_check_prompt_lengths_and_name_the_index(
 
 
 @given(answers())
-def test_rule_5_binary_and_json_carry_the_same_fields(answer: Answer) -> None:
+def test_rule_5_binary_and_json_carry_the_same_fields(answer: TeacherLogprobs) -> None:
     for content in (wire.encode_json(answer), wire.encode_base64(answer)):
         from_json = wire.decode_json(json.loads(json.dumps(content)))
         from_binary = wire.decode_binary(wire.encode_binary(answer))

@@ -22,9 +22,9 @@ from fused_distill.serving.client.client import TeacherClient
 from fused_distill.serving.client.request import TeacherError
 from fused_distill.serving.client.retry import RetryPolicy, ServerError
 from fused_distill.serving.protocol import logprobs as wire
-from fused_distill.serving.protocol.logprobs import Answer
+from fused_distill.serving.protocol.logprobs import TeacherLogprobs
 from fused_distill.serving.protocol.packing import VERSION
-from fused_distill.serving.protocol.request import Execution, Sequence
+from fused_distill.serving.protocol.request import ScoringOptions, TokenSequence
 from fused_distill.serving.server.app import ServerLimits, create_app
 from fused_distill.serving.server.batching import BatchLimits
 from fused_distill.serving.server.transformers_engine import TeacherInfo, TransformersEngine
@@ -124,7 +124,7 @@ def completions(sequences: list[list[int]], prompt_lengths: list[int]) -> torch.
 
 
 def assert_right(
-    answer: Answer,
+    answer: TeacherLogprobs,
     model: Any,
     sequences: list[list[int]],
     prompts: list[int],
@@ -302,10 +302,10 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.started = threading.Event()
-        self.batches: list[tuple[list[Sequence], Execution]] = []
+        self.batches: list[tuple[list[TokenSequence], ScoringOptions]] = []
         self.inside = self.overlaps = 0
 
-    def score(self, batch: list[Sequence], execution: Execution) -> list[Answer]:
+    def score(self, batch: list[TokenSequence], execution: ScoringOptions) -> list[TeacherLogprobs]:
         self.inside += 1
         self.overlaps += self.inside > 1
         self.batches.append((batch, execution))
@@ -316,7 +316,7 @@ class FakeEngine:
         if any(13 in s.tokens for s in batch):
             raise RuntimeError("token 13 is bad luck")
         return [
-            Answer(
+            TeacherLogprobs(
                 np.array([s.positions]),
                 np.zeros((s.positions, execution.top_logprobs), np.float32),
                 np.zeros((s.positions, execution.top_logprobs), np.int32),
@@ -450,13 +450,13 @@ def test_a_client_that_leaves_frees_its_place() -> None:
 class BrokenEngine(FakeEngine):
     """Answers that do not fit together, then NaN, then too few, then a way out of the process."""
 
-    def score(self, batch: list[Sequence], execution: Execution) -> list[Answer]:
+    def score(self, batch: list[TokenSequence], execution: ScoringOptions) -> list[TeacherLogprobs]:
         good = super().score(batch, execution)
         call = len(self.batches)
         if call == 1:
             bad = good[0]
             return [
-                Answer(
+                TeacherLogprobs(
                     bad.lengths, np.zeros((1, 9), np.float32), np.zeros((1, 9), np.int32), bad.actual_logprobs
                 ),
                 *good[1:],
@@ -564,7 +564,7 @@ def answering(*responses: httpx.Response) -> tuple[TeacherClient, list[httpx.Req
 
 
 def one_position(logprob: float = -1.0, actual: float = -2.0) -> httpx.Response:
-    answer = Answer(
+    answer = TeacherLogprobs(
         np.array([1]),
         np.array([[logprob]], np.float32),
         np.array([[4]], np.int32),

@@ -31,8 +31,8 @@ from cases import INTERPRETED
 from fused_distill.serving.client.client import TeacherClient
 from fused_distill.serving.client.retry import RetryPolicy
 from fused_distill.serving.protocol import logprobs as wire
-from fused_distill.serving.protocol.logprobs import Answer
-from fused_distill.serving.server.app import Refused, ServerLimits, create_app, parsed
+from fused_distill.serving.protocol.logprobs import TeacherLogprobs
+from fused_distill.serving.server.app import RequestError, ServerLimits, create_app, parsed
 from fused_distill.serving.server.batching import BatchLimits
 from fused_distill.serving.server.transformers_engine import TransformersEngine
 from test_serving import FakeEngine, Served, in_background, serving, waiting
@@ -123,7 +123,7 @@ def question(i: int) -> list[int]:
     return [5, 20 + i // 500, 20 + i % 500]
 
 
-def is_answer(answer: Answer, i: int) -> bool:
+def is_answer(answer: TeacherLogprobs, i: int) -> bool:
     """Whether this is what FakeEngine answers to that question."""
     return answer.actual_logprobs.tolist() == [-t for t in question(i)[1:]]
 
@@ -451,7 +451,7 @@ def test_what_is_not_http_gets_a_4xx_and_the_server_lives(row: Row) -> None:
 )
 def test_a_body_full_of_errors_makes_one_error(body: dict[str, Any]) -> None:
     # An error takes about 800 bytes while the request is looked at: 64 MB of them take 25 GB.
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestError) as refused:
         parsed(json.dumps(body).encode(), FakeEngine(), ServerLimits())
     found: Any = refused.value.__context__
     assert found is None or found.error_count() <= 2
@@ -463,7 +463,7 @@ def test_a_body_full_of_errors_makes_one_error(body: dict[str, Any]) -> None:
     ids=["long name", "long number"],
 )
 def test_a_refusal_is_short(body: dict[str, Any]) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestError) as refused:
         parsed(json.dumps(body).encode(), FakeEngine(), ServerLimits())
     assert len(refused.value.response.body) < 1000
 
@@ -501,11 +501,11 @@ def command(model: Path, port: int, *options: str) -> Iterator[tuple[subprocess.
 
 
 @pytest.fixture(scope="module")
-def texts(tiny_model: Path) -> list[tuple[list[int], Answer]]:
+def texts(tiny_model: Path) -> list[tuple[list[int], TeacherLogprobs]]:
     """Sequences, and what the model says of each on its own."""
     engine = TransformersEngine.load(str(tiny_model), "cpu", "float32")
     generator = random.Random(3)
-    made: list[tuple[list[int], Answer]] = []
+    made: list[tuple[list[int], TeacherLogprobs]] = []
     for _ in range(400):
         tokens = [generator.randrange(3, 90) for _ in range(generator.randint(3, 20))]
         sequences, execution = parsed(
@@ -514,12 +514,12 @@ def texts(tiny_model: Path) -> list[tuple[list[int], Answer]]:
             ServerLimits(),
         )[1:]
         (answer,) = engine.score(sequences, execution)
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, TeacherLogprobs)
         made.append((tokens, answer))
     return made
 
 
-def same(got: Answer, want: Answer) -> bool:
+def same(got: TeacherLogprobs, want: TeacherLogprobs) -> bool:
     if got.lengths.tolist() != want.lengths.tolist():
         return False
     return all(
@@ -529,7 +529,7 @@ def same(got: Answer, want: Answer) -> bool:
 
 
 def test_a_killed_and_restarted_server_loses_and_doubles_nothing(
-    tiny_model: Path, texts: list[tuple[list[int], Answer]], row: Row
+    tiny_model: Path, texts: list[tuple[list[int], TeacherLogprobs]], row: Row
 ) -> None:
     watched, port = Watched(), unused_port()
     asking = threading.Thread()
@@ -562,7 +562,7 @@ def test_a_killed_and_restarted_server_loses_and_doubles_nothing(
 
 
 def test_sigterm_answers_what_is_in_flight_and_refuses_what_is_new(
-    tiny_model: Path, texts: list[tuple[list[int], Answer]], row: Row
+    tiny_model: Path, texts: list[tuple[list[int], TeacherLogprobs]], row: Row
 ) -> None:
     count, size, port = 20, 40, unused_port()
     with (
@@ -574,7 +574,9 @@ def test_sigterm_answers_what_is_in_flight_and_refuses_what_is_new(
             own = texts[i * 20 : i * 20 + size]
             body = {"sequences": [t for t, _ in own], "prompt_lengths": [1] * len(own), "top_logprobs": 5}
             response = http.post(url + wire.SCORE_PATH, json={**body, "response_format": "binary"})
-            return same(wire.decode_binary(response.content), Answer.join([answer for _, answer in own]))
+            return same(
+                wire.decode_binary(response.content), TeacherLogprobs.join([answer for _, answer in own])
+            )
 
         asking = threading.Thread(target=ask_all, args=(row, count, count, ask))
         asking.start()

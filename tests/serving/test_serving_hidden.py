@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import INTERPRETED
 from fused_distill import fused_linear_jsd
-from fused_distill.huggingface.lm_head import OutputHead, output_head
+from fused_distill.huggingface.lm_head import LMHeadParams, lm_head_of
 from fused_distill.serving.client.align import align_hidden_states
 from fused_distill.serving.client.client import TeacherClient
 from fused_distill.serving.client.request import TeacherError
@@ -21,7 +21,7 @@ from fused_distill.serving.protocol import packing as framing
 from fused_distill.serving.protocol.hidden_states import HiddenStates, decode_hidden, encode_hidden
 from fused_distill.serving.protocol.lm_head import load_head, save_head
 from fused_distill.serving.protocol.packing import WireError
-from fused_distill.serving.protocol.request import Sequence
+from fused_distill.serving.protocol.request import TokenSequence
 from fused_distill.serving.server.app import ServerLimits
 from fused_distill.serving.server.prefix_sharing import Decoder
 from fused_distill.serving.server.transformers_engine import TransformersEngine
@@ -68,7 +68,7 @@ def test_a_changed_or_cut_payload_is_refused(sent: HiddenStates, data: st.DataOb
 
 
 def test_a_head_survives_its_file(tmp_path: Path) -> None:
-    head = OutputHead(torch.randn(5, 3).bfloat16(), torch.randn(5), 0.25, None)
+    head = LMHeadParams(torch.randn(5, 3).bfloat16(), torch.randn(5), 0.25, None)
     save_head(head, tmp_path / "head")
     got = load_head(tmp_path / "head")
     assert got.bias is not None
@@ -99,9 +99,9 @@ def test_hidden_states_and_the_head_give_the_loss_of_a_local_teacher(
         head = client.head(tmp_path)
         answer = client.get_hidden_states(sequences, prompts, dtype="float32")
     teacher = align_hidden_states(answer, torch.ones(len(local), dtype=torch.bool))
-    own = output_head(model)
+    own = lm_head_of(model)
 
-    def loss(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+    def loss(hidden: torch.Tensor, head: LMHeadParams) -> torch.Tensor:
         options: Any = {"teacher_softcap": head.softcap, "teacher_logit_scale": head.logit_scale}
         return fused_linear_jsd(student, student_head, hidden, head.weight.detach(), **options)
 
@@ -148,7 +148,7 @@ def test_a_kept_head_that_is_damaged_is_downloaded_again(url: str, model: Any, t
         client.head(tmp_path)
         (kept,) = tmp_path.iterdir()
         kept.write_bytes(kept.read_bytes()[:-1] + b"\x7f")
-        assert torch.equal(client.head(tmp_path).weight, output_head(model).weight)
+        assert torch.equal(client.head(tmp_path).weight, lm_head_of(model).weight)
 
 
 def test_a_head_that_arrives_damaged_is_asked_for_again_and_never_kept(url: str, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def decoder_of(model: Any) -> Decoder:
     return Decoder(model, VOCAB, LENGTH, torch.device("cpu"))
 
 
-def generations(seed: int) -> list[Sequence]:
+def generations(seed: int) -> list[TokenSequence]:
     """Of three prompts of different lengths, up to four each; one only repeats its prompt."""
     generator = np.random.default_rng(seed)
     batch = []
@@ -262,7 +262,7 @@ def generations(seed: int) -> list[Sequence]:
         prompt = generator.integers(0, VOCAB, length).tolist()
         for count in range(generator.integers(1, 5)):
             rest = generator.integers(0, VOCAB, count * 3).tolist()
-            batch.append(Sequence((*prompt, *rest), length))
+            batch.append(TokenSequence((*prompt, *rest), length))
     return [batch[i] for i in generator.permutation(len(batch))]
 
 
@@ -293,14 +293,14 @@ def test_generations_of_one_prompt_run_it_once(model: Any) -> None:
 def test_sharing_is_left_where_it_would_run_more_tokens() -> None:
     long, short = tuple(range(30)), tuple(range(5))
     decoder = decoder_of(model_of("llama"))
-    assert not decoder.sharing_saves([Sequence((*long, 1), 30), Sequence((*short, *long), 5)])
+    assert not decoder.sharing_saves([TokenSequence((*long, 1), 30), TokenSequence((*short, *long), 5)])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])
 def test_padding_never_reaches_beyond_the_models_positions(family: str) -> None:
     # Prompt and rest are within the limit of every sequence, the longest of each together are not.
-    batch = [Sequence((*range(40), *range(10, 15 + i)), 40) for i in range(5)]
-    batch.append(Sequence((*range(10), *range(30)), 10))
+    batch = [TokenSequence((*range(40), *range(10, 15 + i)), 40) for i in range(5)]
+    batch.append(TokenSequence((*range(10), *range(30)), 10))
     decoder = decoder_of(model_of(family))
     apart = torch.cat([decoder.apart([sequence]) for sequence in batch])
     torch.testing.assert_close(decoder.states(batch), apart, atol=1e-5, rtol=1e-5)
@@ -314,7 +314,7 @@ def test_positions_that_depend_on_the_longest_sequence_run_one_by_one() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8)  # attention that is not nearly uniform
-    batch = [Sequence(tuple(range(n)), 4) for n in (25, 45)]
+    batch = [TokenSequence(tuple(range(n)), 4) for n in (25, 45)]
     decoder = decoder_of(model)
     apart = torch.cat([decoder.apart([sequence]) for sequence in batch])
     assert torch.equal(decoder.states(batch), apart)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import INTERPRETED
 from fused_distill.serving.protocol import logprobs as wire
-from fused_distill.serving.protocol.logprobs import Answer
+from fused_distill.serving.protocol.logprobs import TeacherLogprobs
 from fused_distill.serving.protocol.packing import WireError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +27,7 @@ FORMS = {
 
 
 @st.composite
-def answers(draw: st.DrawFn) -> Answer:
+def answers(draw: st.DrawFn) -> TeacherLogprobs:
     lengths = draw(st.lists(st.integers(0, 4), max_size=4))
     k, m, positions = draw(st.integers(0, 4)), draw(st.integers(0, 3)), sum(lengths)
     numbers = st.one_of(st.just(-np.inf), st.floats(-1e4, 0, width=16))
@@ -35,7 +35,7 @@ def answers(draw: st.DrawFn) -> Answer:
     def floats(*shape: int) -> Any:
         return draw(arrays.arrays(np.float32, shape, elements=numbers))
 
-    return Answer(
+    return TeacherLogprobs(
         np.array(lengths, dtype=np.int64),
         floats(positions, k),
         draw(arrays.arrays(np.int32, (positions, k), elements=st.integers(0, 2**31 - 1))),
@@ -44,7 +44,7 @@ def answers(draw: st.DrawFn) -> Answer:
     )
 
 
-def assert_same(got: Answer, want: Answer) -> None:
+def assert_same(got: TeacherLogprobs, want: TeacherLogprobs) -> None:
     for name in ("lengths", "logprobs", "ids", "actual_logprobs", "score_logprobs"):
         a, b = getattr(got, name), getattr(want, name)
         assert (a is None) == (b is None)
@@ -55,26 +55,26 @@ def assert_same(got: Answer, want: Answer) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @given(answer=answers())
-def test_every_form_carries_every_field(form: str, answer: Answer) -> None:
+def test_every_form_carries_every_field(form: str, answer: TeacherLogprobs) -> None:
     encode, decode = FORMS[form]
     assert_same(decode(encode(answer)), answer)
 
 
 @given(answers())
-def test_float16_keeps_what_float16_can_hold(answer: Answer) -> None:
+def test_float16_keeps_what_float16_can_hold(answer: TeacherLogprobs) -> None:
     assert_same(wire.decode_binary(wire.encode_binary(answer, "float16")), answer)
 
 
 @given(answers())
-def test_split_and_join_are_inverse(answer: Answer) -> None:
+def test_split_and_join_are_inverse(answer: TeacherLogprobs) -> None:
     parts = answer.split()
     assert [len(p.actual_logprobs) for p in parts] == answer.lengths.tolist()
     if parts:
-        assert_same(Answer.join(parts), answer)
+        assert_same(TeacherLogprobs.join(parts), answer)
 
 
 @given(answers(), st.data())
-def test_a_truncated_or_longer_payload_is_rejected(answer: Answer, data: st.DataObject) -> None:
+def test_a_truncated_or_longer_payload_is_rejected(answer: TeacherLogprobs, data: st.DataObject) -> None:
     payload = wire.encode_binary(answer)
     cut = data.draw(st.integers(0, len(payload) - 1))
     for wrong in (payload[:cut], payload + bytes(data.draw(st.integers(1, 9)))):
@@ -83,7 +83,7 @@ def test_a_truncated_or_longer_payload_is_rejected(answer: Answer, data: st.Data
 
 
 @given(answers(), st.data())
-def test_a_corrupted_payload_is_rejected(answer: Answer, data: st.DataObject) -> None:
+def test_a_corrupted_payload_is_rejected(answer: TeacherLogprobs, data: st.DataObject) -> None:
     payload = bytearray(wire.encode_binary(answer))
     payload[data.draw(st.integers(0, len(payload) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(WireError):
@@ -164,7 +164,7 @@ def changed(content: Any, data: st.DataObject) -> Any:
 @pytest.mark.parametrize("form", ["json", "base64"])
 @given(answer=answers(), data=st.data())
 def test_json_with_anything_changed_is_rejected_or_still_an_answer(
-    form: str, answer: Answer, data: st.DataObject
+    form: str, answer: TeacherLogprobs, data: st.DataObject
 ) -> None:
     content = (wire.encode_json if form == "json" else wire.encode_base64)(answer)
     try:
@@ -177,7 +177,7 @@ def test_json_with_anything_changed_is_rejected_or_still_an_answer(
 
 
 def test_float16_never_makes_an_entry_absent() -> None:
-    answer = Answer(
+    answer = TeacherLogprobs(
         np.array([1]),
         np.full((1, 1), -1e6, np.float32),
         np.zeros((1, 1), np.int32),
@@ -188,19 +188,19 @@ def test_float16_never_makes_an_entry_absent() -> None:
 
 
 def test_parts_without_positions_join_with_any() -> None:
-    empty = Answer(
+    empty = TeacherLogprobs(
         np.array([0]), np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int32), np.zeros(0, np.float32)
     )
-    full = Answer(
+    full = TeacherLogprobs(
         np.array([1]), np.zeros((1, 2), np.float32), np.ones((1, 2), np.int32), np.zeros(1, np.float32)
     )
-    joined = Answer.join([empty, full, empty])
+    joined = TeacherLogprobs.join([empty, full, empty])
     assert joined.lengths.tolist() == [0, 1, 0]
     assert joined.ids.tolist() == [[1, 1]]
 
 
 def test_another_version_is_named() -> None:
-    answer = Answer(
+    answer = TeacherLogprobs(
         np.array([0]), np.zeros((0, 1), np.float32), np.zeros((0, 1), np.int32), np.zeros(0, np.float32)
     )
     payload = bytearray(wire.encode_binary(answer))
@@ -213,7 +213,7 @@ def test_another_version_is_named() -> None:
 
 def test_merging_answers_with_and_without_scores_is_an_error() -> None:
     with_scores, without = (
-        Answer(
+        TeacherLogprobs(
             np.array([1]),
             np.zeros((1, 2), np.float32),
             np.zeros((1, 2), np.int32),
@@ -223,4 +223,4 @@ def test_merging_answers_with_and_without_scores_is_an_error() -> None:
         for scores in (True, False)
     )
     with pytest.raises(WireError, match="all answers must carry score_logprobs or none"):
-        Answer.join([with_scores, without])
+        TeacherLogprobs.join([with_scores, without])

@@ -1,0 +1,1 @@
+"""The chunk loop that all losses share."""

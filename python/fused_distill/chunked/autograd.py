@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..config import DistillStats, LossSettings
+from ..config import LossSettings
 from ..parallel.vocab_shard import Vocabulary
 from ..rows.backend import choose_backend
+from ..stats import DistillStats
 from .gemm import autocast_dtype
 from .loop import Backend, Engine, LossTensors
 

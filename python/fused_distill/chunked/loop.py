@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..config import DistillStats, LossSettings, RowResult
+from ..config import LossSettings
 from ..parallel.vocab_shard import Vocabulary
+from ..stats import DistillStats, RowResult
 from .gemm import accumulation_dtype
 from .lm_head import GatheredHead, Head, StudentHead, logit_buffer
 from .teacher import Teacher, TeacherRows

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..huggingface.lm_head import output_head
+from ..huggingface.lm_head import lm_head_of
 from ..linear_jsd import fused_linear_jsd
 from ..linear_topk_jsd import fused_linear_topk_jsd
 from ..parallel.dtensor import whole
@@ -189,7 +189,7 @@ def _sparse_loss(
     student = trainer.accelerator.unwrap_model(student, keep_torch_compile=False)
 
     def loss(hidden: Tensor) -> Tensor:
-        head = output_head(student)
+        head = lm_head_of(student)
         device = head.weight.device
         with _whole(head.weight, head.bias, hidden) as (weight, bias):
             return fused_linear_topk_jsd(

@@ -1,0 +1,1 @@
+"""Reading transformers models: the LM head, dtypes and tokenizers."""

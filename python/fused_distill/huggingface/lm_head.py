@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class OutputHead(NamedTuple):
+class LMHeadParams(NamedTuple):
     """Logits are softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
 
     weight: Tensor  # (V, D)
@@ -42,7 +42,7 @@ _SCALES = {
 }
 
 
-def output_head(model: Any) -> OutputHead:
+def lm_head_of(model: Any) -> LMHeadParams:
     """The output layer of a `transformers` causal language model.
 
     Raises:
@@ -57,7 +57,7 @@ def output_head(model: Any) -> OutputHead:
         value = getattr(config, field, None)
         if value is not None:
             scale = float(convert(value, config.model_type))
-    return OutputHead(
+    return LMHeadParams(
         layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None)
     )
 

@@ -1,0 +1,1 @@
+"""Vocabulary-parallel LM heads and FSDP2 parameters."""

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 from torch import nn
 
-from ..serving.client.retry import PatientHttp, RetryPolicy
+from ..serving.client.retry import RetryingClient, RetryPolicy
 from .vllm import check_emptied
 
 
@@ -84,7 +84,7 @@ class _Control:
         self, url: str, token: str | None, timeout_seconds: float, transport: httpx.BaseTransport | None
     ):
         self.timeout_seconds = timeout_seconds
-        self._http = PatientHttp(
+        self._http = RetryingClient(
             url,
             token=token,
             timeout_seconds=timeout_seconds,

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from ..serving.client.retry import PatientHttp, RetryPolicy, ServerError
+from ..serving.client.retry import RetryingClient, RetryPolicy, ServerError
 from ..serving.protocol.openai import first_model
 from .base import Completion, Sampling, checked_prompts
 
@@ -47,7 +47,7 @@ class VllmRollouts:
     ):
         self.deadline_seconds, self.batch_size = deadline_seconds, batch_size
         self._model = model
-        self._http = PatientHttp(
+        self._http = RetryingClient(
             url, token=token, timeout_seconds=timeout_seconds, retries=retries, transport=transport
         )
 

@@ -1,0 +1,1 @@
+"""Row arithmetic: losses, statistics and logit gradients of a chunk of logits."""

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ..chunked.teacher import TeacherRows
-from ..config import DistillStats, LossSettings, RowResult
+from ..config import LossSettings
 from ..parallel.vocab_shard import Vocabulary
+from ..stats import DistillStats, RowResult
 from .compiled import run_stage
 
 

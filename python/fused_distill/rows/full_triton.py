@@ -10,8 +10,9 @@ from fused_distill_kernels import jsd_rows
 from torch import Tensor
 
 from ..chunked.teacher import TeacherRows
-from ..config import DistillStats, LossSettings, RowResult
+from ..config import LossSettings
 from ..parallel.vocab_shard import Vocabulary
+from ..stats import DistillStats, RowResult
 from .topk import exp_below
 
 

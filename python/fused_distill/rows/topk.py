@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..chunked.teacher import TeacherRows, wide_dtype
-from ..config import DistillStats, LossSettings, RowResult
+from ..config import LossSettings
 from ..parallel.vocab_shard import Vocabulary
+from ..stats import DistillStats, RowResult
 from .compiled import run_stage
 from .full_torch import (
     Divergence,

@@ -23,11 +23,11 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoTokenizer, get_scheduler
 
 from ..chunked.teacher import wide_dtype
-from ..config import DistillStats
-from ..huggingface.lm_head import OutputHead
+from ..huggingface.lm_head import LMHeadParams
 from ..rollouts.base import RolloutEngine, Sampling, TransformersRollouts
 from ..rollouts.grouping import split_on_groups
 from ..rollouts.vllm import VllmRollouts
+from ..stats import DistillStats
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, order
@@ -129,7 +129,7 @@ class Trainer:
         """The batch's share of the step's loss, and its statistics a token."""
         config, vocab_size = self.config, self.teacher.vocab_size
 
-        def compute(hidden: Tensor, head: OutputHead) -> tuple[Tensor, DistillStats]:
+        def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats]:
             ids = None
             if config.teacher.targets == "student_topk":
                 ids = topk_targets(hidden, head, batch, config, vocab_size).ids

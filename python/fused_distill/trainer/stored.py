@@ -21,8 +21,8 @@ from pyarrow import Table
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from ..serving.protocol.logprobs import Answer, Dtype, decode_binary, encode_binary
-from ..serving.server.transformers_engine import tokenizer_fingerprint
+from ..huggingface.loading import tokenizer_fingerprint
+from ..serving.protocol.logprobs import Dtype, TeacherLogprobs, decode_binary, encode_binary
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data
 from .student import pretrained
@@ -59,7 +59,7 @@ class StoredTeacher:
 
     def get_sequence_logprobs(
         self, sequences: list[list[int]], prompt_lengths: list[int], *, top_logprobs: int, temperature: float
-    ) -> Answer:
+    ) -> TeacherLogprobs:
         """See TeacherClient; no actual_logprobs are kept.
 
         Raises:
@@ -72,7 +72,7 @@ class StoredTeacher:
             if place is None:
                 raise ConfigError(f"teacher.stored: it has no completion {tokens[prompt_length:][:8]}...")
             answers.append(decode_binary(self.rows[place]["answer"]))
-        whole = Answer.join(answers)
+        whole = TeacherLogprobs.join(answers)
         return replace(whole, logprobs=whole.logprobs[:, :top_logprobs], ids=whole.ids[:, :top_logprobs])
 
 
@@ -131,7 +131,9 @@ def _table(samples: list[Sample], teacher: Teacher, dtype: Dtype, device: torch.
         assert isinstance(targets, TopKTargets)
         logprobs, ids = (values[batch.mask].cpu().numpy() for values in targets)
         none = np.zeros(len(ids), np.float32)
-        answers = Answer(batch.mask.sum(1).cpu().numpy(), logprobs, ids.astype(np.int32), none).split()
+        answers = TeacherLogprobs(
+            batch.mask.sum(1).cpu().numpy(), logprobs, ids.astype(np.int32), none
+        ).split()
         columns["key"] += [_key(s.tokens, len(s.prompt)) for s in batch.samples]
         columns["answer"] += [encode_binary(answer, dtype) for answer in answers]
     return Table.from_pydict(columns)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ..huggingface.lm_head import OutputHead, decoder_of, output_head
+from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of
 from .config import ConfigError, TrainConfig
 from .data import Batch
 
@@ -79,7 +79,9 @@ def inside_forward(wrapped: Any, module: Any, function: Callable[..., T], *input
     return results[0]  # as computed, not as FSDP casts it
 
 
-def through_student(wrapped: Any, model: Any, batch: Batch, compute: Callable[[Tensor, OutputHead], T]) -> T:
+def through_student(
+    wrapped: Any, model: Any, batch: Batch, compute: Callable[[Tensor, LMHeadParams], T]
+) -> T:
     """`compute` called with the student's hidden states (B, T - 1, D), each of which predicts the next token,
     and its head; inside the forwards of model and head, where FSDP has gathered their weights."""
     layer = model.get_output_embeddings()
@@ -87,6 +89,6 @@ def through_student(wrapped: Any, model: Any, batch: Batch, compute: Callable[[T
     def whole(tokens: Tensor) -> T:
         output = decoder_of(model)(input_ids=tokens, attention_mask=batch.attention, use_cache=False)
         hidden = output.last_hidden_state[:, :-1]
-        return inside_forward(layer, layer, lambda states: compute(states, output_head(model)), hidden)
+        return inside_forward(layer, layer, lambda states: compute(states, lm_head_of(model)), hidden)
 
     return inside_forward(wrapped, model, whole, batch.tokens)

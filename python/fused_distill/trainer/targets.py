@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from .. import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
-from ..config import DistillStats
-from ..huggingface.lm_head import OutputHead
+from ..huggingface.lm_head import LMHeadParams
+from ..stats import DistillStats
 from .config import TrainConfig
 from .data import Batch
 
@@ -17,7 +17,7 @@ class FullTargets(NamedTuple):
     """The teacher at every token of the vocabulary."""
 
     hidden: Tensor  # (B, T - 1, Dt)
-    head: OutputHead
+    head: LMHeadParams
 
 
 class TopKTargets(NamedTuple):
@@ -39,7 +39,7 @@ class Teacher(Protocol):
 
 def topk_targets(
     hidden: Tensor,  # (B, T - 1, D)
-    head: OutputHead,
+    head: LMHeadParams,
     batch: Batch,
     config: TrainConfig,
     vocab_size: int,
@@ -63,7 +63,7 @@ def topk_targets(
 
 def distillation_loss(
     hidden: Tensor,  # (B, T - 1, Ds)
-    head: OutputHead,
+    head: LMHeadParams,
     targets: FullTargets | TopKTargets,
     batch: Batch,
     config: TrainConfig,

@@ -11,10 +11,10 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..huggingface.lm_head import OutputHead, decoder_of, output_head
+from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of
+from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..serving.client.align import align, align_hidden_states
 from ..serving.client.client import TeacherClient
-from ..serving.server.transformers_engine import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from .config import ConfigError, TrainConfig
 from .data import Batch
 from .stored import StoredTeacher
@@ -33,7 +33,7 @@ class LocalTeacher:
     @torch.no_grad()
     def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets | TopKTargets:
         """See Teacher."""
-        wanted, head = self.config.teacher.targets, output_head(self.model)
+        wanted, head = self.config.teacher.targets, lm_head_of(self.model)
         decoder = decoder_of(self.model)
         output = decoder(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
         hidden: Tensor = output.last_hidden_state[:, :-1]
@@ -49,7 +49,7 @@ class ServedTeacher:
     client: Any  # a TeacherClient; for targets "topk" also a StoredTeacher
     config: TrainConfig
     vocab_size: int
-    head: OutputHead | None = None  # for targets "full"
+    head: LMHeadParams | None = None  # for targets "full"
     normalises: bool = False  # over vocab_size tokens, else over all rows of its own head
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets | TopKTargets:
@@ -90,7 +90,7 @@ def load_teacher(config: TrainConfig, tokenizer: Any, device: torch.device) -> T
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):  # which is for what FSDP then fills
             model = pretrained(AutoModelForCausalLM, "teacher.model", wanted.model, dtype=dtype)
         model.to(device).eval().requires_grad_(False)
-        teacher = LocalTeacher(model, config, min(vocab_size, len(output_head(model).weight)))
+        teacher = LocalTeacher(model, config, min(vocab_size, len(lm_head_of(model).weight)))
     elif wanted.stored is not None:
         stored = StoredTeacher(wanted.stored)
         _same_tokenizer("teacher.stored", fingerprint, stored.info["tokenizer_fingerprint"])

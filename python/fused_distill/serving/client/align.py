@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..protocol.hidden_states import HiddenStates
-from ..protocol.logprobs import Answer
+from ..protocol.logprobs import TeacherLogprobs
 
 
 class AlignedAnswer(NamedTuple):
@@ -21,7 +21,7 @@ class AlignedAnswer(NamedTuple):
     score_logprobs: Tensor | None  # (..., M) float32
 
 
-def align(answer: Answer, mask: Tensor) -> AlignedAnswer:
+def align(answer: TeacherLogprobs, mask: Tensor) -> AlignedAnswer:
     """Put an answer's positions where `mask` is True, in order.
 
     The mask is that of the loss: True at a hidden state whose next token was scored. It may come from

@@ -13,15 +13,15 @@ from typing import Any, Literal, TypeVar
 import httpx
 from numpy.typing import NDArray
 
-from ...huggingface.lm_head import OutputHead
+from ...huggingface.lm_head import LMHeadParams
 from ..protocol import logprobs as wire
 from ..protocol.hidden_states import HiddenDtype, HiddenStates, decode_hidden
 from ..protocol.lm_head import file_sha256, load_head
-from ..protocol.logprobs import Answer
+from ..protocol.logprobs import TeacherLogprobs
 from ..protocol.openai import first_model, openai_answer, openai_request
 from ..protocol.packing import WireError
-from .request import Asked, Ids, TeacherError
-from .retry import PatientHttp, RetryPolicy
+from .request import Ids, ScoringRequest, TeacherError
+from .retry import RetryingClient, RetryPolicy
 
 Protocol = Literal["auto", "fused-distill", "openai"]
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class TeacherClient:
         self._model = model
         self._head_sha256: str | None = None  # of the head that head() gave
         self._gives_hidden: dict[str, Any] | None = None  # what a server that gives hidden states said
-        self._http = PatientHttp(
+        self._http = RetryingClient(
             url, token=token, timeout_seconds=timeout_seconds, retries=retries, transport=transport
         )
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
@@ -99,7 +99,7 @@ class TeacherClient:
             return self._http.send("GET", "/v1/models", deadline, first_model)
         return self._teacher(deadline)
 
-    def head(self, cache: Path | None = None) -> OutputHead:
+    def head(self, cache: Path | None = None) -> LMHeadParams:
         """The teacher's head, on the CPU; downloaded once and kept by its checksum.
 
         Args:
@@ -154,7 +154,7 @@ class TeacherClient:
             ServerError: as `get_sequence_logprobs`; TeacherError also where they belong to another head than
                 `head()` gave.
         """
-        asked = Asked.of(sequences, prompt_lengths, 0, 1.0, None, None, self.deadline_seconds)
+        asked = ScoringRequest.of(sequences, prompt_lengths, 0, 1.0, None, None, self.deadline_seconds)
         info = self._hidden_info(asked.deadline)
         most = info["limits"]["numbers"] // info["hidden_size"]
         found = self._in_parts(asked, lambda part, first: self._states(part, first, dtype), most)
@@ -186,7 +186,7 @@ class TeacherClient:
         temperature: float = 1.0,
         score_ids: Sequence[Sequence[Ids] | NDArray[Any]] | NDArray[Any] | None = None,
         vocab_size: int | None = None,
-    ) -> Answer:
+    ) -> TeacherLogprobs:
         """The teacher's log-probabilities at every completion position.
 
         Args:
@@ -200,14 +200,14 @@ class TeacherClient:
                 shorter head knows; not with protocol "openai". None: over all rows of the teacher's head.
 
         Returns:
-            An `Answer` in the order of the sequences; see `wire` for which positions there are.
+            An `TeacherLogprobs` in the order of the sequences; see `wire` for which positions there are.
 
         Raises:
             ValueError: an argument that does not fit, by name and index.
             ServerError: no server gave a whole answer before the deadline, or one refused the request;
                 TeacherError, a kind of it: one answered another question, or without a number.
         """
-        asked = Asked.of(
+        asked = ScoringRequest.of(
             sequences,
             prompt_lengths,
             top_logprobs,
@@ -228,10 +228,10 @@ class TeacherClient:
                 )
             if vocab_size is not None:
                 raise ValueError("vocab_size must be None with a stock vLLM server, which knows its own only")
-        return Answer.join(self._in_parts(asked, self._score))
+        return TeacherLogprobs.join(self._in_parts(asked, self._score))
 
     def _in_parts(
-        self, asked: Asked, call: Callable[[Asked, int], T], most_tokens: int | None = None
+        self, asked: ScoringRequest, call: Callable[[ScoringRequest, int], T], most_tokens: int | None = None
     ) -> list[T]:
         parts = asked.parts(min(self.request_tokens, most_tokens or self.request_tokens))
         futures = [self._pool.submit(call, asked.part(part), part.start) for part in parts]
@@ -241,7 +241,7 @@ class TeacherClient:
             for future in futures:
                 future.cancel()
 
-    def _states(self, asked: Asked, first: int, dtype: HiddenDtype) -> HiddenStates:
+    def _states(self, asked: ScoringRequest, first: int, dtype: HiddenDtype) -> HiddenStates:
         body = {
             "sequences": asked.sequences,
             "prompt_lengths": asked.prompt_lengths,
@@ -257,8 +257,8 @@ class TeacherClient:
             raise TeacherError("hidden states are of another head than head() gave")
         return hidden
 
-    def _score(self, asked: Asked, first: int) -> Answer:
-        def checked(answer: Answer) -> Answer:
+    def _score(self, asked: ScoringRequest, first: int) -> TeacherLogprobs:
+        def checked(answer: TeacherLogprobs) -> TeacherLogprobs:
             asked.check_answer(answer, first)
             return answer
 
@@ -266,7 +266,7 @@ class TeacherClient:
             model = self._model or self._http.send("GET", "/v1/models", asked.deadline, first_model)["id"]
             body = openai_request(model, asked.sequences, asked.top_logprobs)
 
-            def decode(response: httpx.Response) -> Answer:
+            def decode(response: httpx.Response) -> TeacherLogprobs:
                 return openai_answer(
                     response.json(), asked.sequences, asked.prompt_lengths, asked.top_logprobs
                 )

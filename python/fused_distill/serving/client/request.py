@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..protocol import logprobs as wire
 from ..protocol.hidden_states import HiddenStates
-from ..protocol.logprobs import Answer
+from ..protocol.logprobs import TeacherLogprobs
 from .retry import ServerError
 
 Ids = Sequence[int] | NDArray[Any]  # of integers
@@ -27,7 +27,7 @@ class TeacherError(ServerError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class ScoringRequest:
     """Sequences and what is wanted of them, until `deadline` of time.monotonic()."""
 
     sequences: list[list[int]]
@@ -48,7 +48,7 @@ class Asked:
         score_ids: Sequence[Sequence[Ids] | NDArray[Any]] | NDArray[Any] | None,
         vocab_size: int | None,
         seconds: float,
-    ) -> Asked:
+    ) -> ScoringRequest:
         """From a caller's arguments. Raises ValueError naming the one that does not fit, and its index."""
         asked = cls(
             [[int(t) for t in s] for s in sequences],
@@ -112,14 +112,14 @@ class Asked:
         parts.append(range(start, len(self.sequences)))
         return parts
 
-    def part(self, indices: range) -> Asked:
+    def part(self, indices: range) -> ScoringRequest:
         """The same of these sequences."""
         scores = None if self.score_ids is None else [self.score_ids[i] for i in indices]
         sequences = [self.sequences[i] for i in indices]
         prompts = [self.prompt_lengths[i] for i in indices]
         return replace(self, sequences=sequences, prompt_lengths=prompts, score_ids=scores)
 
-    def check_answer(self, answer: Answer, first: int) -> None:
+    def check_answer(self, answer: TeacherLogprobs, first: int) -> None:
         """The answer covers what was asked and lacks no number; `first` is its first sequence's index."""
         self._check_lengths(answer.lengths)
         scores = answer.score_logprobs

@@ -31,7 +31,7 @@ class RetryPolicy:
     longest_wait_seconds: float = 8.0
 
 
-class PatientHttp:
+class RetryingClient:
     """Requests to one of several servers that serve the same. Threads may share it.
 
     Args:

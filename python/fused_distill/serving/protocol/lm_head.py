@@ -12,17 +12,17 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ...huggingface.lm_head import OutputHead
+from ...huggingface.lm_head import LMHeadParams
 
 
-def save_head(head: OutputHead, path: Path) -> str:
+def save_head(head: LMHeadParams, path: Path) -> str:
     """Write it as safetensors: "weight" (V, Dt), "bias" (V,) if there is one; returns the file's SHA-256."""
     tensors = {"weight": head.weight, "bias": head.bias}
     rest = {"logit_scale": head.logit_scale, "softcap": head.softcap}
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None},
         path,
-        {"output_head": json.dumps(rest)},
+        {"lm_head_of": json.dumps(rest)},
     )
     return file_sha256(path)
 
@@ -37,7 +37,7 @@ class SavedHead(NamedTuple):
 class HeadFile:
     """A head that is written to a temporary file when it is first asked for. Threads may share it."""
 
-    def __init__(self, head: OutputHead):
+    def __init__(self, head: LMHeadParams):
         self.head = head
         self._lock = threading.Lock()
         self._folder: TemporaryDirectory[str] | None = None
@@ -61,7 +61,7 @@ class HeadFile:
             self._folder = self._saved = None
 
 
-def load_head(path: Path, device: str = "cpu") -> OutputHead:
+def load_head(path: Path, device: str = "cpu") -> LMHeadParams:
     """The head of `save_head`.
 
     Raises:
@@ -69,9 +69,9 @@ def load_head(path: Path, device: str = "cpu") -> OutputHead:
     """
     try:
         with safe_open(path, "pt", device=device) as file:
-            rest = json.loads((file.metadata() or {})["output_head"])
+            rest = json.loads((file.metadata() or {})["lm_head_of"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return OutputHead(tensors["weight"], tensors.get("bias"), rest["logit_scale"], rest["softcap"])
+            return LMHeadParams(tensors["weight"], tensors.get("bias"), rest["logit_scale"], rest["softcap"])
     except (SafetensorError, LookupError, ValueError, TypeError) as error:
         raise ValueError(f"path must be a teacher's head, got {path}: {error}") from error
 

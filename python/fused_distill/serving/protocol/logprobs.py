@@ -82,7 +82,7 @@ def check_request(
 
 
 @dataclass(frozen=True)
-class Answer:
+class TeacherLogprobs:
     """A teacher's log-probabilities at the positions of some sequences, one after the other."""
 
     lengths: NDArray[np.int64]  # (n,) positions of each sequence
@@ -107,12 +107,12 @@ class Answer:
         numbers = (self.logprobs, self.actual_logprobs, self.score_logprobs)
         return not any(np.isnan(values).any() for values in numbers if values is not None)
 
-    def split(self) -> list[Answer]:
+    def split(self) -> list[TeacherLogprobs]:
         """One answer per sequence."""
         ends = np.cumsum(self.lengths)
         parts = [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
         return [
-            Answer(
+            TeacherLogprobs(
                 self.lengths[i : i + 1],
                 self.logprobs[part],
                 self.ids[part],
@@ -123,7 +123,7 @@ class Answer:
         ]
 
     @classmethod
-    def join(cls, answers: list[Answer]) -> Answer:
+    def join(cls, answers: list[TeacherLogprobs]) -> TeacherLogprobs:
         """All of them one after the other.
 
         Raises:
@@ -147,7 +147,7 @@ class Answer:
             np.concatenate(scores) if scores else None,
         )
 
-    def checked(self) -> Answer:
+    def checked(self) -> TeacherLogprobs:
         """Itself, if its numbers can be log-probabilities and ids. NaN may be: the client says where."""
         for name in ("logprobs", "actual_logprobs", "score_logprobs"):
             values = getattr(self, name)
@@ -158,7 +158,7 @@ class Answer:
         return self
 
 
-def encode_binary(answer: Answer, dtype: Dtype = "float32") -> bytes:
+def encode_binary(answer: TeacherLogprobs, dtype: Dtype = "float32") -> bytes:
     """The binary form. float16 halves the log-probabilities' bytes and keeps about 3 digits of them."""
     code = _DTYPES.index(dtype)
     kind = np.dtype(f"<f{4 >> code}")
@@ -183,7 +183,7 @@ def encode_binary(answer: Answer, dtype: Dtype = "float32") -> bytes:
     return seal(header, answer.lengths, arrays)
 
 
-def decode_binary(payload: bytes) -> Answer:
+def decode_binary(payload: bytes) -> TeacherLogprobs:
     """An answer from its binary form.
 
     Raises:
@@ -204,7 +204,7 @@ def decode_binary(payload: bytes) -> Answer:
     ids = take("<i4", positions, k).astype(np.int32)
     actual = take(kind, positions).astype(np.float32)
     scores = take(kind, positions, m).astype(np.float32) if has_scores else None
-    return Answer(lengths, logprobs, ids, actual, scores).checked()
+    return TeacherLogprobs(lengths, logprobs, ids, actual, scores).checked()
 
 
 def _position_bytes(code: int, has_scores: int, k: int, m: int) -> int:
@@ -238,7 +238,7 @@ class _Base64Answer(BaseModel):
     binary: str
 
 
-def encode_json(answer: Answer) -> dict[str, Any]:
+def encode_json(answer: TeacherLogprobs) -> dict[str, Any]:
     """The JSON form, ready for any JSON library."""
     parts = answer.split()
     scores = answer.score_logprobs
@@ -261,7 +261,7 @@ def _with_null(values: NDArray[Any] | None) -> list[Any]:
     return objects.tolist()
 
 
-def decode_json(content: object) -> Answer:
+def decode_json(content: object) -> TeacherLogprobs:
     """An answer from its JSON or base64 form, parsed.
 
     Raises:
@@ -303,9 +303,9 @@ def decode_json(content: object) -> Answer:
     if found.score_logprobs is not None:
         scores = array("score_logprobs", found.score_logprobs, np.float32, found.m)
     lengths = np.array(found.lengths, dtype=np.int64)
-    return Answer(lengths, logprobs, ids, actual, scores).checked()
+    return TeacherLogprobs(lengths, logprobs, ids, actual, scores).checked()
 
 
-def encode_base64(answer: Answer, dtype: Dtype = "float32") -> dict[str, Any]:
+def encode_base64(answer: TeacherLogprobs, dtype: Dtype = "float32") -> dict[str, Any]:
     """The binary form inside JSON."""
     return to_base64(encode_binary(answer, dtype))

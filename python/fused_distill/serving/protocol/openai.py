@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from .logprobs import Answer, first_scored
+from .logprobs import TeacherLogprobs, first_scored
 
 
 def first_model(response: httpx.Response) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def openai_request(model: str, sequences: list[list[int]], top_logprobs: int) ->
 
 def openai_answer(
     content: dict[str, Any], sequences: list[list[int]], prompt_lengths: list[int], top_logprobs: int
-) -> Answer:
+) -> TeacherLogprobs:
     """vLLM's answer as ours; a number that is not there becomes NaN, for the client to complain about.
 
     Each position is {token id: {"logprob", "rank", ...}} of the top_logprobs most likely tokens and of the
@@ -54,7 +54,7 @@ def openai_answer(
             logprobs.append([_number(entry) for _, entry in best] + [np.nan] * absent)
             ids.append([key for key, _ in best] + [0] * absent)
             actual.append(_number(found.get(token, {})))
-    return Answer(
+    return TeacherLogprobs(
         np.array(lengths, dtype=np.int64),
         np.array(logprobs, dtype=np.float32).reshape(len(actual), top_logprobs),
         np.array(ids, dtype=np.int32).reshape(len(actual), top_logprobs),

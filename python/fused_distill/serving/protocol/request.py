@@ -11,7 +11,7 @@ Response = Literal["logprobs", "hidden_states"]
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """One sequence to be scored from token `start` on."""
 
     tokens: tuple[int, ...]
@@ -29,7 +29,7 @@ class Sequence:
         return scored_positions(len(self.tokens), self.prompt_length)
 
 
-class Execution(NamedTuple):
+class ScoringOptions(NamedTuple):
     """What sequences of one batch share."""
 
     top_logprobs: int  # K

@@ -21,7 +21,7 @@ from ..protocol import logprobs as wire
 from ..protocol.hidden_states import HiddenDtype, HiddenStates, encode_hidden
 from ..protocol.logprobs import HEAD_PATH, SCORE_PATH
 from ..protocol.packing import VERSION, to_base64
-from ..protocol.request import Execution, Response, Sequence
+from ..protocol.request import Response, ScoringOptions, TokenSequence
 from .batching import Batcher, BatchLimits, QueueFull, Stopped
 from .transformers_engine import Capability, Result, TeacherEngine
 
@@ -84,7 +84,7 @@ class ScoreRequest(BaseModel):
 _MOST_REASON = 500  # characters: it may quote what the client sent
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that gets no answer: an HTTP status and the reason."""
 
     def __init__(self, status: int, reason: str, **headers: str):
@@ -95,29 +95,29 @@ class Refused(Exception):
 
 def parsed(
     body: bytes, engine: TeacherEngine, limits: ServerLimits
-) -> tuple[ScoreRequest, list[Sequence], Execution]:
+) -> tuple[ScoreRequest, list[TokenSequence], ScoringOptions]:
     """A request and what the engine is to do for it.
 
     Raises:
-        Refused: 422, naming a field that does not fit and its index.
+        RequestError: 422, naming a field that does not fit and its index.
     """
     try:
         request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
-        raise Refused(422, f"{where}: {first['msg']}") from None
+        raise RequestError(422, f"{where}: {first['msg']}") from None
     if request.model_extra:
-        raise Refused(422, f"{next(iter(request.model_extra))}: no such field")
+        raise RequestError(422, f"{next(iter(request.model_extra))}: no such field")
     try:
         return request, *_work(request, engine, limits)
     except ValueError as error:
-        raise Refused(422, str(error)) from None
+        raise RequestError(422, str(error)) from None
 
 
 def _work(
     request: ScoreRequest, engine: TeacherEngine, limits: ServerLimits
-) -> tuple[list[Sequence], Execution]:
+) -> tuple[list[TokenSequence], ScoringOptions]:
     sequences, prompt_lengths, info = request.sequences, request.prompt_lengths, engine.info
     _check_options(request, info.capabilities)
     if len(sequences) > limits.sequences:
@@ -137,7 +137,7 @@ def _work(
     if engine.head_file is not None and request.hidden:
         width = engine.head_file.head.weight.shape[1]
 
-    items: list[Sequence] = []
+    items: list[TokenSequence] = []
     widths: set[int] = set()
     for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         if not 1 <= len(tokens) <= info.max_length:
@@ -145,7 +145,7 @@ def _work(
         if max(tokens) >= vocab_size:
             raise ValueError(f"sequences[{i}] must hold ids below {vocab_size}, got {max(tokens)}")
         own = None if scores is None else tuple(map(tuple, scores[i]))
-        items.append(Sequence(tuple(tokens), prompt_length, own))
+        items.append(TokenSequence(tuple(tokens), prompt_length, own))
         if own is not None:
             if len(own) != items[i].positions:
                 raise ValueError(f"score_ids[{i}] must have {items[i].positions} positions, got {len(own)}")
@@ -163,7 +163,7 @@ def _work(
     if numbers > limits.numbers:
         raise ValueError(f"sequences must ask for at most {limits.numbers} numbers in all, got {numbers}")
     score_count = None if scores is None else count
-    return items, Execution(
+    return items, ScoringOptions(
         request.top_logprobs, score_count, request.temperature, request.response, request.vocab_size
     )
 
@@ -229,16 +229,16 @@ class _Guard:
         refusal = self._refusal(scope["method"], scope["path"], dict(scope["headers"]))
         await (self.app if refusal is None else refusal.response)(scope, receive, counted)
 
-    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> Refused | None:
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> RequestError | None:
         given = headers.get(b"authorization", b"")
         needed = None if path == "/health" else self.authorization
         if needed is not None and not secrets.compare_digest(given, needed):
-            return Refused(401, "a bearer token is needed", **{"WWW-Authenticate": "Bearer"})
+            return RequestError(401, "a bearer token is needed", **{"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length")
         if b"transfer-encoding" in headers or (method == "POST" and length is None):
-            return Refused(411, "the body must come with Content-Length")
+            return RequestError(411, "the body must come with Content-Length")
         if length is not None and (not length.isdigit() or int(length) > self.limits.body_bytes):
-            return Refused(413, f"the body must have at most {self.limits.body_bytes} bytes")
+            return RequestError(413, f"the body must have at most {self.limits.body_bytes} bytes")
         return None
 
 
@@ -284,16 +284,16 @@ def create_app(
         _Guard, token=None if token is None else token.encode(), limits=limits, metrics=metrics
     )  # pyright: ignore[reportArgumentType]
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> HttpResponse:
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> HttpResponse:
         return error.response
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not batcher.alive:
-            raise Refused(503, "the engine takes no requests")
+            raise RequestError(503, "the engine takes no requests")
         if batcher.failing:
-            raise Refused(503, "the engine fails on every batch")
+            raise RequestError(503, "the engine fails on every batch")
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -314,7 +314,7 @@ def create_app(
     @app.api_route(HEAD_PATH, methods=["GET", "HEAD"])
     async def head() -> HttpResponse:
         if engine.head_file is None:
-            raise Refused(404, "this teacher's engine has no hidden_states")
+            raise RequestError(404, "this teacher's engine has no hidden_states")
         saved = await asyncio.to_thread(engine.head_file.saved)
         return FileResponse(saved.path, headers={"ETag": f'"{saved.sha256}"'})
 
@@ -327,30 +327,30 @@ def create_app(
             try:
                 return await asyncio.wait_for(answering, limits.request_seconds)
             except asyncio.TimeoutError:
-                raise Refused(504, f"no answer within {limits.request_seconds:g} s") from None
+                raise RequestError(504, f"no answer within {limits.request_seconds:g} s") from None
 
     async def answer(request: Request) -> HttpResponse:
         # Whatever grows with the request runs in a thread: the loop must stay free for everybody else.
         try:
             body = await request.body()
         except ClientDisconnect:
-            raise Refused(499, "the client has gone") from None
+            raise RequestError(499, "the client has gone") from None
         asked, sequences, execution = await asyncio.to_thread(parsed, body, engine, limits)
         scoring = asyncio.create_task(batcher.submit(sequences, execution))
         leaving = asyncio.create_task(_disconnected(request))
         try:
             await asyncio.wait((scoring, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not scoring.done():
-                raise Refused(499, "the client has gone")
+                raise RequestError(499, "the client has gone")
             result = scoring.result()
         except QueueFull as error:
-            raise Refused(429, str(error), **{"Retry-After": str(limits.retry_after_seconds)}) from None
+            raise RequestError(429, str(error), **{"Retry-After": str(limits.retry_after_seconds)}) from None
         except Stopped:
-            raise Refused(503, "the server is stopping") from None
-        except Refused:
+            raise RequestError(503, "the server is stopping") from None
+        except RequestError:
             raise
         except Exception as error:
-            raise Refused(500, f"the engine failed: {type(error).__name__}: {error}") from error
+            raise RequestError(500, f"the engine failed: {type(error).__name__}: {error}") from error
         finally:
             scoring.cancel()
             leaving.cancel()
@@ -367,7 +367,7 @@ async def _disconnected(request: Request) -> None:
 
 def _encoded(answer: Result, asked: ScoreRequest) -> HttpResponse:
     content: dict[str, Any]
-    if isinstance(answer, wire.Answer) and asked.response_format == "json":
+    if isinstance(answer, wire.TeacherLogprobs) and asked.response_format == "json":
         content = wire.encode_json(answer)
     else:
         payload = _payload(answer, asked)

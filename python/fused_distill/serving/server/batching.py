@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..protocol.request import Execution, Sequence
+from ..protocol.request import ScoringOptions, TokenSequence
 from .transformers_engine import Result, TeacherEngine
 
 _FAILURES = 5  # batches in a row
@@ -40,8 +40,8 @@ class BatchLimits:
 class _Job:
     """One request; its sequences may go through the engine in several batches, the longest first."""
 
-    sequences: list[Sequence]
-    execution: Execution
+    sequences: list[TokenSequence]
+    execution: ScoringOptions
     result: asyncio.Future[list[Result]]
     waiting: deque[int] = field(init=False)
     answers: dict[int, Result] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Batcher:
         """Whether the engine seems to be dead: it has raised on every one of the last batches."""
         return self._failures >= _FAILURES
 
-    async def submit(self, sequences: list[Sequence], execution: Execution) -> Result:
+    async def submit(self, sequences: list[TokenSequence], execution: ScoringOptions) -> Result:
         """The answer for these sequences, at least one. Cancelling this call frees its place.
 
         Raises:
@@ -176,7 +176,7 @@ class Batcher:
             else:
                 job.take(index, answer)
 
-    def _answers(self, sequences: list[Sequence], execution: Execution) -> list[Result | None]:
+    def _answers(self, sequences: list[TokenSequence], execution: ScoringOptions) -> list[Result | None]:
         """The engine's, None where a number is missing."""
         answers = self.engine.score(sequences, execution)
         if len(answers) != len(sequences):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...huggingface.lm_head import decoder_of
-from ..protocol.request import Sequence
+from ..protocol.request import TokenSequence
 
 _log = logging.getLogger(__name__)
 
@@ -39,14 +39,16 @@ class Decoder:
         # The longest sequence of a batch decides on its factors.
         self.one_by_one = "longrope" in kinds
         ids = [i % vocab_size for i in range(6)]
-        trial = [Sequence((*ids[:3], *ids[i:]), 3) for i in range(2)] + [Sequence((*ids[:2], *ids), 2)]
+        trial = [TokenSequence((*ids[:3], *ids[i:]), 3) for i in range(2)] + [
+            TokenSequence((*ids[:2], *ids), 2)
+        ]
         try:
             apart = self.apart(trial)
         except AttributeError as error:
             raise ValueError(f"model must give last hidden states, got {type(model).__name__}") from error
         self.shares_prompts = not self.one_by_one and self._sharing_works(trial, apart)
 
-    def states(self, batch: list[Sequence]) -> Tensor:
+    def states(self, batch: list[TokenSequence]) -> Tensor:
         """(P, D) last hidden states before each scored token, sequence by sequence."""
         if self.one_by_one:
             return torch.cat([self.apart([sequence]) for sequence in batch])
@@ -58,7 +60,7 @@ class Decoder:
         return self.apart(batch)
 
     @torch.inference_mode()
-    def apart(self, batch: list[Sequence]) -> Tensor:
+    def apart(self, batch: list[TokenSequence]) -> Tensor:
         """The states by one pass over all sequences, right-padded."""
         tokens = pad_sequence([torch.tensor(s.tokens) for s in batch], batch_first=True).to(self.device)
         lengths = torch.tensor([len(s.tokens) for s in batch], device=self.device).unsqueeze(1)
@@ -67,7 +69,7 @@ class Decoder:
         output = self.decoder(input_ids=tokens, attention_mask=(index < lengths).long(), use_cache=False)
         return output.last_hidden_state[(index >= starts - 1) & (index < lengths - 1)]
 
-    def sharing_saves(self, batch: list[Sequence]) -> bool:
+    def sharing_saves(self, batch: list[TokenSequence]) -> bool:
         """Whether `shared` runs fewer tokens than `apart`, padding included, within the model's positions."""
         prefixes = {s.tokens[: s.start] for s in batch}
         longest, longest_rest = max(map(len, prefixes)), max(len(s.tokens) - s.start for s in batch)
@@ -76,7 +78,7 @@ class Decoder:
         return fewer and longest + longest_rest <= self.max_length
 
     @torch.inference_mode()
-    def shared(self, batch: list[Sequence]) -> Tensor:
+    def shared(self, batch: list[TokenSequence]) -> Tensor:
         """The states by two passes: every different prompt once, left-padded, then what follows on its cache.
 
         The cache holds every sequence's prompt again, so that memory is not what is saved.
@@ -112,7 +114,7 @@ class Decoder:
             states = torch.cat([states, then.last_hidden_state], 1)
         return states[torch.arange(states.shape[1], device=self.device) < counts]
 
-    def _sharing_works(self, trial: list[Sequence], apart: Tensor) -> bool:
+    def _sharing_works(self, trial: list[TokenSequence], apart: Tensor) -> bool:
         """Two passes over a cache give what one pass gives; a family may keep none, or another kind."""
         try:
             works = agree(self.shared(trial), apart)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -13,17 +11,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ... import topk_logprobs
-from ...huggingface.lm_head import output_head
+from ...huggingface.lm_head import lm_head_of
+from ...huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..protocol.hidden_states import HiddenStates
 from ..protocol.lm_head import HeadFile
-from ..protocol.logprobs import Answer
-from ..protocol.request import Execution, Sequence
+from ..protocol.logprobs import TeacherLogprobs
+from ..protocol.request import ScoringOptions, TokenSequence
 from .prefix_sharing import Decoder, agree
 
 _log = logging.getLogger(__name__)
 
-Result = Answer | HiddenStates
-Results = list[Answer] | list[HiddenStates]
+Result = TeacherLogprobs | HiddenStates
+Results = list[TeacherLogprobs] | list[HiddenStates]
 Capability = Literal["temperature", "score_ids", "vocab_size", "hidden_states"]
 LOGPROBS: tuple[Capability, ...] = ("temperature", "score_ids", "vocab_size")
 
@@ -48,7 +47,7 @@ class TeacherEngine(Protocol):
         """The head, None without the capability "hidden_states"."""
         ...
 
-    def score(self, batch: list[Sequence], execution: Execution) -> Results:
+    def score(self, batch: list[TokenSequence], execution: ScoringOptions) -> Results:
         """For each sequence what `execution.response` names."""
         ...
 
@@ -73,7 +72,7 @@ class TransformersEngine:
         With hidden_states, whoever may ask the server may also download the head.
         """
         self.model = model.eval()
-        self.head = output_head(model)
+        self.head = lm_head_of(model)
         config = model.config.get_text_config()
         max_length = max_length or getattr(config, "max_position_embeddings", None)
         if max_length is None:
@@ -120,7 +119,7 @@ class TransformersEngine:
         tokens = [*range(min(4, self.info.vocab_size)), 0]
         rows = torch.tensor([tokens], device=self.decoder.device)
         with torch.inference_mode():
-            logits = self.head.logits(self.decoder.apart([Sequence(tuple(tokens), 1)]))
+            logits = self.head.logits(self.decoder.apart([TokenSequence(tuple(tokens), 1)]))
             own = self.model(input_ids=rows, use_cache=False).logits[0, :-1]
         if not agree(logits, own):
             raise ValueError(
@@ -128,7 +127,7 @@ class TransformersEngine:
                 f"got {type(self.model).__name__}, whose own are different"
             )
 
-    def score(self, batch: list[Sequence], execution: Execution) -> Results:
+    def score(self, batch: list[TokenSequence], execution: ScoringOptions) -> Results:
         """The model's hidden states; the head at scored positions only."""
         with torch.inference_mode():
             states = self.decoder.states(batch)
@@ -141,11 +140,13 @@ class TransformersEngine:
         if self.head_file is not None:
             self.head_file.close()
 
-    def _hidden_states(self, states: Tensor, batch: list[Sequence]) -> HiddenStates:
+    def _hidden_states(self, states: Tensor, batch: list[TokenSequence]) -> HiddenStates:
         assert self.head_file is not None  # the server asks for nothing that is no capability
         return HiddenStates(_lengths(batch), states.cpu(), self.head_file.saved().sha256)
 
-    def _logprobs(self, states: Tensor, batch: list[Sequence], execution: Execution) -> Answer:
+    def _logprobs(
+        self, states: Tensor, batch: list[TokenSequence], execution: ScoringOptions
+    ) -> TeacherLogprobs:
         device = states.device
         actual = [token for s in batch for token in s.tokens[s.start :]]
         asked = torch.tensor(actual, dtype=torch.int64, device=device).unsqueeze(-1)
@@ -164,7 +165,7 @@ class TransformersEngine:
         )
         assert top.actual_logprobs is not None
         asked_logprobs = top.actual_logprobs.float().cpu().numpy()
-        return Answer(
+        return TeacherLogprobs(
             _lengths(batch),
             top.logprobs.float().cpu().numpy(),
             top.ids.int().cpu().numpy(),
@@ -173,30 +174,5 @@ class TransformersEngine:
         )
 
 
-def _lengths(batch: list[Sequence]) -> NDArray[np.int64]:
+def _lengths(batch: list[TokenSequence]) -> NDArray[np.int64]:
     return np.array([s.positions for s in batch], dtype=np.int64)
-
-
-def weights_dtype(name: str, device: str) -> torch.dtype:
-    """A dtype by its name; "auto" is bfloat16, on the CPU float32."""
-    if name == "auto":
-        return torch.float32 if device == "cpu" else torch.bfloat16
-    return getattr(torch, name)
-
-
-def load_tokenizer(name: str) -> Any | None:
-    """The tokenizer of a local path or hub name; None, with a warning, where there is none to be had."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        _log.warning("%s: no tokenizer, so that clients cannot compare it with theirs: %s", name, reason)
-        return None
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary: equal for tokenizers that give a token the same id."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
-    return hashlib.sha256(vocabulary.encode()).hexdigest()

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..protocol.logprobs import Answer
-from ..protocol.request import Execution, Sequence
-from .transformers_engine import TeacherInfo, load_tokenizer, tokenizer_fingerprint
+from ...huggingface.loading import load_tokenizer, tokenizer_fingerprint
+from ..protocol.logprobs import TeacherLogprobs
+from ..protocol.request import ScoringOptions, TokenSequence
+from .transformers_engine import TeacherInfo
 
 
 class VllmEngine:
@@ -68,7 +69,7 @@ class VllmEngine:
         )
         return cls(llm, tokenizer, name)
 
-    def score(self, batch: list[Sequence], execution: Execution) -> list[Answer]:
+    def score(self, batch: list[TokenSequence], execution: ScoringOptions) -> list[TeacherLogprobs]:
         """All sequences handed to vLLM at once, which schedules them as it likes."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
@@ -88,7 +89,7 @@ class VllmEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def _answer(sequence: Sequence, flat: Any) -> Answer:
+def _answer(sequence: TokenSequence, flat: Any) -> TeacherLogprobs:
     """From vLLM's FlatLogprobs: per token but the first its own log-probability, then the top K."""
     before = len(sequence.tokens) - 1
     width = len(flat.logprobs) // before if before else 1
@@ -96,4 +97,4 @@ def _answer(sequence: Sequence, flat: Any) -> Answer:
     logprobs = np.array(flat.logprobs[first:], dtype=np.float32).reshape(-1, width)
     ids = np.array(flat.token_ids[first:], dtype=np.int32).reshape(-1, width)
     lengths = np.array([sequence.positions], dtype=np.int64)
-    return Answer(lengths, logprobs[:, 1:], ids[:, 1:], logprobs[:, 0])
+    return TeacherLogprobs(lengths, logprobs[:, 1:], ids[:, 1:], logprobs[:, 0])

@@ -13,12 +13,13 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from fused_distill.huggingface.loading import tokenizer_fingerprint
 from fused_distill.rollouts.base import Completion, Sampling, TransformersRollouts
 from fused_distill.rollouts.vllm import VllmRollouts
 from fused_distill.serving.client.client import TeacherClient
 from fused_distill.serving.client.retry import ServerError
-from fused_distill.serving.protocol.logprobs import Answer
-from fused_distill.serving.server.transformers_engine import TransformersEngine, tokenizer_fingerprint
+from fused_distill.serving.protocol.logprobs import TeacherLogprobs
+from fused_distill.serving.server.transformers_engine import TransformersEngine
 from fused_distill.trainer.config import TrainConfig
 from fused_distill.trainer.loop import train
 from servers import START_SECONDS, running
@@ -130,7 +131,7 @@ def test_stock_vllm_our_server_with_vllm_and_with_transformers_agree(
 ) -> None:
     sequences, prompts = texts(12)
 
-    def answer(url: str) -> Answer:
+    def answer(url: str) -> TeacherLogprobs:
         with TeacherClient(url) as client:
             return client.get_sequence_logprobs(sequences, prompts, top_logprobs=k)
 
