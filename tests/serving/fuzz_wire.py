@@ -1,8 +1,8 @@
 """Fuzzing of everything that parses bytes from the network: `python tests/fuzz_wire.py -runs=100000`.
 
 An input's first byte chooses what parses the rest. Only `WireError` (answers) and `RequestError` (requests)
-may come out, and an answer that was decoded must survive each of the three forms. Needs atheris; arguments are
-libFuzzer's.
+may come out, and an answer that was decoded must survive each of the three forms. Needs atheris; arguments
+are libFuzzer's.
 """
 
 from __future__ import annotations
