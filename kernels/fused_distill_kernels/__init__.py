@@ -1,6 +1,6 @@
 """Triton kernels of fused-distill: raw tensors in, raw tensors out."""
 
 from .jsd import jsd_rows
-from .tail import rest_gradients, rest_sums
+from .tail import tail_gradient, tail_sums
 
-__all__ = ["jsd_rows", "rest_gradients", "rest_sums"]
+__all__ = ["jsd_rows", "tail_gradient", "tail_sums"]

@@ -1,13 +1,13 @@
 """Row kernels of the generalized Jensen-Shannon divergence over a chunk of float32 logits.
 
-Both kernels run on a grid of (rows, tiles): one program has one tile of BLOCK columns of one row of both
-models in registers, and reads what it needs of the row's other tiles as partial sums of the launch before:
+Both kernels run on a grid of (rows, tiles). One program holds one tile of BLOCK columns of one row of both
+models in registers. It reads the previous launch's partial sums of the row's other tiles.
 
     statistics_kernel               maximum and sum of exponentials of each model, sum of their differences
-    divergence_kernel, WANT_SUMS    the divergence's terms, entropies; for beta = 0 also the gradient
+    divergence_kernel, WANT_SUMS    terms of the divergence, entropies; for beta = 0 also the gradient
     divergence_kernel, WRITE_GRAD   the gradient; for beta > 0 it needs the row's KL(student || mixture) first
 
-Hence two passes over the logits for beta = 0 and three for the rest.
+So beta = 0 takes two passes over the logits, and other values take three.
 """
 
 from collections.abc import Callable
@@ -19,33 +19,33 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementwise import (
-    exp_below,
+    exp_sub_max,
     kl_terms,
     load_logits,
-    log1p,
     log_gap,
+    lse_difference,
     mixture_log_ratios,
-    signed_gap,
-    times,
+    mul_zero_safe,
+    stable_prob_diff,
 )
+from .options import KernelOptions
 
 BLOCK = 2048
 
 
 def num_warps(want_stats: bool) -> int:
-    """Eight columns a thread; four where statistics are wanted, whose longer live ranges would spill."""
+    """Return warps for 8 columns per thread, or 4 when statistics are requested, to avoid register spills."""
     return 16 if want_stats else 8
 
 
-FORWARD = tl.constexpr(0)
-REVERSE = tl.constexpr(1)
+FORWARD_KL = tl.constexpr(0)
+REVERSE_KL = tl.constexpr(1)
 MIXTURE = tl.constexpr(2)
 
-# Partial sums of one tile, one row of the tables that the kernels hand on.
-STATISTICS = tl.constexpr(7)  # max_s, sum_s, max_t, sum_t, sum of signed gaps, max_y, sum_y
-SUMS = tl.constexpr(
-    8
-)  # KL(s || m), KL(t || m), label surprise, entropy_s, entropy_t, forward KL, reverse KL, shared top token
+# Partial sums of one tile, passed from one launch to the next.
+STATISTICS = tl.constexpr(7)  # max_s, sum_s, max_t, sum_t, sum of probability differences, max_y, sum_y
+# KL(s || m), KL(t || m), label's NLL, entropy_s, entropy_t, forward KL, reverse KL, top-1 match
+SUMS = tl.constexpr(8)
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def statistics_kernel(
     HAS_LABELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One tile's log-sum-exp parts. Reads 8 bytes a column, writes 28 bytes a tile.
+    """Compute one tile's log-sum-exp parts. Reads 8 bytes per column and writes 28 bytes per tile.
 
     The sum of e^z_t - e^z_s over the row gives the difference of the log-sum-exps without cancellation.
     """
@@ -100,20 +100,22 @@ def statistics_kernel(
     )
     z_s, z_t = y_s * inv_temperature, y_t * inv_temperature
     max_s, max_t = tl.max(z_s, 0), tl.max(z_t, 0)
-    top = tl.maximum(max_s, max_t)
-    exp_s, exp_t = exp_below(z_s, max_s), exp_below(z_t, max_t)
-    gap = signed_gap(exp_s * exp_below(max_s, top), exp_t * exp_below(max_t, top), log_gap(z_s, z_t))
+    larger = tl.maximum(max_s, max_t)
+    exp_s, exp_t = exp_sub_max(z_s, max_s), exp_sub_max(z_t, max_t)
+    diff = stable_prob_diff(
+        exp_s * exp_sub_max(max_s, larger), exp_t * exp_sub_max(max_t, larger), log_gap(z_s, z_t)
+    )
 
     out = statistics_ptr + row * (STATISTICS * n_tiles) + tile
     tl.store(out, max_s)
     tl.store(out + n_tiles, tl.sum(exp_s, 0))
     tl.store(out + 2 * n_tiles, max_t)
     tl.store(out + 3 * n_tiles, tl.sum(exp_t, 0))
-    tl.store(out + 4 * n_tiles, tl.sum(gap, 0))
+    tl.store(out + 4 * n_tiles, tl.sum(diff, 0))
     if HAS_LABELS:
         max_y = tl.max(y_s, 0)
         tl.store(out + 5 * n_tiles, max_y)
-        tl.store(out + 6 * n_tiles, tl.sum(exp_below(y_s, max_y), 0))
+        tl.store(out + 6 * n_tiles, tl.sum(exp_sub_max(y_s, max_y), 0))
 
 
 @triton.jit
@@ -153,21 +155,21 @@ def divergence_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """One tile's terms of the divergence (WANT_SUMS) or its logit gradient (WRITE_GRAD), both for beta = 0.
+    """Compute one tile's divergence terms (WANT_SUMS), logit gradient (WRITE_GRAD), or both for beta = 0.
 
-    Reads 8 bytes a column and 20 bytes for each of the row's tiles; writes 4 to 32 bytes of sums a tile, and
-    with WRITE_GRAD one gradient element a column. For beta > 0 the gradient reads a first launch's sums.
+    Reads 8 bytes per column and 20 bytes per tile of the row. Writes 4 to 32 bytes of sums per tile, and with
+    WRITE_GRAD one gradient element per column. For beta > 0 the gradient reads the sums of an earlier launch.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     parts = statistics_ptr + row * (STATISTICS * n_tiles)
     tiles = tl.arange(0, TILES)
     max_s, sum_s = _combine(parts, n_tiles, tiles)
     max_t, sum_t = _combine(parts + 2 * n_tiles, n_tiles, tiles)
-    log_ratio = _log_ratio(parts, n_tiles, tiles, max_s, sum_s, max_t, sum_t)
+    lse_diff = lse_difference(max_s, max_t, sum_s, sum_t, _diff_sum(parts, n_tiles, tiles, max_s, max_t))
 
     columns = tile * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_columns
-    y_s, slope = load_logits(
+    y_s, dlogit_dproj = load_logits(
         student_ptr + row * student_stride,
         student_bias_ptr,
         columns,
@@ -189,26 +191,26 @@ def divergence_kernel(
     )
     z_s, z_t = y_s * inv_temperature, y_t * inv_temperature
     p_s, p_t = tl.exp(z_s - max_s) / sum_s, tl.exp(z_t - max_t) / sum_t
-    d = log_gap(z_s, z_t) - log_ratio
-    gap = signed_gap(p_s, p_t, d)
+    d = log_gap(z_s, z_t) - lse_diff
+    prob_diff = stable_prob_diff(p_s, p_t, d)
 
     sums = sums_ptr + row * (SUMS * n_tiles)
     if WANT_STATS:
-        shared_top = tl.where(inside & (z_s == max_s) & (z_t == max_t), 1.0, 0.0)
-        tl.store(sums + 3 * n_tiles + tile, tl.sum(times(p_s, tl.log(sum_s) - (z_s - max_s)), 0))
-        tl.store(sums + 4 * n_tiles + tile, tl.sum(times(p_t, tl.log(sum_t) - (z_t - max_t)), 0))
-        tl.store(sums + 5 * n_tiles + tile, tl.sum(kl_terms(p_t, -d, -gap), 0))
-        tl.store(sums + 6 * n_tiles + tile, tl.sum(kl_terms(p_s, d, gap), 0))
-        tl.store(sums + 7 * n_tiles + tile, tl.max(shared_top, 0))
+        top1_match = tl.where(inside & (z_s == max_s) & (z_t == max_t), 1.0, 0.0)
+        tl.store(sums + 3 * n_tiles + tile, tl.sum(mul_zero_safe(p_s, tl.log(sum_s) - (z_s - max_s)), 0))
+        tl.store(sums + 4 * n_tiles + tile, tl.sum(mul_zero_safe(p_t, tl.log(sum_t) - (z_t - max_t)), 0))
+        tl.store(sums + 5 * n_tiles + tile, tl.sum(kl_terms(p_t, -d, -prob_diff), 0))
+        tl.store(sums + 6 * n_tiles + tile, tl.sum(kl_terms(p_s, d, prob_diff), 0))
+        tl.store(sums + 7 * n_tiles + tile, tl.max(top1_match, 0))
 
     u, v = d, -d  # log m - log p_s, log m - log p_t
     if DIVERGENCE == MIXTURE:
         u, v = mixture_log_ratios(d, beta, one_minus_beta)
     if WANT_SUMS:
-        if DIVERGENCE != FORWARD:
-            tl.store(sums + tile, tl.sum(kl_terms(p_s, u, beta * gap), 0))
-        if DIVERGENCE != REVERSE:
-            tl.store(sums + n_tiles + tile, tl.sum(kl_terms(p_t, v, -one_minus_beta * gap), 0))
+        if DIVERGENCE != FORWARD_KL:
+            tl.store(sums + tile, tl.sum(kl_terms(p_s, u, beta * prob_diff), 0))
+        if DIVERGENCE != REVERSE_KL:
+            tl.store(sums + n_tiles + tile, tl.sum(kl_terms(p_t, v, -one_minus_beta * prob_diff), 0))
 
     residual = p_s * 0.0
     if HAS_LABELS:
@@ -216,74 +218,63 @@ def divergence_kernel(
         max_y, sum_y = _combine(parts + 5 * n_tiles, n_tiles, tiles)
         at_label = columns == label
         if WANT_SUMS:
-            surprise = tl.where(at_label, tl.log(sum_y) + (max_y - y_s), 0.0)
-            tl.store(sums + 2 * n_tiles + tile, tl.sum(surprise, 0))
+            nll = tl.where(at_label, tl.log(sum_y) + (max_y - y_s), 0.0)
+            tl.store(sums + 2 * n_tiles + tile, tl.sum(nll, 0))
         residual = tl.exp(y_s - max_y) / sum_y - tl.where(at_label, 1.0, 0.0)
         residual = tl.where(label >= 0, hard_weight * residual, 0.0)
 
     if WRITE_GRAD:
-        if DIVERGENCE == FORWARD:
-            grad = -gap
+        if DIVERGENCE == FORWARD_KL:
+            grad = -prob_diff
         else:
             kl = tl.sum(tl.load(sums + tiles, mask=tiles < n_tiles, other=0.0), 0)
-            grad = times(p_s, -u - kl)
+            grad = mul_zero_safe(p_s, -u - kl)
             if DIVERGENCE == MIXTURE:
                 grad *= one_minus_beta
-        grad = (grad * (inv_temperature * soft_weight) + residual) * slope * tl.load(weight_ptr + row)
+        grad = (grad * (inv_temperature * soft_weight) + residual) * dlogit_dproj * tl.load(weight_ptr + row)
         out = grad_ptr + row * grad_stride + columns
         tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _combine(parts, n_tiles, tiles):
-    """A row's maximum and sum of exponentials from its tiles'."""
+    """Return a row's maximum and sum of exponentials from those of its tiles."""
     maxima = tl.load(parts + tiles, mask=tiles < n_tiles, other=float("-inf"))
     sums = tl.load(parts + n_tiles + tiles, mask=tiles < n_tiles, other=0.0)
-    top = tl.max(maxima, 0)
-    return top, tl.sum(sums * exp_below(maxima, top), 0)
+    max_logit = tl.max(maxima, 0)
+    return max_logit, tl.sum(sums * exp_sub_max(maxima, max_logit), 0)
 
 
 @triton.jit
-def _log_ratio(parts, n_tiles, tiles, max_s, sum_s, max_t, sum_t):
-    """lse_t - lse_s of a row, with an error that shrinks with the distance between the models."""
+def _diff_sum(parts, n_tiles, tiles, max_s, max_t):
+    """Return a row's sum of probability differences from those of its tiles; see `lse_difference`."""
     held = tiles < n_tiles
-    tile_tops = tl.maximum(
+    tile_maxima = tl.maximum(
         tl.load(parts + tiles, mask=held, other=float("-inf")),
         tl.load(parts + 2 * n_tiles + tiles, mask=held, other=float("-inf")),
     )
-    top = tl.maximum(max_s, max_t)
-    gaps = tl.load(parts + 4 * n_tiles + tiles, mask=held, other=0.0)
-    excess = tl.sum(gaps * exp_below(tile_tops, top), 0) / (sum_s * tl.exp(max_s - top))
-    plain = (max_t - max_s) + (tl.log(sum_t) - tl.log(sum_s))
-    return tl.where(tl.abs(excess) < 0.5, log1p(excess), plain)
+    diffs = tl.load(parts + 4 * n_tiles + tiles, mask=held, other=0.0)
+    return tl.sum(diffs * exp_sub_max(tile_maxima, tl.maximum(max_s, max_t)), 0)
 
 
 def jsd_rows(
     student_logits: Tensor,  # (n, V) float32, columns contiguous
     teacher_logits: Tensor,  # (n, V) float32, columns contiguous
     weight: Tensor,  # (n,) float32
+    options: KernelOptions,
     *,
-    beta: float,
-    temperature: float,
-    student_logit_scale: float,
-    teacher_logit_scale: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    hard_weight: float,
-    soft_weight: float,
     student_bias: Tensor | None,  # (V,) float32
     teacher_bias: Tensor | None,  # (V,) float32
-    labels: Tensor | None,  # (n,) int64, -100 where there is none, any above V where it is no column
+    labels: Tensor | None,  # (n,) int64; -100: no label; V or more: not a column
     grad: Tensor
     | None,  # (n, V) any float dtype, may be student_logits: receives the weighted logit gradient
-    return_stats: bool,
     on_statistics: Callable[[Tensor], None] | None = None,
     on_sums: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Row sums (n, 8) in float32 in the order of SUMS; entries that were not asked for are 0.
+    """Return row sums (n, 8) in float32 in the order of SUMS; entries that were not requested are 0.
 
-    Where the columns are a part of the vocabulary, on_statistics makes the table (n, STATISTICS, tiles) that
-    of all of it, and on_sums the table (n, SUMS, tiles), before a later launch reads them.
+    Where the columns are a shard of the vocabulary, on_statistics all-reduces the table (n, STATISTICS,
+    tiles) and on_sums the table (n, SUMS, tiles), in place, before a later launch reads them.
     """
     n, n_columns = student_logits.shape
     n_tiles = triton.cdiv(n_columns, BLOCK)
@@ -291,7 +282,6 @@ def jsd_rows(
     sums = student_logits.new_zeros(n, SUMS.value, n_tiles)
     if n == 0:
         return sums.sum(-1)
-    divergence = 0 if beta == 0 else 1 if beta == 1 else 2
     unused = student_logits
     logits = (student_logits, student_logits.stride(0), teacher_logits, teacher_logits.stride(0))
     biases = (
@@ -299,17 +289,17 @@ def jsd_rows(
         unused if teacher_bias is None else teacher_bias,
     )
     transforms = (
-        1.0 / temperature,
-        student_logit_scale,
-        teacher_logit_scale,
-        student_softcap or 1.0,
-        teacher_softcap or 1.0,
+        1.0 / options.temperature,
+        options.student_logit_scale,
+        options.teacher_logit_scale,
+        options.student_softcap or 1.0,
+        options.teacher_softcap or 1.0,
     )
     flags = {
         "HAS_STUDENT_BIAS": student_bias is not None,
         "HAS_TEACHER_BIAS": teacher_bias is not None,
-        "HAS_STUDENT_SOFTCAP": student_softcap is not None,
-        "HAS_TEACHER_SOFTCAP": teacher_softcap is not None,
+        "HAS_STUDENT_SOFTCAP": options.student_softcap is not None,
+        "HAS_TEACHER_SOFTCAP": options.teacher_softcap is not None,
         "HAS_LABELS": labels is not None,
         "BLOCK": BLOCK,
     }
@@ -328,17 +318,17 @@ def jsd_rows(
             unused if labels is None else labels,
             n_columns,
             n_tiles,
-            float(beta),
-            1.0 - beta,
+            float(options.beta),
+            options.one_minus_beta,
             *transforms,
-            hard_weight,
-            soft_weight,
-            DIVERGENCE=divergence,
+            options.hard_weight,
+            options.soft_weight,
+            DIVERGENCE=int(options.divergence),
             WANT_SUMS=want_sums,
-            WANT_STATS=want_sums and return_stats,
+            WANT_STATS=want_sums and options.return_stats,
             WRITE_GRAD=write_grad,
             TILES=triton.next_power_of_2(n_tiles),
-            num_warps=num_warps(want_sums and return_stats),
+            num_warps=num_warps(want_sums and options.return_stats),
             **flags,
         )
 
@@ -349,7 +339,7 @@ def jsd_rows(
         )
         if on_statistics is not None:
             on_statistics(statistics)
-        one_pass = grad is not None and divergence == 0
+        one_pass = grad is not None and options.divergence == FORWARD_KL.value
         divergence_pass(want_sums=True, write_grad=one_pass)
         if on_sums is not None:
             on_sums(sums)

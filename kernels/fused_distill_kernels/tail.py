@@ -2,8 +2,8 @@
 
 Both kernels run on a grid of (rows, tiles), one program for one tile of BLOCK columns of one row:
 
-    rest_statistics_kernel   maximum and sum of exponentials of the student's logits
-    rest_gradient_kernel     the gradient, a factor of the row times its softmax
+    tail_statistics_kernel   maximum and sum of exponentials of the student's logits
+    tail_gradient_kernel     the gradient, a factor of the row mul_zero_safe its softmax
 
 Two passes over the logits, whatever the divergence: what depends on it has K + 1 numbers per row.
 """
@@ -15,17 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import exp_below, load_logits
+from .elementwise import exp_sub_max, load_logits
 from .jsd import BLOCK
+from .options import KernelOptions
 
 NUM_WARPS = 8
 
-# Partial sums of one tile, one row of the table that the statistics kernel hands on.
+# Partial sums of one tile.
 STATISTICS = tl.constexpr(4)  # max_z, sum_z, max_y, sum_y
 
 
 @triton.jit
-def rest_statistics_kernel(
+def tail_statistics_kernel(
     logits_ptr,  # (n, V) float32
     logits_stride,
     bias_ptr,  # (V,) float32
@@ -40,9 +41,9 @@ def rest_statistics_kernel(
     WANT_Y: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One tile's log-sum-exp parts, with WANT_Y those at temperature 1 too.
+    """Compute one tile's log-sum-exp parts, with WANT_Y those at temperature 1 too.
 
-    Reads 4 bytes a column, writes 8 or 16 a tile.
+    Reads 4 bytes per column and writes 8 or 16 per tile.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
@@ -51,18 +52,18 @@ def rest_statistics_kernel(
         logits_ptr + row * logits_stride, bias_ptr, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP
     )
     z = y * inv_temperature
-    top = tl.max(z, 0)
+    max_logit = tl.max(z, 0)
     out = statistics_ptr + row * (STATISTICS * n_tiles) + tile
-    tl.store(out, top)
-    tl.store(out + n_tiles, tl.sum(exp_below(z, top), 0))
+    tl.store(out, max_logit)
+    tl.store(out + n_tiles, tl.sum(exp_sub_max(z, max_logit), 0))
     if WANT_Y:
-        top = tl.max(y, 0)
-        tl.store(out + 2 * n_tiles, top)
-        tl.store(out + 3 * n_tiles, tl.sum(exp_below(y, top), 0))
+        max_logit = tl.max(y, 0)
+        tl.store(out + 2 * n_tiles, max_logit)
+        tl.store(out + 3 * n_tiles, tl.sum(exp_sub_max(y, max_logit), 0))
 
 
 @triton.jit
-def rest_gradient_kernel(
+def tail_gradient_kernel(
     logits_ptr,  # (n, V) float32
     logits_stride,
     bias_ptr,  # (V,) float32
@@ -78,66 +79,59 @@ def rest_gradient_kernel(
     WANT_Y: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One tile of slope * (factor_z e^(z - max_z) + factor_y e^(y - max_y)).
+    """Write one tile of dlogit_dproj * (factor_z e^(z - max_z) + factor_y e^(y - max_y)).
 
-    Reads 4 bytes a column, writes one gradient element a column.
+    Reads 4 bytes and writes one gradient element per column.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_columns
-    y, slope = load_logits(
+    y, dlogit_dproj = load_logits(
         logits_ptr + row * logits_stride, bias_ptr, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP
     )
-    of_row = rows_ptr + 4 * row
-    grad = tl.load(of_row + 1) * exp_below(y * inv_temperature, tl.load(of_row))
+    row_ptr = rows_ptr + 4 * row
+    grad = tl.load(row_ptr + 1) * exp_sub_max(y * inv_temperature, tl.load(row_ptr))
     if WANT_Y:
-        grad += tl.load(of_row + 3) * exp_below(y, tl.load(of_row + 2))
+        grad += tl.load(row_ptr + 3) * exp_sub_max(y, tl.load(row_ptr + 2))
     out = grad_ptr + row * grad_stride + columns
-    tl.store(out, (grad * slope).to(grad_ptr.dtype.element_ty), mask=inside)
+    tl.store(out, (grad * dlogit_dproj).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-def rest_sums(
+def tail_sums(
     logits: Tensor,  # (n, V) float32, columns contiguous, -inf in the columns of the support
+    options: KernelOptions,
     *,
     bias: Tensor | None,  # (V,) float32
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     want_y: bool,
 ) -> Tensor:
-    """Log-sum-exp parts (n, 4, tiles) in float32 in the order of STATISTICS; the last two only if want_y."""
+    """Return float32 log-sum-exp parts (n, 4, tiles) in the order of STATISTICS, the last two if want_y."""
     n, n_columns = logits.shape
     n_tiles = triton.cdiv(n_columns, BLOCK)
     statistics = logits.new_empty(n, STATISTICS.value, n_tiles)
-    sizes = (statistics, n_columns, n_tiles)
-    _launch(rest_statistics_kernel, logits, bias, sizes, temperature, logit_scale, softcap, want_y)
+    _launch(tail_statistics_kernel, logits, bias, (statistics, n_columns, n_tiles), options, want_y)
     return statistics
 
 
-def rest_gradients(
+def tail_gradient(
     logits: Tensor,  # (n, V) float32, columns contiguous, -inf in the columns of the support
     rows: Tensor,  # (n, 4) float32, contiguous: max_z, factor_z, max_y, factor_y
     grad: Tensor,  # (n, V) any float dtype, may be logits: written
+    options: KernelOptions,
     *,
     bias: Tensor | None,  # (V,) float32
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     want_y: bool,
 ) -> None:
-    """The gradient of every column outside the support, 0 inside."""
-    own = (rows, grad, grad.stride(0), logits.shape[1])
-    _launch(rest_gradient_kernel, logits, bias, own, temperature, logit_scale, softcap, want_y)
+    """Write the gradient of every column of the tail to grad, and 0 in the support."""
+    arguments = (rows, grad, grad.stride(0), logits.shape[1])
+    _launch(tail_gradient_kernel, logits, bias, arguments, options, want_y)
 
 
 def _launch(
     kernel: Any,
     logits: Tensor,
     bias: Tensor | None,
-    own: tuple[Any, ...],  # the kernel's arguments between the bias and the transform
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    arguments: tuple[Any, ...],  # the kernel's arguments between the bias and the transform
+    options: KernelOptions,
     want_y: bool,
 ) -> None:
     n, n_columns = logits.shape
@@ -148,12 +142,12 @@ def _launch(
             logits,
             logits.stride(0),
             logits if bias is None else bias,
-            *own,
-            1.0 / temperature,
-            logit_scale,
-            softcap or 1.0,
+            *arguments,
+            1.0 / options.temperature,
+            options.student_logit_scale,
+            options.student_softcap or 1.0,
             HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap is not None,
+            HAS_SOFTCAP=options.student_softcap is not None,
             WANT_Y=want_y,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,

@@ -1,18 +1,52 @@
-"""The numbers that define a loss, shared by every backend."""
+"""Options of a loss: all arguments but tensors, validated once and passed unchanged to the kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, fields
-from typing import Any
+from enum import IntEnum
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Reduction = Literal["mean", "sum", "none"]
+Backend = Literal["auto", "triton", "torch", "reference"]
+Tail = Literal["bucket", "renormalize", "truncate"]
 
 
-@dataclass(frozen=True)
-class LossSettings:
-    """What the loss is, apart from tensors. See `fused_linear_jsd` for the meaning of each field."""
+class Divergence(IntEnum):
+    """The three forms of the generalized Jensen-Shannon divergence. The kernels use the same numbers."""
+
+    FORWARD_KL = 0
+    REVERSE_KL = 1
+    MIXTURE = 2
+
+
+class Scalars(NamedTuple):
+    """The numbers of a `LossConfig` as 0-d tensors, so that new values do not cause a recompilation."""
+
+    beta: Tensor
+    one_minus_beta: Tensor
+    inv_temperature: Tensor
+    student_logit_scale: Tensor
+    teacher_logit_scale: Tensor
+    student_softcap: Tensor
+    teacher_softcap: Tensor
+    hard_weight: Tensor
+    soft_weight: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Options of `fused_linear_jsd`, which documents the fields.
+
+    Raises:
+        ValueError, TypeError: an option is invalid (the message names it).
+    """
 
     beta: float = 0.5
     temperature: float = 1.0
@@ -22,22 +56,51 @@ class LossSettings:
     teacher_softcap: float | None = None
     hard_weight: float = 0.0
     soft_weight: float = 1.0
+    vocab_size: int | None = None
+    reduction: Reduction = "mean"
+    workspace_bytes: int | None = None
+    backend: Backend = "auto"
+    return_stats: bool = False
+    process_group: ProcessGroup | None = None
 
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> LossSettings:
-        """From a public function's keywords; those that are not fields are left out."""
-        return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options})
+    def __post_init__(self) -> None:
+        beta = require_number("beta", self.beta)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta must be between 0 (forward KL) and 1 (reverse KL), got {beta}")
+        for name in ("temperature", "student_logit_scale", "teacher_logit_scale"):
+            require_positive(name, getattr(self, name))
+        for name in ("student_softcap", "teacher_softcap"):
+            require_positive_or_none(name, getattr(self, name))
+        for name in ("hard_weight", "soft_weight"):
+            require_non_negative(name, getattr(self, name))
+        for name in ("vocab_size", "workspace_bytes"):
+            require_count(name, getattr(self, name))
+        require_choice("reduction", self.reduction, get_args(Reduction))
+        require_choice("backend", self.backend, get_args(Backend))
+        _require_process_group(self.process_group, self.backend)
+
+    @property
+    def divergence(self) -> Divergence:
+        """The form of the divergence that beta selects."""
+        if self.beta == 0:
+            return Divergence.FORWARD_KL
+        return Divergence.REVERSE_KL if self.beta == 1 else Divergence.MIXTURE
+
+    @property
+    def one_minus_beta(self) -> float:
+        """The student's weight in the mixture."""
+        return 1.0 - self.beta
 
     @property
     def needs_two_softmaxes(self) -> bool:
-        """Whether the cross entropy is at another temperature than the divergence."""
+        """True if the cross entropy and the divergence use different temperatures."""
         return self.hard_weight != 0 and self.temperature != 1
 
-    def as_tensor(self, dtype: torch.dtype) -> Tensor:
-        """The numbers for compiled row arithmetic, on the CPU, in the order in which `_rows` unbinds them."""
+    def scalars(self, dtype: torch.dtype) -> Tensor:
+        """(9,) CPU tensor of the options that enter the row arithmetic, in the order of `Scalars`."""
         numbers = [
             self.beta,
-            1.0 - self.beta,
+            self.one_minus_beta,
             1.0 / self.temperature,
             self.student_logit_scale,
             self.teacher_logit_scale,
@@ -47,3 +110,79 @@ class LossSettings:
             self.soft_weight,
         ]
         return torch.tensor(numbers, dtype=dtype)
+
+    def changed_fields(self) -> str:
+        """The options that differ from their defaults, e.g. "beta=1.0, temperature=0.9"."""
+        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        return ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKLossConfig(LossConfig):
+    """Options of `fused_linear_topk_jsd`, which has no teacher logits: teacher_* fields keep their defaults."""
+
+    tail: Tail = "bucket"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("tail", self.tail, get_args(Tail))
+
+    @property
+    def projects_support_only(self) -> bool:
+        """True if the loss needs the student's logits at the teacher's K ids and at no other token."""
+        return self.tail == "renormalize" and self.hard_weight == 0
+
+
+def require_number(name: str, value: object) -> float:
+    """Require a finite int or float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def require_positive(name: str, value: object) -> None:
+    """Require value > 0."""
+    if not require_number(name, value) > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def require_positive_or_none(name: str, value: object) -> None:
+    """Require None or value > 0."""
+    if value is not None and not require_number(name, value) > 0:
+        raise ValueError(f"{name} must be positive or None, got {value}")
+
+
+def require_non_negative(name: str, value: object) -> None:
+    """Require value >= 0."""
+    if not require_number(name, value) >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+
+
+def require_count(name: str, value: object, minimum: int = 1) -> None:
+    """Require None or an int >= minimum."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Require one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _require_process_group(group: object, backend: str) -> None:
+    if group is None:
+        return
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            "process_group must be None or a torch.distributed.ProcessGroup that this process belongs to "
+            f"(for a DeviceMesh: mesh.get_group()), got {type(group).__name__}"
+        )
+    if backend == "reference":
+        raise ValueError('process_group goes with backend "auto", "triton" or "torch", got "reference"')

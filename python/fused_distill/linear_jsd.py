@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, overload
 
-from torch import Tensor
-from typing_extensions import Unpack
+from torch import Tensor, nn
 
 from . import reference
-from ._module import LossModule
-from .chunked.autograd import Call, fused_loss
-from .chunked.loop import LossTensors
+from .chunked.autograd import Student
+from .chunked.gemm import accumulation_dtype
+from .chunked.loop import LossInputs, fused_loss
 from .chunked.teacher import FullTeacher
-from .config import LossSettings
-from .parallel.dtensor import whole
-from .parallel.vocab_shard import Vocabulary
-from .rows.backend import full_backend
+from .chunked.workspace import shard_of_call
+from .config import Backend, LossConfig, Reduction
+from .parallel.dtensor import gather_dtensor
+from .stats import DistillStats
 from .validation import (
-    LossOptions,
     check_hidden_and_head,
     check_labels,
     check_normalizer,
-    check_options,
     check_student,
     check_tokens,
 )
@@ -30,6 +27,44 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# fmt: off
+@overload
+def fused_linear_jsd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ...,
+    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
+    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
+    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
+    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
+    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
+    return_stats: Literal[False] = ..., process_group: ProcessGroup | None = ...,
+) -> Tensor: ...
+@overload
+def fused_linear_jsd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ...,
+    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
+    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
+    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
+    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
+    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
+    return_stats: Literal[True], process_group: ProcessGroup | None = ...,
+) -> tuple[Tensor, DistillStats]: ...
+@overload
+def fused_linear_jsd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ...,
+    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
+    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
+    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
+    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
+    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
+    return_stats: bool = ..., process_group: ProcessGroup | None = ...,
+) -> Tensor | tuple[Tensor, DistillStats]: ...
+# fmt: on
 def fused_linear_jsd(
     student_hidden: Tensor,  # (..., Ds) float32 / bfloat16 / float16 / float64
     student_weight: Tensor,  # (Vs, Ds)
@@ -50,75 +85,80 @@ def fused_linear_jsd(
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     return_stats: bool = False,
     process_group: ProcessGroup | None = None,
-) -> Any:
-    """Divergence between student's and teacher's next-token distributions, without their logits in memory.
+) -> Tensor | tuple[Tensor, DistillStats]:
+    """Compute the divergence of student and teacher next-token distributions without storing their logits.
 
-    With p_s and p_t the softmax of softcap(scale * (hidden @ weight.T + bias)) / temperature of either model,
-    a token's loss is `soft_weight * D(p_t, p_s) + hard_weight * cross_entropy(label)` with
+    p_s and p_t are the student's and the teacher's softmax of
+    softcap(scale * (hidden @ weight.T + bias)) / temperature. The loss per token is
+    `soft_weight * D(p_t, p_s) + hard_weight * cross_entropy(label)` with
 
-        D = KL(p_t || p_s)                                                    beta = 0, forward KL
-        D = KL(p_s || p_t)                                                    beta = 1, reverse KL
-        D = beta KL(p_t || m) + (1 - beta) KL(p_s || m),  m = beta p_t + (1 - beta) p_s     between them
+        D = KL(p_t || p_s)                                          for beta = 0, forward KL
+        D = KL(p_s || p_t)                                          for beta = 1, reverse KL
+        D = beta KL(p_t || m) + (1 - beta) KL(p_s || m)             for 0 < beta < 1,
+            with m = beta p_t + (1 - beta) p_s
 
-    (Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649). Nothing is
-    multiplied by temperature^2. The gradient is computed in the forward pass, chunk by chunk; the
-    backward pass scales it. Gradients go to those of student_hidden, student_weight and student_bias that
-    require them. Logits, losses and accumulated gradients are float32 (float64 where an input is float64).
+    (Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649). The loss is
+    not rescaled by temperature**2. The gradient is computed in the forward pass, chunk by chunk, and scaled
+    in the backward pass. Only student_hidden, student_weight and student_bias receive gradients. Logits,
+    losses and accumulated gradients are float32 (float64 if an input is float64). For half-precision inputs
+    on a GPU the logit gradient is rounded once to the compute dtype before the two backward products.
 
     Args:
         student_hidden: (..., Ds) last hidden states of the student, one per token.
-        student_weight: (Vs, Ds) the student's output embedding.
-        teacher_hidden: (..., Dt) the teacher's at the same tokens; Dt may differ from Ds.
-        teacher_weight: (Vt, Dt); Vt may differ from Vs, see vocab_size.
-        mask: (...) bool, True where the token counts. Other tokens cost nothing, whatever they hold.
-            None: all count.
-        student_bias: (Vs,) bias of the student's output layer.
-        teacher_bias: (Vt,) bias of the teacher's output layer.
+        student_weight: (Vs, Ds) weight of the student's LM head.
+        teacher_hidden: (..., Dt) last hidden states of the teacher at the same tokens; Dt may differ from Ds.
+        teacher_weight: (Vt, Dt) weight of the teacher's LM head; Vt may differ from Vs, see vocab_size.
+        mask: (...) bool, True for valid tokens, which count in the loss. Masked tokens are skipped: no
+            compute, and NaN there is ignored. None: all tokens are valid.
+        student_bias: (Vs,) bias of the student's LM head.
+        teacher_bias: (Vt,) bias of the teacher's LM head.
         beta: in [0, 1], see above.
         temperature: > 0, divides both models' logits.
-        student_logit_scale: > 0, multiplies the student's logits, before the softcap.
-        teacher_logit_scale: > 0, multiplies the teacher's logits, before the softcap.
-        student_softcap: the student's logits become softcap * tanh(logits / softcap). None: no softcap.
-        teacher_softcap: the same for the teacher.
-        token_weight: (...) multiplies each token's loss; no gradient goes to it.
-        labels: (...) token ids below vocab_size for the cross entropy at temperature 1; -100: no label.
+        student_logit_scale: > 0, multiplies the student's logits before the softcap.
+        teacher_logit_scale: > 0, multiplies the teacher's logits before the softcap.
+        student_softcap: > 0, turns the student's logits into softcap * tanh(logits / softcap). None: no
+            softcap.
+        teacher_softcap: > 0, the same for the teacher's logits.
+        token_weight: (...) multiplies each token's loss; it receives no gradient.
+        labels: (...) token ids below vocab_size for the cross entropy at temperature 1; -100 means no label.
         hard_weight: >= 0, weight of the cross entropy.
         soft_weight: >= 0, weight of the divergence.
-        vocab_size: only the first vocab_size columns are compared (and count for the cross entropy).
-            None: min(Vs, Vt).
-        reduction: "mean" over counted tokens, "sum", or "none". "none" gives the shape (...), 0 where masked,
-            and computes everything again in the backward pass, as its gradient is not known before.
-        normalizer: > 0, number or 0-d tensor that replaces the token count in "mean" (gradient accumulation).
-        workspace_bytes: bound on temporary memory beyond the gradients, which are accumulated in float32.
-            None: 1 GiB on a GPU; on the CPU 256 MiB, or half of a float32 student head if more.
+        vocab_size: compare only the first vocab_size columns, in the cross entropy too. None: min(Vs, Vt).
+        reduction: "mean" over valid tokens, "sum", or "none". "none" returns the shape (...), 0 where masked;
+            its backward pass recomputes the forward pass, because the upstream gradient is per token.
+        normalizer: > 0, number or 0-d tensor, divisor for reduction="mean" (default: number of valid tokens).
+            Set it to the step's token count under gradient accumulation.
+        workspace_bytes: bound on temporary memory in bytes. The gradients, accumulated in float32, are not
+            included. None: 1 GiB on a GPU; on a CPU max(256 MiB, half the size of a float32 student head).
         backend: "auto" ("triton" on a CUDA or ROCm device, else "torch"), "triton", "torch" or "reference".
-        return_stats: also return a `DistillStats` of the counted tokens.
-        process_group: ranks that share the vocabulary (tensor parallelism). Each gives its block of rows of
-            both heads and biases, blocks in the order of ranks, of any sizes, both models cut at the same
-            rows. All else is the same on every rank; vocab_size and labels count over all blocks. Loss and
-            statistics are the same on every rank. So is student_hidden's gradient: it is the sum over ranks
-            already and must not be reduced again. The heads' gradients are the own block's. Every rank makes
-            the call and the backward pass. See docs/parallel.md. None: the heads are whole.
+        return_stats: also return a `DistillStats` of the valid tokens.
+        process_group: ranks that share the vocabulary (tensor parallelism). Each rank passes its shard of the
+            vocabulary rows of both heads and biases (rank order, sizes may differ; student and teacher
+            sharded at the same boundaries). All other arguments must be identical on every rank; vocab_size
+            and labels count over all shards. Loss, statistics and the gradient of student_hidden are equal on
+            every rank. The latter is already summed over the ranks and must not be reduced again. The heads'
+            gradients are those of the local shard. Every rank must make the call and the backward pass. See
+            docs/parallel.md. None: the heads are not sharded.
 
-    A head or bias may be a DTensor, as under FSDP2: it is gathered once per call, and the gradients of the
-    ranks, which have tokens of their own, are averaged into the shards, as FSDP2 does.
+    A head or bias may be a DTensor, as under FSDP2. It is gathered once per call. The gradients of the ranks,
+    which have their own tokens, are averaged into the shards, as FSDP2 does.
 
     Returns:
         The loss, 0-d or (...), float32 or float64; with return_stats, (loss, DistillStats).
-        No counted token gives 0 and zero gradients.
+        If no token is valid, the loss and all gradients are 0.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, by name, before any work.
+        ValueError, TypeError: an argument is invalid (the message names it).
         ImportError: backend="triton" without Triton.
-        RuntimeError: when differentiated twice.
+        RuntimeError: the loss is differentiated twice.
     """
-    options = LossOptions(
+    config = LossConfig(
         beta=beta,
         temperature=temperature,
         student_logit_scale=student_logit_scale,
@@ -134,89 +174,67 @@ def fused_linear_jsd(
         return_stats=return_stats,
         process_group=process_group,
     )
-    check_options(options, LossOptions)
-    check_normalizer(normalizer, reduction)
-    check_student(student_hidden, student_weight, student_bias)
-    device, shape = student_hidden.device, student_hidden.shape[:-1]
-    check_hidden_and_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, device)
-    if teacher_hidden.shape[:-1] != shape:
-        raise ValueError(
-            "teacher_hidden must have the tokens of student_hidden, "
-            f"got {tuple(teacher_hidden.shape)} and {tuple(student_hidden.shape)}"
-        )
-    check_tokens(shape, device, mask, token_weight)
-    vocabulary = Vocabulary.of(
-        process_group,
-        vocab_size,
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        student_bias=student_bias,
-        teacher_weight=teacher_weight,
-        mask=mask,
-        workspace_bytes=workspace_bytes,
-    )
-    check_labels(labels, hard_weight, shape, device, vocabulary.total)
-    student_weight, student_bias = whole(student_weight), whole(student_bias)
-    teacher_weight = whole(teacher_weight.detach())
-    teacher_bias = None if teacher_bias is None else whole(teacher_bias.detach())
-
-    if backend == "reference":
-        return reference.linear_jsd(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            mask=mask,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            token_weight=token_weight,
-            labels=labels,
-            normalizer=normalizer,
-            **options,
-        )
-    teacher = FullTeacher(
-        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        teacher_weight,
-        teacher_bias,
-    )
-    tensors = LossTensors.flattened(
+    return _linear_jsd(
+        config,
         student_hidden,
         student_weight,
-        student_bias,
-        teacher,
-        token_weight=token_weight,
-        labels=labels if hard_weight != 0 else None,
+        teacher_hidden,
+        teacher_weight,
         mask=mask,
-    )
-    return fused_loss(
-        tensors,
-        Call(
-            LossSettings.of(options),
-            full_backend,
-            backend,
-            vocabulary,
-            shape,
-            reduction,
-            normalizer,
-            workspace_bytes,
-            return_stats,
-        ),
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        token_weight=token_weight,
+        labels=labels,
+        normalizer=normalizer,
     )
 
 
-class FusedLinearJSDLoss(LossModule):
-    """`fused_linear_jsd` as a module: settings at construction, tensors at the call.
+class FusedLinearJSDLoss(nn.Module):
+    """`fused_linear_jsd` as a module: options at construction, tensors at the call.
 
     Example:
         >>> loss_fn = FusedLinearJSDLoss(beta=0.5, temperature=0.9)
         >>> loss = loss_fn(student_hidden, student_head, teacher_hidden, teacher_head, mask=completion_mask)
 
     Raises:
-        ValueError, TypeError: an option that does not fit, by name.
+        ValueError, TypeError: an option is invalid (the message names it).
     """
 
-    def __init__(self, **options: Unpack[LossOptions]):
-        super().__init__(options, LossOptions)
+    def __init__(
+        self,
+        *,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        teacher_logit_scale: float = 1.0,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        hard_weight: float = 0.0,
+        soft_weight: float = 1.0,
+        vocab_size: int | None = None,
+        reduction: Reduction = "mean",
+        workspace_bytes: int | None = None,
+        backend: Backend = "auto",
+        return_stats: bool = False,
+        process_group: ProcessGroup | None = None,
+    ):
+        super().__init__()
+        self.config = LossConfig(
+            beta=beta,
+            temperature=temperature,
+            student_logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
+            hard_weight=hard_weight,
+            soft_weight=soft_weight,
+            vocab_size=vocab_size,
+            reduction=reduction,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+            return_stats=return_stats,
+            process_group=process_group,
+        )
 
     def forward(
         self,
@@ -231,9 +249,10 @@ class FusedLinearJSDLoss(LossModule):
         token_weight: Tensor | None = None,  # (...)
         labels: Tensor | None = None,  # (...)
         normalizer: float | Tensor | None = None,
-    ) -> Any:
-        """The loss, or (loss, DistillStats) with return_stats; see `fused_linear_jsd`."""
-        return fused_linear_jsd(
+    ) -> Tensor | tuple[Tensor, DistillStats]:
+        """Return the loss, or (loss, DistillStats) with return_stats; see `fused_linear_jsd`."""
+        return _linear_jsd(
+            self.config,
             student_hidden,
             student_weight,
             teacher_hidden,
@@ -244,5 +263,75 @@ class FusedLinearJSDLoss(LossModule):
             token_weight=token_weight,
             labels=labels,
             normalizer=normalizer,
-            **self.options,
         )
+
+    def extra_repr(self) -> str:
+        """Return the options that differ from their defaults."""
+        return self.config.changed_fields()
+
+
+def _linear_jsd(
+    config: LossConfig,
+    student_hidden: Tensor,  # (..., Ds)
+    student_weight: Tensor,  # (Vs, Ds)
+    teacher_hidden: Tensor,  # (..., Dt)
+    teacher_weight: Tensor,  # (Vt, Dt)
+    *,
+    mask: Tensor | None,  # (...) bool
+    student_bias: Tensor | None,  # (Vs,)
+    teacher_bias: Tensor | None,  # (Vt,)
+    token_weight: Tensor | None,  # (...)
+    labels: Tensor | None,  # (...)
+    normalizer: float | Tensor | None,
+) -> Tensor | tuple[Tensor, DistillStats]:
+    """Check the tensors and compute the loss."""
+    check_normalizer(normalizer, config.reduction)
+    check_student(student_hidden, student_weight, student_bias)
+    device, shape = student_hidden.device, student_hidden.shape[:-1]
+    check_hidden_and_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, device)
+    if teacher_hidden.shape[:-1] != shape:
+        raise ValueError(
+            "teacher_hidden must have the tokens of student_hidden, "
+            f"got {tuple(teacher_hidden.shape)} and {tuple(student_hidden.shape)}"
+        )
+    check_tokens(shape, device, mask, token_weight)
+    shard = shard_of_call(
+        config,
+        mask=mask,
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        student_bias=student_bias,
+        teacher_weight=teacher_weight,
+    )
+    check_labels(labels, config.hard_weight, shape, device, shard.total)
+    student_weight, student_bias = gather_dtensor(student_weight), gather_dtensor(student_bias)
+    teacher_weight = gather_dtensor(teacher_weight.detach())
+    teacher_bias = None if teacher_bias is None else gather_dtensor(teacher_bias.detach())
+
+    if config.backend == "reference":
+        return reference.jsd_by_definition(
+            config,
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            mask=mask,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            token_weight=token_weight,
+            labels=labels,
+            normalizer=normalizer,
+        )
+    student = Student(student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias)
+    teacher = FullTeacher(
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias
+    )
+    inputs = LossInputs.flatten(
+        teacher,
+        shard,
+        accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight),
+        mask=mask,
+        token_weight=token_weight,
+        labels=labels if config.hard_weight != 0 else None,
+    )
+    return fused_loss(student, inputs, config, shape=shape, normalizer=normalizer)

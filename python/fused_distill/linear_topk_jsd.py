@@ -1,43 +1,68 @@
-"""Fused linear + generalized Jensen-Shannon divergence for a teacher known at K tokens per position."""
+"""Fused linear + generalized Jensen-Shannon divergence for a teacher known only at K tokens per position."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, overload
 
-from torch import Tensor
-from typing_extensions import Unpack
+from torch import Tensor, nn
 
 from . import reference
-from ._module import LossModule
-from .chunked.autograd import Call, fused_loss
-from .chunked.loop import LossTensors
+from .chunked.autograd import Student
+from .chunked.gemm import accumulation_dtype
+from .chunked.loop import LossInputs, fused_loss
 from .chunked.teacher import TopKTeacher
-from .config import LossSettings
-from .parallel.dtensor import whole
-from .parallel.vocab_shard import Vocabulary
-from .rows.backend import topk_backend
-from .validation import (
-    TopKLossOptions,
-    check_labels,
-    check_normalizer,
-    check_options,
-    check_student,
-    check_support,
-    check_tokens,
-)
+from .chunked.workspace import shard_of_call
+from .config import Backend, Reduction, Tail, TopKLossConfig
+from .parallel.dtensor import gather_dtensor
+from .stats import DistillStats
+from .validation import check_labels, check_normalizer, check_student, check_support, check_tokens
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# fmt: off
+@overload
+def fused_linear_topk_jsd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
+    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
+    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
+    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
+    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
+    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
+) -> Tensor: ...
+@overload
+def fused_linear_topk_jsd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
+    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
+    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
+    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
+    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
+    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[True],
+    process_group: ProcessGroup | None = ...,
+) -> tuple[Tensor, DistillStats]: ...
+@overload
+def fused_linear_topk_jsd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
+    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
+    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
+    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
+    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
+    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: bool = ...,
+    process_group: ProcessGroup | None = ...,
+) -> Tensor | tuple[Tensor, DistillStats]: ...
+# fmt: on
 def fused_linear_topk_jsd(
     student_hidden: Tensor,  # (..., Ds) float32 / bfloat16 / float16 / float64
     student_weight: Tensor,  # (Vs, Ds)
     teacher_logprobs: Tensor,  # (..., K) float, -inf where absent
     teacher_ids: Tensor,  # (..., K) int64 / int32
     *,
-    tail: str = "bucket",
+    tail: Tail = "bucket",
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
     beta: float = 0.5,
@@ -49,70 +74,75 @@ def fused_linear_topk_jsd(
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     return_stats: bool = False,
     process_group: ProcessGroup | None = None,
-) -> Any:
-    """Divergence between the student and a teacher of which K log-probabilities per token are known.
+) -> Tensor | tuple[Tensor, DistillStats]:
+    """Compute the divergence between the student and a teacher known only at K tokens per position.
 
-    With p_s the student's softmax over the vocabulary and p_t the teacher's given probabilities, D of
-    `fused_linear_jsd` is taken over
+    p_s is the student's softmax over the vocabulary, and p_t are the teacher's given probabilities. The tail
+    is everything outside the K ids. The divergence D of `fused_linear_jsd` is taken over
 
-        "bucket"       K + 1 outcomes, the last one everything else: rest = 1 - the sum over the K ids. Never
-                       more than the full divergence, but for 1e-7 of mass, the least that the teacher's rest
-                       counts as; 0 where the student has no other token (K = V).
-        "renormalize"  K outcomes, both models divided by their sum over the K ids. Only the K columns of each
-                       token are projected: no product over the vocabulary. Blind to the student's mass
-                       outside; with one id always 0.
-        "truncate"     the K ids' terms of D, as they are: for a mixture beta p_t log(p_t / m) +
-                       (1 - beta) p_s log(p_s / m). Not a divergence: it may be negative.
+        "bucket"       K + 1 outcomes: the K ids and the tail, whose probability is 1 - the sum over the ids.
+                       A lower bound on the full divergence (the teacher's tail mass is clamped to >= 1e-7),
+                       and 0 where the student has no other token (K = V).
+        "renormalize"  K outcomes; both models are divided by their sum over the K ids. Only the K columns of
+                       each token are projected, without a product over the vocabulary. Ignores the student's
+                       mass outside the K ids, and is always 0 for one id.
+        "truncate"     the K ids' terms of D without normalization, for a mixture beta p_t log(p_t / m) +
+                       (1 - beta) p_s log(p_s / m). This is not a divergence: it may be negative.
 
     With the completion's own token as the only id, "bucket" and beta = 1 give reverse KL over that token and
-    the rest, the loss of TRL's ServerDistillationTrainer. Everything else is as in `fused_linear_jsd`.
+    the tail, which is the loss of TRL's ServerDistillationTrainer. Everything else is as in
+    `fused_linear_jsd`.
 
     Args:
         student_hidden: (..., Ds) last hidden states of the student, one per token.
-        student_weight: (Vs, Ds) the student's output embedding.
-        teacher_logprobs: (..., K) natural logarithms of the teacher's probabilities, taken at `temperature`;
-            -inf marks an absent entry. They may sum to slightly more than 1 by rounding.
-        teacher_ids: (..., K) their tokens, in any order; absent entries may hold anything. An id that occurs
-            twice in a token counts once, by its first entry. K may exceed the vocabulary.
-        tail: see above.
-        mask: (...) bool, True where the token counts.
-        student_bias: (Vs,) bias of the student's output layer.
+        student_weight: (Vs, Ds) weight of the student's LM head.
+        teacher_logprobs: (..., K) natural logarithms of the teacher's probabilities at `temperature`; -inf
+            marks an absent entry. Probabilities may sum to slightly over 1 because of rounding.
+        teacher_ids: (..., K) token ids of teacher_logprobs, in any order; ignored at absent entries. An id
+            that occurs twice for a token counts once, with its first entry. K may exceed the vocabulary.
+        tail: how probability outside the K ids is treated, see above.
+        mask: (...) bool, True for valid tokens, which count in the loss. None: all tokens are valid.
+        student_bias: (Vs,) bias of the student's LM head.
         beta: in [0, 1].
         temperature: > 0, divides the student's logits.
-        student_logit_scale: > 0, multiplies the student's logits, before the softcap.
-        student_softcap: the student's logits become softcap * tanh(logits / softcap). None: no softcap.
-        token_weight: (...) multiplies each token's loss; no gradient goes to it.
-        labels: (...) token ids for the cross entropy at temperature 1, over all columns; -100: no label.
-        hard_weight: >= 0, weight of the cross entropy. Not 0: "renormalize" projects the whole vocabulary.
+        student_logit_scale: > 0, multiplies the student's logits before the softcap.
+        student_softcap: > 0, turns the student's logits into softcap * tanh(logits / softcap). None: no
+            softcap.
+        token_weight: (...) multiplies each token's loss; it receives no gradient.
+        labels: (...) token ids for the cross entropy at temperature 1 over all columns; -100 means no label.
+        hard_weight: >= 0, weight of the cross entropy. If it is not 0, "renormalize" projects the whole
+            vocabulary.
         soft_weight: >= 0, weight of the divergence.
-        vocab_size: the first vocab_size columns are the vocabulary. None: Vs.
-        reduction: "mean" over counted tokens, "sum", or "none"; see `fused_linear_jsd`.
-        normalizer: > 0, number or 0-d tensor that replaces the token count in "mean".
-        workspace_bytes: bound on temporary memory beyond the gradients; see `fused_linear_jsd`. The check of
-            teacher_ids, 3 bytes an entry, and copies of teacher tensors that are not contiguous come on top.
+        vocab_size: the vocabulary is the first vocab_size columns. None: Vs.
+        reduction: "mean" over valid tokens, "sum", or "none"; see `fused_linear_jsd`.
+        normalizer: > 0, number or 0-d tensor, divisor for reduction="mean" (default: number of valid tokens).
+        workspace_bytes: bound on temporary memory in bytes, see `fused_linear_jsd`. Not included are the
+            check of teacher_ids, 3 bytes per entry, and copies of teacher tensors that are not contiguous.
         backend: "auto", "triton", "torch" or "reference".
-        return_stats: also return a `DistillStats` of the counted tokens.
-        process_group: ranks that share the vocabulary. Each gives its block of rows of student_weight and
-            student_bias; teacher_ids count over all blocks. See `fused_linear_jsd`, for DTensors too.
+        return_stats: also return a `DistillStats` of the valid tokens.
+        process_group: ranks that share the vocabulary. Each rank passes its shard of the rows of
+            student_weight and student_bias; teacher_ids count over all shards. See `fused_linear_jsd`, for
+            DTensors too.
 
     Returns:
-        The loss, 0-d or (...), float32 or, for a float64 student, float64; with return_stats,
-        (loss, DistillStats).
+        The loss, 0-d or (...), float32, or float64 for a float64 student; with return_stats, (loss,
+        DistillStats). If no token is valid, the loss and all gradients are 0.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, by name, before any work. An id outside the
-            vocabulary with a finite log-probability: a ValueError; on a CUDA GPU, where reading it back would
-            make the host wait, a device-side assertion with the same words, as for an embedding.
+        ValueError, TypeError: an argument is invalid (the message names it). An id outside the vocabulary
+            with a finite log-probability raises ValueError, except on a CUDA GPU: there it is a device-side
+            assertion with the same message, as for an embedding, because reading it back would make the host
+            wait.
         ImportError: backend="triton" without Triton.
-        RuntimeError: when differentiated twice.
+        RuntimeError: the loss is differentiated twice.
     """
-    options = TopKLossOptions(
+    config = TopKLossConfig(
         tail=tail,
         beta=beta,
         temperature=temperature,
@@ -127,82 +157,64 @@ def fused_linear_topk_jsd(
         return_stats=return_stats,
         process_group=process_group,
     )
-    check_options(options, TopKLossOptions)
-    check_normalizer(normalizer, reduction)
-    check_student(student_hidden, student_weight, student_bias)
-    device, shape = student_hidden.device, student_hidden.shape[:-1]
-    check_tokens(shape, device, mask, token_weight)
-    vocabulary = Vocabulary.of(
-        process_group,
-        vocab_size,
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        student_bias=student_bias,
-        mask=mask,
-        workspace_bytes=workspace_bytes,
-    )
-    check_labels(labels, hard_weight, shape, device, vocabulary.total)
-    check_support(teacher_logprobs, teacher_ids, shape, device, vocabulary.total, mask)
-    student_weight, student_bias = whole(student_weight), whole(student_bias)
-
-    if backend == "reference":
-        return reference.linear_topk_jsd(
-            student_hidden,
-            student_weight,
-            teacher_logprobs,
-            teacher_ids,
-            mask=mask,
-            student_bias=student_bias,
-            token_weight=token_weight,
-            labels=labels,
-            normalizer=normalizer,
-            **options,
-        )
-    support_size = teacher_ids.shape[-1]
-    gathered = tail == "renormalize" and hard_weight == 0
-    tensors = LossTensors.flattened(
+    return _linear_topk_jsd(
+        config,
         student_hidden,
         student_weight,
-        student_bias,
-        TopKTeacher(
-            teacher_logprobs.detach().reshape(-1, support_size),
-            teacher_ids.reshape(-1, support_size),
-            vocabulary,
-        ),
-        token_weight=token_weight,
-        labels=labels if hard_weight != 0 else None,
+        teacher_logprobs,
+        teacher_ids,
         mask=mask,
-    )
-    return fused_loss(
-        tensors,
-        Call(
-            LossSettings.of(options),
-            partial(topk_backend, tail=tail, support_size=support_size, gathered=gathered),
-            backend,
-            vocabulary,
-            shape,
-            reduction,
-            normalizer,
-            workspace_bytes,
-            return_stats,
-            support_size if gathered else None,
-        ),
+        student_bias=student_bias,
+        token_weight=token_weight,
+        labels=labels,
+        normalizer=normalizer,
     )
 
 
-class FusedLinearTopKJSDLoss(LossModule):
-    """`fused_linear_topk_jsd` as a module: settings at construction, tensors at the call.
+class FusedLinearTopKJSDLoss(nn.Module):
+    """`fused_linear_topk_jsd` as a module: options at construction, tensors at the call.
 
     Example:
         >>> loss_fn = FusedLinearTopKJSDLoss(beta=0.5, tail="bucket")
         >>> loss = loss_fn(student_hidden, student_head, logprobs, ids, mask=completion_mask)
 
     Raises:
-        ValueError, TypeError: an option that does not fit, by name.
+        ValueError, TypeError: an option is invalid (the message names it).
     """
 
-    def __init__(self, **options: Unpack[TopKLossOptions]):
-        super().__init__(options, TopKLossOptions)
+    def __init__(
+        self,
+        *,
+        tail: Tail = "bucket",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        student_softcap: float | None = None,
+        hard_weight: float = 0.0,
+        soft_weight: float = 1.0,
+        vocab_size: int | None = None,
+        reduction: Reduction = "mean",
+        workspace_bytes: int | None = None,
+        backend: Backend = "auto",
+        return_stats: bool = False,
+        process_group: ProcessGroup | None = None,
+    ):
+        super().__init__()
+        self.config = TopKLossConfig(
+            tail=tail,
+            beta=beta,
+            temperature=temperature,
+            student_logit_scale=student_logit_scale,
+            student_softcap=student_softcap,
+            hard_weight=hard_weight,
+            soft_weight=soft_weight,
+            vocab_size=vocab_size,
+            reduction=reduction,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+            return_stats=return_stats,
+            process_group=process_group,
+        )
 
     def forward(
         self,
@@ -216,9 +228,10 @@ class FusedLinearTopKJSDLoss(LossModule):
         token_weight: Tensor | None = None,  # (...)
         labels: Tensor | None = None,  # (...)
         normalizer: float | Tensor | None = None,
-    ) -> Any:
-        """The loss, or (loss, DistillStats) with return_stats; see `fused_linear_topk_jsd`."""
-        return fused_linear_topk_jsd(
+    ) -> Tensor | tuple[Tensor, DistillStats]:
+        """Return the loss, or (loss, DistillStats) with return_stats; see `fused_linear_topk_jsd`."""
+        return _linear_topk_jsd(
+            self.config,
             student_hidden,
             student_weight,
             teacher_logprobs,
@@ -228,5 +241,67 @@ class FusedLinearTopKJSDLoss(LossModule):
             token_weight=token_weight,
             labels=labels,
             normalizer=normalizer,
-            **self.options,
         )
+
+    def extra_repr(self) -> str:
+        """Return the options that differ from their defaults."""
+        return self.config.changed_fields()
+
+
+def _linear_topk_jsd(
+    config: TopKLossConfig,
+    student_hidden: Tensor,  # (..., Ds)
+    student_weight: Tensor,  # (Vs, Ds)
+    teacher_logprobs: Tensor,  # (..., K)
+    teacher_ids: Tensor,  # (..., K)
+    *,
+    mask: Tensor | None,  # (...) bool
+    student_bias: Tensor | None,  # (Vs,)
+    token_weight: Tensor | None,  # (...)
+    labels: Tensor | None,  # (...)
+    normalizer: float | Tensor | None,
+) -> Tensor | tuple[Tensor, DistillStats]:
+    """Check the tensors and compute the loss."""
+    check_normalizer(normalizer, config.reduction)
+    check_student(student_hidden, student_weight, student_bias)
+    device, shape = student_hidden.device, student_hidden.shape[:-1]
+    check_tokens(shape, device, mask, token_weight)
+    shard = shard_of_call(
+        config,
+        mask=mask,
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        student_bias=student_bias,
+    )
+    check_labels(labels, config.hard_weight, shape, device, shard.total)
+    check_support(teacher_logprobs, teacher_ids, shape, device, shard.total, mask)
+    student_weight, student_bias = gather_dtensor(student_weight), gather_dtensor(student_bias)
+
+    if config.backend == "reference":
+        return reference.topk_jsd_by_definition(
+            config,
+            student_hidden,
+            student_weight,
+            teacher_logprobs,
+            teacher_ids,
+            mask=mask,
+            student_bias=student_bias,
+            token_weight=token_weight,
+            labels=labels,
+            normalizer=normalizer,
+        )
+    k = teacher_ids.shape[-1]
+    student = Student(student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias)
+    teacher = TopKTeacher(teacher_logprobs.detach().reshape(-1, k), teacher_ids.reshape(-1, k))
+    inputs = LossInputs.flatten(
+        teacher,
+        shard,
+        # Teacher log-probabilities never promote the accumulation dtype.
+        accumulation_dtype(student_hidden, student_weight),
+        mask=mask,
+        token_weight=token_weight,
+        labels=labels if config.hard_weight != 0 else None,
+        k=k,
+        indexed=config.projects_support_only,
+    )
+    return fused_loss(student, inputs, config, shape=shape, normalizer=normalizer)

@@ -1,23 +1,50 @@
-"""The losses in plain PyTorch: every logit materialised, in the inputs' dtype, differentiated by autograd.
+"""The losses in plain PyTorch: every logit in memory, in the inputs' dtype, differentiated by autograd.
 
-Slow and large on purpose. The tests compare every backend with it in float64.
+Slow and memory-hungry on purpose. The tests compare every backend with it in float64.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .config import Backend, LossConfig, Reduction, Tail, TopKLossConfig
 from .stats import DistillStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# fmt: off
+@overload
+def linear_jsd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ...,
+    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
+    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
+    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
+    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
+    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
+    return_stats: Literal[False] = ..., process_group: ProcessGroup | None = ...,
+) -> Tensor: ...
+@overload
+def linear_jsd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ...,
+    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
+    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
+    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
+    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
+    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
+    return_stats: Literal[True], process_group: ProcessGroup | None = ...,
+) -> tuple[Tensor, DistillStats]: ...
+# fmt: on
 def linear_jsd(
     student_hidden: Tensor,  # (..., Ds)
     student_weight: Tensor,  # (Vs, Ds)
@@ -33,142 +60,252 @@ def linear_jsd(
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...)
-    labels: Tensor | None = None,  # (...) int64
+    token_weight: Tensor | None = None,  # (...) float
+    labels: Tensor | None = None,  # (...) int64 / int32
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str = "reference",
+    backend: Backend = "reference",
     return_stats: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    """`fused_linear_jsd` by definition, unchecked; workspace_bytes and backend do nothing here."""
-    del workspace_bytes, backend
-    _refuse(process_group)
-    counted = _counted(student_hidden, mask)
-    vocab_size = vocab_size or min(len(student_weight), len(teacher_weight))
-    y_s = _logits(student_hidden[counted], student_weight, student_bias, student_logit_scale, student_softcap)
-    y_t = _logits(teacher_hidden[counted], teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
-    y_s, y_t = y_s[:, :vocab_size], y_t[:, :vocab_size].detach()
-    log_s, log_t = F.log_softmax(y_s / temperature, dim=-1), F.log_softmax(y_t / temperature, dim=-1)
+    """Compute `fused_linear_jsd` by definition. Tensors are not checked; workspace_bytes is ignored."""
+    del backend
+    config = LossConfig(
+        beta=beta,
+        temperature=temperature,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        hard_weight=hard_weight,
+        soft_weight=soft_weight,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        workspace_bytes=workspace_bytes,
+        backend="reference",
+        return_stats=return_stats,
+        process_group=process_group,
+    )
+    return jsd_by_definition(
+        config,
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        mask=mask,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        token_weight=token_weight,
+        labels=labels,
+        normalizer=normalizer,
+    )
 
-    loss = soft_weight * _jsd(log_s, log_t, beta) + _hard_loss(y_s, labels, hard_weight, counted)
-    result = _reduce(loss, token_weight, counted, reduction, normalizer)
-    return (result, _stats(log_s.detach(), log_t, counted)) if return_stats else result
 
-
+# fmt: off
+@overload
+def linear_topk_jsd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
+    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
+    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
+    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
+    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
+    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
+) -> Tensor: ...
+@overload
+def linear_topk_jsd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
+    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
+    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
+    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
+    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
+    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[True],
+    process_group: ProcessGroup | None = ...,
+) -> tuple[Tensor, DistillStats]: ...
+# fmt: on
 def linear_topk_jsd(
     student_hidden: Tensor,  # (..., Ds)
     student_weight: Tensor,  # (Vs, Ds)
-    teacher_logprobs: Tensor,  # (..., K), -inf where absent
-    teacher_ids: Tensor,  # (..., K) int
+    teacher_logprobs: Tensor,  # (..., K) float, -inf where absent
+    teacher_ids: Tensor,  # (..., K) int64 / int32
     *,
-    tail: str = "bucket",
+    tail: Tail = "bucket",
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
     beta: float = 0.5,
     temperature: float = 1.0,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...)
-    labels: Tensor | None = None,  # (...) int64
+    token_weight: Tensor | None = None,  # (...) float
+    labels: Tensor | None = None,  # (...) int64 / int32
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str = "reference",
+    backend: Backend = "reference",
     return_stats: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    """`fused_linear_topk_jsd` by definition, unchecked; workspace_bytes and backend do nothing here.
+    """Compute `fused_linear_topk_jsd` by definition. Tensors are not checked; workspace_bytes is ignored."""
+    del backend
+    config = TopKLossConfig(
+        tail=tail,
+        beta=beta,
+        temperature=temperature,
+        student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap,
+        hard_weight=hard_weight,
+        soft_weight=soft_weight,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        workspace_bytes=workspace_bytes,
+        backend="reference",
+        return_stats=return_stats,
+        process_group=process_group,
+    )
+    return topk_jsd_by_definition(
+        config,
+        student_hidden,
+        student_weight,
+        teacher_logprobs,
+        teacher_ids,
+        mask=mask,
+        student_bias=student_bias,
+        token_weight=token_weight,
+        labels=labels,
+        normalizer=normalizer,
+    )
 
-    Every token's teacher is spread over the vocabulary, -inf where it has no entry.
+
+def jsd_by_definition(
+    config: LossConfig,
+    student_hidden: Tensor,  # (..., Ds)
+    student_weight: Tensor,  # (Vs, Ds)
+    teacher_hidden: Tensor,  # (..., Dt)
+    teacher_weight: Tensor,  # (Vt, Dt)
+    *,
+    mask: Tensor | None,  # (...) bool
+    student_bias: Tensor | None,  # (Vs,)
+    teacher_bias: Tensor | None,  # (Vt,)
+    token_weight: Tensor | None,  # (...)
+    labels: Tensor | None,  # (...) int64
+    normalizer: float | Tensor | None,
+) -> Tensor | tuple[Tensor, DistillStats]:
+    """Compute `fused_linear_jsd` for checked tensors."""
+    mask = _valid_mask(student_hidden, mask)
+    vocab_size = config.vocab_size or min(len(student_weight), len(teacher_weight))
+    student_scale, teacher_scale = config.student_logit_scale, config.teacher_logit_scale
+    y_s = _logits(student_hidden[mask], student_weight, student_bias, student_scale, config.student_softcap)
+    y_t = _logits(teacher_hidden[mask], teacher_weight, teacher_bias, teacher_scale, config.teacher_softcap)
+    y_s, y_t = y_s[:, :vocab_size], y_t[:, :vocab_size].detach()
+    log_s = F.log_softmax(y_s / config.temperature, dim=-1)
+    log_t = F.log_softmax(y_t / config.temperature, dim=-1)
+
+    hard_loss = _hard_loss(y_s, labels, config.hard_weight, mask)
+    loss = config.soft_weight * _jsd(log_s, log_t, config.beta) + hard_loss
+    result = _reduce(loss, token_weight, mask, config.reduction, normalizer)
+    return (result, _stats(log_s.detach(), log_t, mask)) if config.return_stats else result
+
+
+def topk_jsd_by_definition(
+    config: TopKLossConfig,
+    student_hidden: Tensor,  # (..., Ds)
+    student_weight: Tensor,  # (Vs, Ds)
+    teacher_logprobs: Tensor,  # (..., K), -inf where absent
+    teacher_ids: Tensor,  # (..., K) int
+    *,
+    mask: Tensor | None,  # (...) bool
+    student_bias: Tensor | None,  # (Vs,)
+    token_weight: Tensor | None,  # (...)
+    labels: Tensor | None,  # (...) int64
+    normalizer: float | Tensor | None,
+) -> Tensor | tuple[Tensor, DistillStats]:
+    """Compute `fused_linear_topk_jsd` for checked tensors.
+
+    The teacher's entries of each token are spread over the vocabulary, with -inf where it has none.
     """
-    del workspace_bytes, backend
-    _refuse(process_group)
-    counted = _counted(student_hidden, mask)
-    y_s = _logits(student_hidden[counted], student_weight, student_bias, student_logit_scale, student_softcap)
-    y_s = y_s[:, :vocab_size]
-    log_s = F.log_softmax(y_s / temperature, dim=-1)
+    mask = _valid_mask(student_hidden, mask)
+    scale, softcap = config.student_logit_scale, config.student_softcap
+    y_s = _logits(student_hidden[mask], student_weight, student_bias, scale, softcap)
+    y_s = y_s[:, : config.vocab_size]
+    log_s = F.log_softmax(y_s / config.temperature, dim=-1)
     log_t = torch.full_like(log_s, -math.inf)
-    for k in reversed(range(teacher_ids.shape[-1])):  # of several entries with one id the first counts
-        logprobs, ids = teacher_logprobs[counted][:, k], teacher_ids[counted][:, k].long()
+    for k in reversed(
+        range(teacher_ids.shape[-1])
+    ):  # the first of several entries with one id is written last
+        logprobs, ids = teacher_logprobs[mask][:, k], teacher_ids[mask][:, k].long()
         rows = (logprobs != -math.inf).nonzero().squeeze(1)
         log_t[rows, ids[rows]] = logprobs[rows].to(log_t.dtype)
     named = log_t != -math.inf
-    inside, rest = log_s.masked_fill(~named, -math.inf), log_s.masked_fill(named, -math.inf)
+    inside, tail = log_s.masked_fill(~named, -math.inf), log_s.masked_fill(named, -math.inf)
     student_mass, teacher_mass = inside.detach().exp().sum(-1), log_t.exp().sum(-1)
     # Without a product over the vocabulary nothing is known of the student outside the support.
-    gathered = tail == "renormalize" and hard_weight == 0
-    top_s = (inside if gathered else log_s).amax(-1, keepdim=True)
-    agreement = (named & (inside == top_s) & (log_t == log_t.amax(-1, keepdim=True))).any(-1)
+    support_only = config.projects_support_only
+    max_s = (inside if support_only else log_s).amax(-1, keepdim=True)
+    agreement = (named & (inside == max_s) & (log_t == log_t.amax(-1, keepdim=True))).any(-1)
 
-    if tail == "bucket":
-        empty = (rest == -math.inf).all(-1, keepdim=True)
-        rest = rest.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
-        rest_t = (
-            (1 - teacher_mass).clamp_min(1e-7).log().unsqueeze(-1).masked_fill(rest == -math.inf, -math.inf)
-        )
-        inside = torch.cat([inside, rest], -1)
-        log_t = F.log_softmax(torch.cat([log_t, rest_t], -1), dim=-1)
-    elif tail == "renormalize":
+    if config.tail == "bucket":
+        empty = (tail == -math.inf).all(-1, keepdim=True)
+        tail = tail.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
+        tail_t = (1 - teacher_mass).clamp_min(1e-7).log().unsqueeze(-1)
+        tail_t = tail_t.masked_fill(tail == -math.inf, -math.inf)
+        inside = torch.cat([inside, tail], -1)
+        log_t = F.log_softmax(torch.cat([log_t, tail_t], -1), dim=-1)
+    elif config.tail == "renormalize":
         # A token without entries, or whose entries the student forbids, has one outcome for both models.
         without = (inside == -math.inf).all(-1, keepdim=True)
-        alone = F.pad(without, (0, named.shape[-1] - 1))
+        only_outcome = F.pad(without, (0, named.shape[-1] - 1))
         log_t = log_t.masked_fill(without, -math.inf)
-        inside = F.log_softmax(inside.masked_fill(alone, 0), dim=-1)
-        log_t = F.log_softmax(log_t.masked_fill(alone, 0), dim=-1)
+        inside = F.log_softmax(inside.masked_fill(only_outcome, 0), dim=-1)
+        log_t = F.log_softmax(log_t.masked_fill(only_outcome, 0), dim=-1)
 
-    loss = soft_weight * _jsd(inside, log_t, beta) + _hard_loss(y_s, labels, hard_weight, counted)
-    result = _reduce(loss, token_weight, counted, reduction, normalizer)
-    if not return_stats:
+    hard_loss = _hard_loss(y_s, labels, config.hard_weight, mask)
+    loss = config.soft_weight * _jsd(inside, log_t, config.beta) + hard_loss
+    result = _reduce(loss, token_weight, mask, config.reduction, normalizer)
+    if not config.return_stats:
         return result
-    stats = _stats(inside.detach(), log_t, counted)._replace(
-        top1_agreement=_at(counted, agreement),
-        student_mass=None if gathered else _at(counted, student_mass),
-        teacher_mass=_at(counted, teacher_mass),
+    stats = _stats(inside.detach(), log_t, mask)._replace(
+        top1_agreement=_scatter(mask, agreement),
+        student_mass=None if support_only else _scatter(mask, student_mass),
+        teacher_mass=_scatter(mask, teacher_mass),
     )
     return result, stats
 
 
-def _refuse(process_group: ProcessGroup | None) -> None:
-    if process_group is not None:
-        raise ValueError('process_group goes with backend "auto", "triton" or "torch", got "reference"')
+def _scatter(mask: Tensor, column: Tensor) -> Tensor:
+    """Return values of the valid tokens in the shape of the tokens, 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=column.dtype, device=column.device).masked_scatter(mask, column)
 
 
-def _at(counted: Tensor, column: Tensor) -> Tensor:
-    """Values of the counted tokens in the tokens' shape, 0 elsewhere."""
-    return torch.zeros(counted.shape, dtype=column.dtype, device=column.device).masked_scatter(
-        counted, column
-    )
-
-
-def _counted(hidden: Tensor, mask: Tensor | None) -> Tensor:
+def _valid_mask(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device) if mask is None else mask
 
 
-def _hard_loss(y_s: Tensor, labels: Tensor | None, hard_weight: float, counted: Tensor) -> Tensor | float:
+def _hard_loss(y_s: Tensor, labels: Tensor | None, hard_weight: float, mask: Tensor) -> Tensor | float:
     if labels is None or hard_weight == 0:
         return 0.0
-    return hard_weight * F.cross_entropy(y_s, labels[counted].long(), reduction="none")
+    return hard_weight * F.cross_entropy(y_s, labels[mask].long(), reduction="none")
 
 
 def _reduce(
     loss: Tensor,
     token_weight: Tensor | None,
-    counted: Tensor,
-    reduction: str,
+    mask: Tensor,
+    reduction: Reduction,
     normalizer: float | Tensor | None,
 ) -> Tensor:
     if token_weight is not None:
-        loss = loss * token_weight.detach()[counted]
+        loss = loss * token_weight.detach()[mask]
     if reduction == "none":
-        return _at(counted, loss)
+        return _scatter(mask, loss)
     count = max(len(loss), 1) if normalizer is None else normalizer
     return loss.sum() / count if reduction == "mean" else loss.sum()
 
@@ -181,7 +318,7 @@ def _logits(
 
 
 def _jsd(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
-    """Generalized JSD of Agarwal et al., https://arxiv.org/abs/2306.13649, with its limits at 0 and 1."""
+    """Return the generalized JSD of https://arxiv.org/abs/2306.13649, with its limits at beta 0 and 1."""
     if beta == 0:
         return _kl(log_t, log_s)
     if beta == 1:
@@ -192,21 +329,21 @@ def _jsd(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) with 0 log 0 = 0."""
+    """Return KL(p || q) with 0 log 0 = 0."""
     gap = torch.where(log_p.exp() == 0, 0.0, log_p - log_q)
     return (log_p.exp() * gap).sum(-1)
 
 
-def _stats(log_s: Tensor, log_t: Tensor, counted: Tensor) -> DistillStats:
-    top_s, top_t = (log == log.amax(-1, keepdim=True) for log in (log_s, log_t))
+def _stats(log_s: Tensor, log_t: Tensor, mask: Tensor) -> DistillStats:
+    match_s, match_t = (log == log.amax(-1, keepdim=True) for log in (log_s, log_t))
     columns = (
         _entropy(log_s),
         _entropy(log_t),
         _kl(log_t, log_s),
         _kl(log_s, log_t),
-        (top_s & top_t).any(-1),
+        (match_s & match_t).any(-1),
     )
-    return DistillStats(*(_at(counted, column) for column in columns))
+    return DistillStats(*(_scatter(mask, column) for column in columns))
 
 
 def _entropy(log_p: Tensor) -> Tensor:

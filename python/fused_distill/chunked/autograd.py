@@ -1,95 +1,80 @@
-"""From checked tensors to a differentiable loss: the one autograd Function of all losses."""
+"""The autograd Function of all losses. It saves and returns; `chunked.loop` computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ..config import LossSettings
-from ..parallel.vocab_shard import Vocabulary
-from ..rows.backend import choose_backend
 from ..stats import DistillStats
-from .gemm import autocast_dtype
-from .loop import Backend, Engine, LossTensors
 
 
-class Call(NamedTuple):
-    """What a public function asks for, apart from tensors."""
+class Student(NamedTuple):
+    """The tensors that may receive gradients."""
 
-    settings: LossSettings
-    make_backend: Callable[[str, int, bool], Backend]  # from its name, the number of logits, whether sharded
-    backend: str
-    vocabulary: Vocabulary
-    shape: torch.Size  # of the tokens
-    reduction: str
-    normalizer: float | Tensor | None
-    workspace_bytes: int | None
-    return_stats: bool
-    support_size: int | None = None  # see Engine
+    hidden: Tensor  # (N, Ds)
+    weight: Tensor  # (Vs, Ds)
+    bias: Tensor | None  # (Vs,)
 
 
-def fused_loss(tensors: LossTensors, call: Call) -> Any:
-    """The loss, or (loss, DistillStats); a graph break for compiled callers."""
-    return (_opaque() if torch.compiler.is_compiling() else _fused_loss)(tensors, call)
+class Gradients(NamedTuple):
+    """Gradients of the summed loss in the accumulation dtype; None where not needed."""
+
+    hidden: Tensor | None = None  # (N, Ds)
+    weight: Tensor | None = None  # (Vs, Ds)
+    bias: Tensor | None = None  # (Vs,)
 
 
-@lru_cache
-def _opaque() -> Any:
-    """`_fused_loss` closed to the compiler; made late, as it imports all of it."""
-    return torch.compiler.disable(_fused_loss)
+class LossOutput(NamedTuple):
+    """Results of one pass over the tokens."""
+
+    loss: Tensor  # (N,) weighted losses per token, 0 where masked, or their sum
+    stats: DistillStats | None  # (N,) each
+    gradients: Gradients
 
 
-def _fused_loss(tensors: LossTensors, call: Call) -> Tensor | tuple[Tensor, DistillStats]:
-    device = tensors.student_hidden.device
-    name = choose_backend(call.backend, device, tensors.accumulation_dtype)
-    engine = Engine(
-        call.settings,
-        call.make_backend(
-            name, tensors.n_counted * call.vocabulary.largest, call.vocabulary.group is not None
-        ),
-        call.vocabulary,
-        needs_grad=tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[:3]),
-        autocast_dtype=autocast_dtype(device),
-        return_stats=call.return_stats,
-        workspace_bytes=call.workspace_bytes,
-        support_size=call.support_size,
-    )
-    result = _FusedLoss.apply(engine, call.reduction == "none", tensors[3:], *tensors[:3])
-    loss, *columns = cast("tuple[Any, ...]", result)
-    if call.reduction == "none":
-        loss = loss.reshape(call.shape)
-    elif call.reduction == "mean":
-        loss = loss / (max(tensors.n_counted, 1) if call.normalizer is None else call.normalizer)
-    if not call.return_stats:
-        return loss
-    return loss, DistillStats(*columns).map(lambda c: c.reshape(call.shape))
+class ComputeLoss(Protocol):
+    """A loss with all its constants bound."""
+
+    def __call__(
+        self,
+        student: Student,
+        *,
+        per_token: bool,
+        needs_grad: tuple[bool, ...] = (False, False, False),  # of hidden, weight, bias
+        factor: Tensor | None = None,  # (N,) multiplies each token's loss
+        return_stats: bool = True,  # if the loss's options ask for them
+    ) -> LossOutput:
+        """Compute the loss and the gradients that are needed."""
+        ...
 
 
-class _FusedLoss(torch.autograd.Function):
-    """Sum of the tokens' losses with its gradient computed on the way, or each token's loss without."""
+class FusedLoss(torch.autograd.Function):
+    """Summed loss with gradients computed in forward, or per-token losses whose backward recomputes."""
 
     @staticmethod
     def forward(
-        ctx: Any, engine: Engine, per_token: bool, constants: tuple[Any, ...], *student: Tensor | None
+        ctx: Any,
+        compute: ComputeLoss,
+        per_token: bool,
+        needs_grad: tuple[bool, ...],
+        *student: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        tensors = LossTensors(*student, *constants)  # pyright: ignore[reportArgumentType]
-        run = engine.without_grad() if per_token else engine
-        loss, stats, gradients = run.run(tensors, tensors.token_weight)
-        ctx.engine, ctx.per_token, ctx.gradients = engine, per_token, None if per_token else gradients
+        """Return the loss and the columns of its statistics."""
+        inputs = Student(*cast("tuple[Any, ...]", student))
+        output = compute(inputs, per_token=per_token, needs_grad=(False,) * 3 if per_token else needs_grad)
+        ctx.compute, ctx.per_token, ctx.needs_grad = compute, per_token, needs_grad
+        ctx.gradients = None if per_token else output.gradients
         ctx.dtypes = [None if t is None else t.dtype for t in student]
         ctx.save_for_backward(*student)
-        ctx.constants = constants  # not saved: a teacher run in inference mode gives tensors that cannot be
-        columns = () if stats is None else stats.map(lambda c: _to_all_tokens(c, tensors))
+        columns = output.stats or ()
         ctx.mark_non_differentiable(*(c for c in columns if c is not None))
-        return _to_all_tokens(loss, tensors) if per_token else loss.sum(), *columns
+        return output.loss, *columns
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients of forward, or recompute them."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fused_distill's losses cannot be differentiated twice (create_graph=True); "
@@ -97,29 +82,27 @@ class _FusedLoss(torch.autograd.Function):
             )
         grad_loss = grad_outputs[0]
         gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # per-token losses, or a second backward pass through a retained graph
+            factor = grad_loss if ctx.per_token else None
+            gradients = ctx.compute(
+                Student(*ctx.saved_tensors),
+                per_token=False,
+                needs_grad=ctx.needs_grad,
+                factor=factor,
+                return_stats=False,
+            ).gradients
         scale = None if ctx.per_token else grad_loss
-        if gradients is None:  # reduction "none", or a second backward pass through a retained graph
-            tensors = LossTensors(*ctx.saved_tensors, *ctx.constants)
-            weight = tensors.token_weight
-            if ctx.per_token:
-                weight = grad_loss if weight is None else grad_loss * weight
-            gradients = replace(ctx.engine, return_stats=False).run(tensors, weight)[2]
-        scaled = (_finish(g, scale, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        scaled = (_scale_gradient(g, scale, t) for g, t in zip(gradients, ctx.dtypes, strict=True))
         return None, None, None, *scaled
 
 
-def _finish(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """The accumulated gradient times scale in the input's dtype, in place where the dtype allows."""
+def _scale_gradient(
+    gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype | None
+) -> Tensor | None:
+    """Return the accumulated gradient times scale in the input's dtype, in place where the dtype allows."""
     if gradient is None or dtype is None:
         return None
     if scale is None:
         return gradient.to(dtype)
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, scale, out=out)
-
-
-def _to_all_tokens(column: Tensor, tensors: LossTensors) -> Tensor:
-    """(n,) values of the counted tokens as (N,), 0 elsewhere."""
-    if tensors.counted is None:
-        return column
-    return column.new_zeros(len(tensors.student_hidden)).index_copy_(0, tensors.counted, column)

@@ -1,4 +1,4 @@
-"""Matrix products, by the library that is fastest where they run."""
+"""Matrix products by oneDNN for float32 on AMD CPUs and by torch elsewhere, stored in the output's dtype."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b, never rounded to a's dtype on the way."""
-    if a.numel() and b.numel() and onednn_multiplies(a.device, a.dtype):
+def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """Compute out = a @ b, or out += a @ b, accumulated and stored in out.dtype."""
+    if a.numel() and b.numel() and use_onednn(a.device, a.dtype):
         product = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
         (out.add_ if accumulate else out.copy_)(product)
         return
@@ -24,21 +24,26 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Non
 
 
 def accumulation_dtype(*inputs: Tensor) -> torch.dtype:
-    """The dtype of logits, losses and accumulated gradients: float64 where an input is, else float32."""
+    """Return the dtype of logits, losses and accumulated gradients: float64 if an input is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of products under autocast, None outside it."""
+    """Return the dtype of products under autocast, or None outside autocast."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-@lru_cache
-def onednn_multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products are left to oneDNN: float32 on an AMD processor.
+def float64_if_supported(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on a device without it; for tensors of a few numbers per row."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
-    torch.mm uses MKL there, which keeps AVX-512 to Intel's processors: oneDNN is 1.6 to 2 times as fast (AMD
-    EPYC Zen 5, torch 2.13, shapes of `bench/cpu.py`).
+
+@lru_cache
+def use_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return True if oneDNN computes the product: float32 on an AMD processor.
+
+    torch.mm uses MKL, which disables its AVX-512 kernels on AMD CPUs. oneDNN is 1.6 to 2 times as fast there
+    (AMD EPYC Zen 5, torch 2.13, shapes of `bench/cpu.py`).
     """
     if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkl.is_available():
         return False
@@ -53,7 +58,7 @@ def _cpu_vendor() -> str:
 
 
 def _onednn_works() -> bool:
-    """Whether torch has the operator that `multiply` calls, and it computes products."""
+    """Return True if this torch has the operator that `gemm` calls and its product is right."""
     a, b = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(3, 4)
     try:
         return torch.equal(torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], ""), a @ b)
@@ -62,15 +67,15 @@ def _onednn_works() -> bool:
 
 
 @lru_cache
-def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies matrices of this dtype into a float32 result."""
+def supports_fp32_output(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return True if the device multiplies matrices of this dtype into a float32 result."""
     if dtype not in (torch.float16, torch.bfloat16):
         return True
     probe = torch.ones(16, 16, dtype=dtype, device=device)
     result = torch.ones(16, 16, dtype=torch.float32, device=device)
     try:
-        multiply(probe, probe, result)
-        multiply(probe, probe, result, accumulate=True)
+        gemm(probe, probe, result)
+        gemm(probe, probe, result, accumulate=True)
     except (RuntimeError, TypeError):
         return False
     return True

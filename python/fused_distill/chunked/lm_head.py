@@ -1,4 +1,4 @@
-"""The student's and the teacher's output layers, multiplied in tiles; what is multiplied with what."""
+"""The LM head's products: projection to logits, and the gradients of hidden states, weight and bias."""
 
 from __future__ import annotations
 
@@ -9,235 +9,151 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .gemm import multiplies_into_float32, multiply, onednn_multiplies
-from .workspace import blocks
+from .gemm import gemm, supports_fp32_output, use_onednn
+from .workspace import Workspace, blocks
 
-# A CPU multiplies tile by tile, of a size that fits its caches. Elsewhere only a head that must be converted
-# is cut.
-_TILE_BYTES = {"cpu": 4 << 20}
-_DEFAULT_TILE_BYTES = 16 << 20
-_TILE_COLUMNS = {"cpu": 4096}
-# The same for rows gathered for a block of tokens; on a GPU a block that keeps it busy.
+# On a CPU products run on slices of the vocabulary that fit its caches. On other devices only a head whose
+# dtype must be converted is sliced.
+_SLICE_BYTES = {"cpu": 4 << 20}
+_DEFAULT_SLICE_BYTES = 16 << 20
+_MAX_SLICE_ROWS = {"cpu": 4096}
+# Bytes of head rows that are gathered at once for a block of tokens; on a GPU enough to keep it busy.
 _GATHERED_BYTES = {"cpu": 2 << 20}
 _DEFAULT_GATHERED_BYTES = 128 << 20
 
 
-class StudentHead(Protocol):
-    """How the student's logits are made of a chunk's hidden states, and their gradient's way back."""
+class ChunkHead(Protocol):
+    """The products of one chunk of n tokens with an LM head that yields C logits per token."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the products' operands."""
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Write the logits before the bias to out (n, C) and return it; hidden is (n, D)."""
         ...
 
-    @property
-    def n_columns(self) -> int:
-        """Logits per token."""
+    def back_project(self, grad: Tensor, out: Tensor) -> Tensor:
+        """Write the gradient of the hidden states to out (n, D) and return it; grad is (n, C)."""
         ...
 
-    @property
-    def fixed_bytes(self) -> int:
-        """Temporary bytes whatever the chunk."""
+    def add_weight_gradient(self, grad: Tensor, hidden: Tensor, out: Tensor, *, overwrite: bool) -> None:
+        """Add to out (V, D). With overwrite, `LMHead` assigns instead, so that out may be uninitialised."""
         ...
 
-    @property
-    def row_bytes(self) -> int:
-        """Temporary bytes per token of a chunk, logits apart."""
-        ...
-
-    @property
-    def block_rows(self) -> int:
-        """Tokens of a chunk that are multiplied at once; 0: all."""
-        ...
-
-    @property
-    def block_row_bytes(self) -> int:
-        """Temporary bytes per token of such a block."""
-        ...
-
-    def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
-        """out (n, n_columns) = the logits before the bias. `ids` (n, K) is the teacher's support, if any."""
-        ...
-
-    def back_project(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
-        """out (n, D) = gradient of the hidden states, for grad (n, n_columns)."""
-        ...
-
-    def add_weight_gradient(
-        self, grad: Tensor, hidden: Tensor, out: Tensor, ids: Tensor | None, *, first: bool
-    ) -> None:
-        """Add to out (V, D), whose first `overwritten_rows` rows hold nothing yet if `first`."""
-        ...
-
-    def add_bias_gradient(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> None:
+    def add_bias_gradient(self, grad: Tensor, out: Tensor) -> None:
         """Add to out (V,)."""
-        ...
-
-    @property
-    def overwritten_rows(self) -> int:
-        """Rows of the weight gradient that the first chunk writes; the others start as zeros."""
         ...
 
 
 @dataclass(frozen=True)
-class Head:
-    """The compared rows of one output layer, multiplied in `dtype`, converted tile by tile if need be."""
+class LMHead:
+    """An LM head over the whole local vocabulary, multiplied in `dtype`."""
 
     weight: Tensor  # (V, D)
     dtype: torch.dtype
 
     @classmethod
-    def of(
+    def for_inputs(
         cls, hidden: Tensor, weight: Tensor, accumulation: torch.dtype, autocast: torch.dtype | None
-    ) -> Head:
-        """The head with the product dtype that suits the inputs, autocast and the device."""
+    ) -> LMHead:
+        """Return the head with the product dtype that inputs, autocast and the device call for."""
         dtype = autocast or torch.promote_types(hidden.dtype, weight.dtype)
-        if accumulation == torch.float64 or not multiplies_into_float32(hidden.device, dtype):
+        if accumulation == torch.float64 or not supports_fp32_output(hidden.device, dtype):
             dtype = accumulation
         return cls(weight, dtype)
 
-    @property
-    def n_columns(self) -> int:
-        """Logits per token."""
-        return len(self.weight)
+    def workspace(self) -> Workspace:
+        """Return the memory of a converted slice of the weight and of oneDNN's product with it."""
+        width, slice_rows = self.weight.shape[1], self._slice_rows
+        slice_bytes = slice_rows * width * self.dtype.itemsize
+        onednn = use_onednn(self.weight.device, self.dtype)
+        return Workspace(
+            fixed=((self.weight.dtype != self.dtype) + onednn) * slice_bytes,
+            per_row=max(slice_rows, width) * self.dtype.itemsize if onednn else 0,
+        )
 
     @property
-    def block_rows(self) -> int:
-        """No need of blocks."""
-        return 0
+    def _slice_rows(self) -> int:
+        device, row_bytes = self.weight.device.type, self.weight.shape[1] * self.dtype.itemsize
+        rows = _SLICE_BYTES.get(device, _DEFAULT_SLICE_BYTES) // row_bytes
+        return max(1, min(rows, _MAX_SLICE_ROWS.get(device, rows), len(self.weight)))
 
-    @property
-    def block_row_bytes(self) -> int:
-        """Nothing."""
-        return 0
+    def _vocab_slices(self) -> Iterator[slice]:
+        sliced = self.weight.device.type == "cpu" or self.weight.dtype != self.dtype
+        return blocks(len(self.weight), self._slice_rows if sliced else len(self.weight))
 
-    @property
-    def overwritten_rows(self) -> int:
-        """All compared rows."""
-        return len(self.weight)
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Temporary bytes of a converted tile and of a product with it."""
-        n_bytes = self._tile_rows * self.weight.shape[1] * self.dtype.itemsize
-        converted = self.weight.dtype != self.dtype
-        return (converted + onednn_multiplies(self.weight.device, self.dtype)) * n_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Of a product with a tile."""
-        if not onednn_multiplies(self.weight.device, self.dtype):
-            return 0
-        return max(self._tile_rows, self.weight.shape[1]) * self.dtype.itemsize
-
-    @property
-    def _tile_rows(self) -> int:
-        device = self.weight.device.type
-        rows = _TILE_BYTES.get(device, _DEFAULT_TILE_BYTES) // (self.weight.shape[1] * self.dtype.itemsize)
-        return max(1, min(rows, _TILE_COLUMNS.get(device, rows), len(self.weight)))
-
-    def _tiles(self) -> Iterator[slice]:
-        """Columns of the logits that are multiplied at once."""
-        cut = self.weight.device.type == "cpu" or self.weight.dtype != self.dtype
-        step = self._tile_rows if cut else len(self.weight)
-        return blocks(len(self.weight), step)
-
-    def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None = None) -> Tensor:
-        """out (n, V) = hidden (n, D) @ weight^T."""
-        for columns in self._tiles():
-            multiply(hidden, self.weight[columns].to(self.dtype).T, out[:, columns])
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Compute out (n, V) = hidden (n, D) @ weight^T."""
+        for columns in self._vocab_slices():
+            gemm(hidden, self.weight[columns].to(self.dtype).T, out[:, columns])
         return out
 
-    def back_project(self, grad: Tensor, out: Tensor, ids: Tensor | None = None) -> Tensor:
-        """out (n, D) = grad (n, V) @ weight."""
-        for columns in self._tiles():
-            tile = self.weight[columns].to(self.dtype)
-            multiply(grad[:, columns], tile, out, accumulate=columns.start > 0)
+    def back_project(self, grad: Tensor, out: Tensor) -> Tensor:
+        """Compute out (n, D) = grad (n, V) @ weight."""
+        for columns in self._vocab_slices():
+            gemm(grad[:, columns], self.weight[columns].to(self.dtype), out, accumulate=columns.start > 0)
         return out
 
-    def add_weight_gradient(
-        self, grad: Tensor, hidden: Tensor, out: Tensor, ids: Tensor | None, *, first: bool
-    ) -> None:
-        """out[:V] (+)= grad^T (V, n) @ hidden (n, D)."""
-        for columns in self._tiles():
-            multiply(grad[:, columns].T, hidden, out[columns], accumulate=not first)
+    def add_weight_gradient(self, grad: Tensor, hidden: Tensor, out: Tensor, *, overwrite: bool) -> None:
+        """Compute out[:V] (+)= grad^T (V, n) @ hidden (n, D)."""
+        for columns in self._vocab_slices():
+            gemm(grad[:, columns].T, hidden, out[columns], accumulate=not overwrite)
 
-    def add_bias_gradient(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> None:
-        """out[:V] += column sums of grad."""
+    def add_bias_gradient(self, grad: Tensor, out: Tensor) -> None:
+        """Add the column sums of grad to out[:V]."""
         out[: len(self.weight)] += grad.sum(0, dtype=out.dtype)
 
 
 @dataclass(frozen=True)
-class GatheredHead:
-    """K rows of the output layer per token, chosen by ids: no product over the vocabulary."""
+class IndexedLMHead:
+    """The LM head's rows at K ids per token of one chunk, without a product over the vocabulary."""
 
     weight: Tensor  # (V, D)
-    dtype: torch.dtype  # of the accumulation, too
-    n_columns: int  # K
-    block_rows: int  # tokens whose rows are gathered at once
+    ids: Tensor  # (n, K) int64
+    dtype: torch.dtype
+    block_rows: int  # tokens whose head rows are gathered at once
 
-    @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype, k: int, block_rows: int | None) -> GatheredHead:
-        """The head with this block, by default one of a size that suits the device."""
+    @staticmethod
+    def workspace(weight: Tensor, dtype: torch.dtype, k: int) -> Workspace:
+        """Return the memory of a block's gathered rows, before and after conversion to dtype."""
+        width = weight.shape[1]
+        unconverted = weight.dtype.itemsize if weight.dtype != dtype else 0
         block_bytes = _GATHERED_BYTES.get(weight.device.type, _DEFAULT_GATHERED_BYTES)
-        suitable = max(1, block_bytes // (k * weight.shape[1] * dtype.itemsize))
-        return cls(weight, dtype, k, block_rows or suitable)
+        return Workspace(
+            per_block_row=k * width * (dtype.itemsize + unconverted),
+            block_rows=max(1, block_bytes // (k * width * dtype.itemsize)),
+        )
 
-    @property
-    def overwritten_rows(self) -> int:
-        """None: gradients are scattered into zeros."""
-        return 0
+    def _gathered(self, block: slice) -> Tensor:
+        return self.weight[self.ids[block]].to(self.dtype)  # (rows of the block, K, D)
 
-    @property
-    def fixed_bytes(self) -> int:
-        """Nothing."""
-        return 0
-
-    @property
-    def row_bytes(self) -> int:
-        """Nothing but the logits."""
-        return 0
-
-    @property
-    def block_row_bytes(self) -> int:
-        """A token's gathered rows, as they are and converted."""
-        gathered = self.weight.dtype.itemsize if self.weight.dtype != self.dtype else 0
-        return self.n_columns * self.weight.shape[1] * (self.dtype.itemsize + gathered)
-
-    def _rows(self, ids: Tensor) -> Tensor:
-        return self.weight[ids].to(self.dtype)  # (n, K, D)
-
-    def project(self, hidden: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
-        """out[n, k] = hidden[n] . weight[ids[n, k]]."""
-        assert ids is not None
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Compute out[n, k] = hidden[n] . weight[ids[n, k]]."""
         for block in blocks(len(out), self.block_rows):
-            torch.bmm(self._rows(ids[block]), hidden[block].unsqueeze(-1), out=out[block].unsqueeze(-1))
+            torch.bmm(self._gathered(block), hidden[block].unsqueeze(-1), out=out[block].unsqueeze(-1))
         return out
 
-    def back_project(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> Tensor:
-        """out[n] = sum over k of grad[n, k] weight[ids[n, k]]."""
-        assert ids is not None
+    def back_project(self, grad: Tensor, out: Tensor) -> Tensor:
+        """Compute out[n] = sum over k of grad[n, k] weight[ids[n, k]]."""
         for block in blocks(len(out), self.block_rows):
-            torch.bmm(grad[block].unsqueeze(1), self._rows(ids[block]), out=out[block].unsqueeze(1))
+            torch.bmm(grad[block].unsqueeze(1), self._gathered(block), out=out[block].unsqueeze(1))
         return out
 
-    def add_weight_gradient(
-        self, grad: Tensor, hidden: Tensor, out: Tensor, ids: Tensor | None, *, first: bool
-    ) -> None:
-        """out[ids[n, k]] += grad[n, k] hidden[n]."""
-        assert ids is not None
+    def add_weight_gradient(self, grad: Tensor, hidden: Tensor, out: Tensor, *, overwrite: bool) -> None:
+        """Compute out[ids[n, k]] += grad[n, k] hidden[n]; out must be initialised."""
+        del overwrite
         for block in blocks(len(grad), self.block_rows):
             terms = grad[block].unsqueeze(-1) * hidden[block].unsqueeze(1)
-            out.index_add_(0, ids[block].flatten(), terms.flatten(0, 1))
+            out.index_add_(0, self.ids[block].flatten(), terms.flatten(0, 1))
 
-    def add_bias_gradient(self, grad: Tensor, out: Tensor, ids: Tensor | None) -> None:
-        """out[ids[n, k]] += grad[n, k]."""
-        assert ids is not None
-        out.index_add_(0, ids.flatten(), grad.flatten())
+    def add_bias_gradient(self, grad: Tensor, out: Tensor) -> None:
+        """Compute out[ids[n, k]] += grad[n, k]."""
+        out.index_add_(0, self.ids.flatten(), grad.flatten())
 
 
 def logit_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, columns). On the CPU 64 bytes lie between rows: at a distance of a power of two, as most
-    vocabularies give, all rows compete for the same places in the caches."""
+    """Return an uninitialised (rows, columns) tensor.
+
+    On a CPU rows are 64 bytes further apart than their length: vocabulary sizes are often multiples of a
+        power
+    of two, and such row strides cause cache-set conflicts.
+    """
     padding = 64 // dtype.itemsize if device.type == "cpu" else 0
     return torch.empty(rows, columns + padding, dtype=dtype, device=device)[:, :columns]

@@ -1,261 +1,284 @@
-"""The chunk loop of all losses and backends: project, do the row arithmetic, multiply the gradient out."""
+"""The chunk loop: project to logits, compute losses and logit gradients, accumulate parameter gradients."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..config import LossSettings
-from ..parallel.vocab_shard import Vocabulary
+from ..config import LossConfig
+from ..parallel.vocab_shard import VocabShard
+from ..rows.backend import choose_backend, make_row_loss
+from ..rows.base import RowLoss, StudentRows
 from ..stats import DistillStats, RowResult
-from .gemm import accumulation_dtype
-from .lm_head import GatheredHead, Head, StudentHead, logit_buffer
-from .teacher import Teacher, TeacherRows
-from .workspace import ChunkPlan, default_workspace_bytes, plan_chunks
-
-
-class RowStep(Protocol):
-    """The innermost step, all that differs between losses and backends: arithmetic on a chunk of logits."""
-
-    def __call__(
-        self,
-        student_logits: Tensor,  # (n, V) float32 / float64, as projected; may be overwritten
-        teacher: TeacherRows,
-        weight: Tensor,  # (n,) the same dtype, factor of each row's loss
-        settings: LossSettings,
-        *,
-        student_bias: Tensor | None,  # (V,)
-        labels: Tensor | None,  # (n,) int64, -100 where there is none, beyond V where another rank has it
-        grad: Tensor | None,  # (n, V), may be student_logits itself: receives the logit gradient
-        return_stats: bool,
-        block_rows: int,  # rows whose temporaries may be held at once
-        vocabulary: Vocabulary,  # whose V columns these are
-    ) -> RowResult:
-        """Losses and statistics of n rows."""
-        ...
+from .autograd import FusedLoss, Gradients, LossOutput, Student
+from .gemm import autocast_dtype
+from .lm_head import ChunkHead, IndexedLMHead, LMHead, logit_buffer
+from .teacher import Teacher
+from .workspace import ChunkPlan, Workspace, default_workspace_bytes, plan_chunks
 
 
 @dataclass(frozen=True)
-class Backend:
-    """A row step and the temporary memory it asks for."""
+class LossInputs:
+    """Everything a call needs besides the student's tensors and the options; tokens are flattened."""
 
-    name: str
-    step: RowStep
-    block_elements: int = 0  # logits per block of row arithmetic; 0: it needs no block-sized temporaries
-    block_tensors: int = 0  # temporaries of a block's size
-    row_bytes: int = 0  # other temporaries per row
-
-
-class LossTensors(NamedTuple):
-    """Every tensor of one call, tokens flattened. `counted` lists the tokens that count, None means all."""
-
-    student_hidden: Tensor  # (N, Ds)
-    student_weight: Tensor  # (Vs, Ds)
-    student_bias: Tensor | None  # (Vs,)
     teacher: Teacher
+    shard: VocabShard
+    dtype: torch.dtype  # of logits, losses and accumulated gradients
     token_weight: Tensor | None  # (N,)
     labels: Tensor | None  # (N,) int64
-    counted: Tensor | None  # (n,) int64
+    valid_token_ids: Tensor | None  # (n,) int64 positions of the tokens that count; None: all tokens
+    k: int | None = None  # size of a top-k teacher's support
+    indexed: bool = False  # project to the K ids alone
 
     @classmethod
-    def flattened(
+    def flatten(
         cls,
-        student_hidden: Tensor,  # (..., Ds)
-        student_weight: Tensor,
-        student_bias: Tensor | None,
         teacher: Teacher,
+        shard: VocabShard,
+        dtype: torch.dtype,
         *,
-        token_weight: Tensor | None,  # (...)
-        labels: Tensor | None,  # (...)
         mask: Tensor | None,  # (...) bool
-    ) -> LossTensors:
-        """From tensors in the caller's shapes."""
+        token_weight: Tensor | None,  # (...)
+        labels: Tensor | None,  # (...); None if the loss has no cross entropy
+        k: int | None = None,
+        indexed: bool = False,
+    ) -> LossInputs:
+        """Flatten per-token tensors from the caller's shapes."""
         return cls(
-            student_hidden.reshape(-1, student_hidden.shape[-1]),
-            student_weight,
-            student_bias,
             teacher,
+            shard,
+            dtype,
             None if token_weight is None else token_weight.detach().reshape(-1),
             None if labels is None else labels.reshape(-1).long(),
             None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
+            k,
+            indexed,
         )
 
-    @property
-    def accumulation_dtype(self) -> torch.dtype:
-        """See `_products.accumulation_dtype`."""
-        return accumulation_dtype(self.student_hidden, self.student_weight, *self.teacher.floats)
-
-    @property
-    def n_counted(self) -> int:
-        """How many tokens count."""
-        return len(self.student_hidden) if self.counted is None else len(self.counted)
+    def n_valid(self, student: Student) -> int:
+        """Return the number of tokens that count."""
+        return len(student.hidden) if self.valid_token_ids is None else len(self.valid_token_ids)
 
 
-class Gradients(NamedTuple):
-    """Gradients of the summed loss, in the accumulation dtype; None where not asked for."""
+def fused_loss(
+    student: Student,
+    inputs: LossInputs,
+    config: LossConfig,
+    *,
+    shape: torch.Size,
+    normalizer: float | Tensor | None,
+) -> Tensor | tuple[Tensor, DistillStats]:
+    """Return the reduced loss, and with config.return_stats (loss, DistillStats), for tokens of this shape.
 
-    hidden: Tensor | None = None  # (N, Ds)
-    weight: Tensor | None = None  # (Vs, Ds)
-    bias: Tensor | None = None  # (Vs,)
+    Runs eagerly under torch.compile (graph break).
+    """
+    run = _outside_the_compiler() if torch.compiler.is_compiling() else _eager_fused_loss
+    return run(student, inputs, config, shape, normalizer)
+
+
+@lru_cache
+def _outside_the_compiler() -> Any:
+    """Return `_eager_fused_loss` with compilation disabled, which imports dynamo when first used."""
+    return torch.compiler.disable(_eager_fused_loss)
+
+
+def _eager_fused_loss(
+    student: Student,
+    inputs: LossInputs,
+    config: LossConfig,
+    shape: torch.Size,
+    normalizer: float | Tensor | None,
+) -> Tensor | tuple[Tensor, DistillStats]:
+    device, n_valid = student.hidden.device, inputs.n_valid(student)
+    row_loss = make_row_loss(
+        choose_backend(config.backend, device, inputs.dtype),
+        config,
+        inputs.k,
+        n_valid * inputs.shard.max_local_size,
+        inputs.shard.is_sharded,
+    )
+    compute = partial(
+        chunked_loss, inputs=inputs, config=config, row_loss=row_loss, autocast=autocast_dtype(device)
+    )
+    needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
+    outputs = FusedLoss.apply(compute, config.reduction == "none", needs_grad, *student)
+    loss, *columns = cast("tuple[Any, ...]", outputs)
+    if config.reduction == "none":
+        loss = loss.reshape(shape)
+    elif config.reduction == "mean":
+        loss = loss / (max(n_valid, 1) if normalizer is None else normalizer)
+    if not config.return_stats:
+        return loss
+    return loss, DistillStats(*columns).map(lambda c: c.reshape(shape))
+
+
+def chunked_loss(
+    student: Student,
+    *,
+    inputs: LossInputs,
+    config: LossConfig,
+    row_loss: RowLoss,
+    autocast: torch.dtype | None,  # dtype of the products under autocast
+    per_token: bool,
+    needs_grad: tuple[bool, ...] = (False, False, False),
+    factor: Tensor | None = None,
+    return_stats: bool = True,
+) -> LossOutput:
+    """Run the chunk loop; see `ComputeLoss`."""
+    if not return_stats:
+        config = replace(config, return_stats=False)
+    token_weight = inputs.token_weight
+    if factor is not None:
+        token_weight = factor if token_weight is None else factor * token_weight
+    with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
+        loop = _ChunkLoop(student, inputs, config, row_loss, autocast, needs_grad)
+        rows, gradients = loop.run(token_weight)
+        to_tokens = partial(_scatter_to_tokens, inputs.valid_token_ids, len(student.hidden))
+        loss = to_tokens(rows.loss) if per_token else rows.loss.sum()
+        return LossOutput(loss, None if rows.stats is None else rows.stats.map(to_tokens), gradients)
+
+
+def _scatter_to_tokens(valid_token_ids: Tensor | None, n_tokens: int, column: Tensor) -> Tensor:
+    """Return (n,) values of the valid tokens as (N,), 0 elsewhere."""
+    if valid_token_ids is None:
+        return column
+    return column.new_zeros(n_tokens).index_copy_(0, valid_token_ids, column)
 
 
 @dataclass(frozen=True)
-class Engine:
-    """One loss on one backend, ready to run on tensors."""
+class _ChunkLoop:
+    student: Student
+    inputs: LossInputs
+    config: LossConfig
+    row_loss: RowLoss
+    autocast: torch.dtype | None
+    needs_grad: tuple[bool, ...]
 
-    settings: LossSettings
-    backend: Backend
-    vocabulary: Vocabulary
-    needs_grad: tuple[bool, ...]  # of hidden, weight, bias
-    autocast_dtype: torch.dtype | None  # dtype of the products under autocast
-    return_stats: bool
-    workspace_bytes: int | None
-    support_size: int | None = None  # K: project K columns per token; None: the whole vocabulary
-
-    def without_grad(self) -> Engine:
-        """The same loss, its value only."""
-        return replace(self, needs_grad=(False, False, False))
-
-    def plan(self, tensors: LossTensors) -> ChunkPlan:
-        """Chunk sizes that keep temporary memory, gradients aside, within workspace_bytes on every rank."""
-        dtype, teacher, vocab_size = tensors.accumulation_dtype, tensors.teacher, self.vocabulary.largest
-        # A head of the largest block, without its memory.
-        weight = tensors.student_weight[:1].expand(vocab_size, -1)
-        student = self._student_head(tensors, weight)
-        columns = student.n_columns + teacher.buffer_columns(vocab_size)
-        separate_grad = (
-            student.n_columns * student.dtype.itemsize if self._separate_grad(student, dtype) else 0
-        )
-        hidden_bytes = 2 * tensors.student_hidden.shape[-1] * dtype.itemsize
-        return plan_chunks(
-            tensors.n_counted,
-            self.workspace_bytes
-            or default_workspace_bytes(tensors.student_hidden.device.type, weight.numel() * dtype.itemsize),
-            # The heads are multiplied one after the other.
-            fixed_bytes=max(student.fixed_bytes, teacher.fixed_bytes(vocab_size, dtype, self.autocast_dtype))
-            + 64 * len(tensors.student_hidden),
-            row_bytes=columns * dtype.itemsize
-            + separate_grad
-            + hidden_bytes
-            + student.row_bytes
-            + teacher.row_bytes(dtype)
-            + self.backend.row_bytes
-            + vocab_size // 24  # partial sums of kernels
+    def plan(self) -> ChunkPlan:
+        """Return chunk sizes that keep temporary memory within workspace_bytes on every rank."""
+        student, inputs, dtype = self.student, self.inputs, self.inputs.dtype
+        n_columns = inputs.shard.max_local_size
+        weight = student.weight[:1].expand(n_columns, -1)  # the largest rank's head, without its memory
+        teacher = inputs.teacher.workspace(n_columns, dtype, self.autocast)
+        if inputs.indexed:
+            assert inputs.k is not None
+            student_columns, product_dtype = inputs.k, dtype
+            head = IndexedLMHead.workspace(weight, dtype, inputs.k)
+        else:
+            full = LMHead.for_inputs(student.hidden, weight, dtype, self.autocast)
+            student_columns, product_dtype, head = n_columns, full.dtype, full.workspace()
+        separate_grad = product_dtype.itemsize if self._separate_grad(product_dtype) else 0
+        tensors = Workspace(
+            fixed=64 * len(student.hidden),  # per-token columns
+            per_row=student_columns * (dtype.itemsize + separate_grad)
+            + 2 * student.hidden.shape[-1] * dtype.itemsize
             + 512,
-            block_row_bytes=self.backend.block_tensors * student.n_columns * dtype.itemsize
-            + student.block_row_bytes,
-            block_rows=student.block_rows or self.backend.block_elements // student.n_columns,
         )
+        need = head + teacher + self.row_loss.workspace(student_columns, dtype) + tensors
+        # The two heads are multiplied one after the other.
+        need = replace(need, fixed=need.fixed - min(head.fixed, teacher.fixed))
+        head_bytes = weight.numel() * dtype.itemsize
+        bound = self.config.workspace_bytes or default_workspace_bytes(student.hidden.device.type, head_bytes)
+        return plan_chunks(inputs.n_valid(student), bound, need)
 
-    def run(
-        self, tensors: LossTensors, token_weight: Tensor | None
-    ) -> tuple[Tensor, DistillStats | None, Gradients]:
-        """Weighted losses of the counted tokens (n,), their statistics, the gradients of the losses' sum."""
-        with torch.no_grad(), torch.autocast(tensors.student_hidden.device.type, enabled=False):
-            return self._run(tensors, token_weight)
-
-    def _run(
-        self, tensors: LossTensors, token_weight: Tensor | None
-    ) -> tuple[Tensor, DistillStats | None, Gradients]:
-        plan = self.plan(tensors)
-        hidden, counted, teacher = tensors.student_hidden, tensors.counted, tensors.teacher
-        device, dtype = hidden.device, tensors.accumulation_dtype
-        vocab_size = self.vocabulary.size
-        student = self._student_head(tensors, tensors.student_weight[:vocab_size], plan.block_rows)
-        bias = None if tensors.student_bias is None else tensors.student_bias[:vocab_size].to(dtype)
-        gradients = self._empty_gradients(tensors, student, dtype)
+    def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients]:
+        """Return losses and statistics of the n valid tokens, and the gradients of the losses' sum."""
+        plan = self.plan()
+        student, inputs, dtype = self.student, self.inputs, self.inputs.dtype
+        shard, device, valid = inputs.shard, student.hidden.device, inputs.valid_token_ids
+        weight = student.weight[: shard.size]
+        bias = None if student.bias is None else student.bias[: shard.size].to(dtype)
+        full_head = LMHead.for_inputs(student.hidden, weight, dtype, self.autocast)
+        product_dtype = dtype if inputs.indexed else full_head.dtype
+        n_logits = shard.size if inputs.k is None or not inputs.indexed else inputs.k
+        gradients = self._empty_gradients()
         if token_weight is None:
-            token_weight = torch.ones((), dtype=dtype, device=device).expand(len(hidden))
+            token_weight = torch.ones((), dtype=dtype, device=device).expand(len(student.hidden))
 
         rows = min(plan.rows, plan.n_tokens)
-        student_buffer = logit_buffer(rows, student.n_columns, dtype, device)
-        teacher_buffer = logit_buffer(rows, teacher.buffer_columns(vocab_size), dtype, device)
+        read_teacher = inputs.teacher.reader(shard, rows, dtype, self.autocast)
+        logits = logit_buffer(rows, n_logits, dtype, device)
         grad_buffer = None
-        if self._separate_grad(student, dtype):
-            grad_buffer = logit_buffer(rows, student.n_columns, student.dtype, device)
+        if self._separate_grad(product_dtype):
+            grad_buffer = logit_buffer(rows, n_logits, product_dtype, device)
 
         results: list[RowResult] = []
         for chunk in plan.chunks():
             n = chunk.stop - chunk.start
-            tokens = chunk if counted is None else counted[chunk]
-            teacher_rows = teacher.read(tokens, teacher_buffer[:n], self.autocast_dtype)
-            student_hidden = hidden[tokens].to(student.dtype)
-            student_logits = student.project(student_hidden, student_buffer[:n], teacher_rows.ids)
+            tokens = chunk if valid is None else valid[chunk]
+            teacher_rows = read_teacher(tokens)
+            head: ChunkHead = full_head
+            if inputs.indexed:
+                assert teacher_rows.ids is not None
+                head = IndexedLMHead(weight, teacher_rows.ids, dtype, plan.block_rows)
+            hidden = student.hidden[tokens].to(product_dtype)
+            student_rows = StudentRows(
+                head.project(hidden, logits[:n]),
+                token_weight[tokens].to(dtype).contiguous(),  # a fixed layout avoids recompilation
+                bias,
+                None if inputs.labels is None else shard.local_labels(inputs.labels[tokens]),
+            )
             grad = None
             if any(self.needs_grad):
-                grad = student_logits if grad_buffer is None else grad_buffer[:n]
-            result = self.backend.step(
-                student_logits,
-                teacher_rows,
-                token_weight[tokens].to(dtype).contiguous(),  # one layout is one compilation
-                self.settings,
-                student_bias=bias,
-                labels=None if tensors.labels is None else self.vocabulary.column(tensors.labels[tokens]),
-                grad=grad,
-                return_stats=self.return_stats,
-                block_rows=plan.block_rows,
-                vocabulary=self.vocabulary,
-            )
-            results.append(result)
-            if grad is not None:
-                _accumulate(
-                    gradients, grad, student, student_hidden, tokens, teacher_rows.ids, chunk.start == 0
+                grad = student_rows.logits if grad_buffer is None else grad_buffer[:n]
+            results.append(
+                self.row_loss(
+                    student_rows,
+                    teacher_rows,
+                    self.config,
+                    grad=grad,
+                    group=shard.group,
+                    block_rows=plan.block_rows,
                 )
+            )
+            if grad is not None:
+                _accumulate(gradients, grad, head, hidden, tokens, first=chunk.start == 0)
         if gradients.hidden is not None:
-            self.vocabulary.add_up(gradients.hidden)
-        whole = RowResult.concatenate(results)
-        return whole.loss, whole.stats, gradients
+            shard.group.all_reduce_sum_(gradients.hidden)
+        return RowResult.concatenate(results), gradients
 
-    def _empty_gradients(self, tensors: LossTensors, student: StudentHead, dtype: torch.dtype) -> Gradients:
-        """Buffers that `_accumulate` fills; zeros where it will not write."""
+    def _separate_grad(self, product_dtype: torch.dtype) -> bool:
+        """Return True if the logit gradient cannot overwrite the student's logits, whose dtype differs."""
+        return any(self.needs_grad) and product_dtype != self.inputs.dtype
+
+    def _empty_gradients(self) -> Gradients:
+        """Return the buffers that `_accumulate` fills; zeros where it does not write."""
+        student, dtype = self.student, self.inputs.dtype
         hidden, weight, bias = self.needs_grad
         gradients = Gradients(
-            torch.empty_like(tensors.student_hidden, dtype=dtype) if hidden else None,
-            torch.empty_like(tensors.student_weight, dtype=dtype) if weight else None,
-            torch.zeros_like(tensors.student_bias, dtype=dtype)
-            if bias and tensors.student_bias is not None
-            else None,
+            torch.empty_like(student.hidden, dtype=dtype) if hidden else None,
+            torch.empty_like(student.weight, dtype=dtype) if weight else None,
+            torch.zeros_like(student.bias, dtype=dtype) if bias and student.bias is not None else None,
         )
-        if gradients.hidden is not None and tensors.counted is not None:
+        if gradients.hidden is not None and self.inputs.valid_token_ids is not None:
             gradients.hidden.zero_()
         if gradients.weight is not None:
-            gradients.weight[student.overwritten_rows :].zero_()
+            rows_written_by_first_chunk = 0 if self.inputs.indexed else self.inputs.shard.size
+            gradients.weight[rows_written_by_first_chunk:].zero_()
         return gradients
-
-    def _student_head(
-        self, tensors: LossTensors, weight: Tensor, block_rows: int | None = None
-    ) -> StudentHead:
-        dtype = tensors.accumulation_dtype
-        if self.support_size is not None:
-            return GatheredHead.of(weight, dtype, self.support_size, block_rows)
-        return Head.of(tensors.student_hidden, weight, dtype, self.autocast_dtype)
-
-    def _separate_grad(self, student: StudentHead, dtype: torch.dtype) -> bool:
-        """Whether the logit gradient has a buffer of its own, not the student logits' place."""
-        return any(self.needs_grad) and student.dtype != dtype
 
 
 def _accumulate(
     gradients: Gradients,
-    grad: Tensor,  # (n, n_columns)
-    student: StudentHead,
-    student_hidden: Tensor,  # (n, Ds)
+    grad: Tensor,  # (n, C) logit gradient
+    head: ChunkHead,
+    hidden: Tensor,  # (n, Ds)
     tokens: slice | Tensor,
-    ids: Tensor | None,  # (n, K)
+    *,
     first: bool,
 ) -> None:
-    """Add one chunk's products to the gradients, in the accumulation dtype."""
+    """Add the products of one chunk to the gradients, in the accumulation dtype."""
     if gradients.hidden is not None:
         if isinstance(tokens, slice):
-            student.back_project(grad, gradients.hidden[tokens], ids)
+            head.back_project(grad, gradients.hidden[tokens])
         else:
-            gradients.hidden[tokens] = student.back_project(
-                grad, torch.empty_like(student_hidden, dtype=gradients.hidden.dtype), ids
-            )
+            out = torch.empty_like(hidden, dtype=gradients.hidden.dtype)
+            gradients.hidden[tokens] = head.back_project(grad, out)
     if gradients.weight is not None:
-        student.add_weight_gradient(grad, student_hidden, gradients.weight, ids, first=first)
+        head.add_weight_gradient(grad, hidden, gradients.weight, overwrite=first)
     if gradients.bias is not None:
-        student.add_bias_gradient(grad, gradients.bias, ids)
+        head.add_bias_gradient(grad, gradients.bias)

@@ -1,128 +1,101 @@
-"""The teacher's side of a loss: hidden states and a head, or log-probabilities at K ids."""
+"""The teacher's side of a loss: hidden states with an LM head, or log-probabilities at K ids per token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..parallel.vocab_shard import Vocabulary
-from .lm_head import Head
+from ..parallel.vocab_shard import VocabShard
+from ..rows.base import TeacherRows
+from .gemm import float64_if_supported
+from .lm_head import LMHead, logit_buffer
+from .workspace import Workspace
 
+ReadRows = Callable[["slice | Tensor"], TeacherRows]  # from the tokens of a chunk
 
-class TeacherRows(NamedTuple):
-    """A chunk of tokens as the teacher sees them."""
-
-    values: Tensor  # (n, V) logits as projected; with ids (n, K) log-probabilities, -inf where absent
-    bias: Tensor | None = None  # (V,) of the logits
-    ids: Tensor | None = None  # (n, K) int64 columns; an absent entry repeats an id of its row
-    here: Tensor | None = None  # (n, K) bool: False where another rank holds the column; None: all are here
+_NO_ID = torch.iinfo(torch.int64).max
 
 
 class Teacher(Protocol):
-    """Where TeacherRows come from."""
+    """A source of `TeacherRows`."""
 
-    @property
-    def floats(self) -> tuple[Tensor, ...]:
-        """Tensors whose dtypes decide what the loss is accumulated in."""
+    def workspace(self, n_columns: int, dtype: torch.dtype, autocast: torch.dtype | None) -> Workspace:
+        """Return the memory that reading a chunk needs, for n_columns local columns."""
         ...
 
-    def buffer_columns(self, vocab_size: int) -> int:
-        """Logits per token that `read` wants a buffer for."""
-        ...
-
-    def fixed_bytes(self, vocab_size: int, accumulation: torch.dtype, autocast: torch.dtype | None) -> int:
-        """Temporary bytes whatever the chunk."""
-        ...
-
-    def row_bytes(self, accumulation: torch.dtype) -> int:
-        """Temporary bytes per token of a chunk, the buffer apart."""
-        ...
-
-    def read(self, tokens: slice | Tensor, buffer: Tensor, autocast: torch.dtype | None) -> TeacherRows:
-        """The rows of `tokens`; buffer is (n, buffer_columns) in the accumulation dtype."""
+    def reader(
+        self, shard: VocabShard, max_rows: int, dtype: torch.dtype, autocast: torch.dtype | None
+    ) -> ReadRows:
+        """Return a function that reads a chunk of at most max_rows tokens, valid until the next call."""
         ...
 
 
 @dataclass(frozen=True)
 class FullTeacher:
-    """Last hidden states and output head, projected chunk by chunk."""
+    """A full-vocabulary teacher: last hidden states and an LM head, projected chunk by chunk."""
 
     hidden: Tensor  # (N, Dt)
     weight: Tensor  # (Vt, Dt)
     bias: Tensor | None  # (Vt,)
 
-    @property
-    def floats(self) -> tuple[Tensor, ...]:
-        """Hidden states and head."""
-        return self.hidden, self.weight
+    def workspace(self, n_columns: int, dtype: torch.dtype, autocast: torch.dtype | None) -> Workspace:
+        """Return the memory of the logits, the hidden states of a chunk and the head's products."""
+        weight = self.weight[:1].expand(n_columns, -1)
+        head = LMHead.for_inputs(self.hidden, weight, dtype, autocast)
+        row_bytes = (n_columns + self.hidden.shape[-1]) * dtype.itemsize
+        return Workspace(fixed=head.workspace().fixed, per_row=row_bytes)
 
-    def buffer_columns(self, vocab_size: int) -> int:
-        """The whole vocabulary."""
-        return vocab_size
+    def reader(
+        self, shard: VocabShard, max_rows: int, dtype: torch.dtype, autocast: torch.dtype | None
+    ) -> ReadRows:
+        """Return a function that projects a chunk to logits, in a buffer that all chunks share."""
+        head = LMHead.for_inputs(self.hidden, self.weight[: shard.size], dtype, autocast)
+        bias = None if self.bias is None else self.bias[: shard.size].to(dtype)
+        buffer = logit_buffer(max_rows, shard.size, dtype, self.hidden.device)
 
-    def fixed_bytes(self, vocab_size: int, accumulation: torch.dtype, autocast: torch.dtype | None) -> int:
-        """A converted tile of the head."""
-        weight = self.weight[:1].expand(vocab_size, -1)
-        return Head.of(self.hidden, weight, accumulation, autocast).fixed_bytes
+        def read(tokens: slice | Tensor) -> TeacherRows:
+            hidden = self.hidden[tokens].to(head.dtype)
+            return TeacherRows(head.project(hidden, buffer[: len(hidden)]), bias)
 
-    def row_bytes(self, accumulation: torch.dtype) -> int:
-        """A gathered or converted hidden state."""
-        return self.hidden.shape[-1] * accumulation.itemsize
-
-    def read(self, tokens: slice | Tensor, buffer: Tensor, autocast: torch.dtype | None) -> TeacherRows:
-        """Logits in the buffer, by one product."""
-        vocab_size = buffer.shape[1]
-        head = Head.of(self.hidden, self.weight[:vocab_size], buffer.dtype, autocast)
-        logits = head.project(self.hidden[tokens].to(head.dtype), buffer)
-        return TeacherRows(logits, None if self.bias is None else self.bias[:vocab_size].to(buffer.dtype))
+        return read
 
 
 @dataclass(frozen=True)
 class TopKTeacher:
-    """Log-probabilities at K ids per token, each id counted once."""
+    """Log-probabilities at K ids per token; an id that occurs twice counts once."""
 
     logprobs: Tensor  # (N, K), -inf where absent
     ids: Tensor  # (N, K) int
-    vocabulary: Vocabulary
 
-    @property
-    def floats(self) -> tuple[Tensor, ...]:
-        """None: log-probabilities in float64 do not make a float32 student's loss float64."""
-        return ()
+    def workspace(self, n_columns: int, dtype: torch.dtype, autocast: torch.dtype | None) -> Workspace:
+        """Return the memory of sorted ids and log-probabilities and of the sort's temporaries."""
+        del n_columns, dtype, autocast
+        return Workspace(per_row=64 * self.ids.shape[-1])
 
-    def buffer_columns(self, vocab_size: int) -> int:
-        """Nothing is projected."""
-        return 0
+    def reader(
+        self, shard: VocabShard, max_rows: int, dtype: torch.dtype, autocast: torch.dtype | None
+    ) -> ReadRows:
+        """Return a function that sorts a chunk's entries by id and keeps the first of duplicates."""
+        del max_rows, dtype, autocast
 
-    def fixed_bytes(self, vocab_size: int, accumulation: torch.dtype, autocast: torch.dtype | None) -> int:
-        """Nothing."""
-        return 0
+        def read(tokens: slice | Tensor) -> TeacherRows:
+            logprobs, ids = self.logprobs[tokens], self.ids[tokens].long()
+            absent = logprobs == -torch.inf
+            ids, order = ids.masked_fill(absent, _NO_ID).sort(dim=-1, stable=True)
+            logprobs = logprobs.gather(-1, order).to(float64_if_supported(logprobs.device))
+            repeated = torch.zeros_like(absent)
+            repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+            logprobs.masked_fill_(repeated, -torch.inf)
+            first = ids[:, :1]
+            first = torch.where(first == _NO_ID, 0, first)  # a row without any entry
+            ids = torch.where(logprobs == -torch.inf, first, ids)
+            if not shard.is_sharded:
+                return TeacherRows(logprobs, ids=ids)
+            ids, is_local = shard.to_local(ids)
+            return TeacherRows(logprobs, ids=ids, is_local=is_local)
 
-    def row_bytes(self, accumulation: torch.dtype) -> int:
-        """Sorted ids and log-probabilities, and what the sort holds meanwhile."""
-        return 64 * self.ids.shape[-1]
-
-    def read(self, tokens: slice | Tensor, buffer: Tensor, autocast: torch.dtype | None) -> TeacherRows:
-        """Entries in the order of their ids; of several with one id, the first stays present."""
-        logprobs, ids = self.logprobs[tokens], self.ids[tokens].long()
-        absent = logprobs == -torch.inf
-        ids, order = ids.masked_fill(absent, torch.iinfo(torch.int64).max).sort(dim=-1, stable=True)
-        logprobs = logprobs.gather(-1, order).to(wide_dtype(logprobs.device))
-        repeated = torch.zeros_like(absent)
-        repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
-        logprobs.masked_fill_(repeated, -torch.inf)
-        first = ids[:, :1]
-        first = torch.where(first == torch.iinfo(torch.int64).max, 0, first)  # a row without any entry
-        ids = torch.where(logprobs == -torch.inf, first, ids)
-        if self.vocabulary.group is None:
-            return TeacherRows(logprobs, ids=ids)
-        ids, here = self.vocabulary.place(ids)
-        return TeacherRows(logprobs, ids=ids, here=here)
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating dtype of the device, for numbers of which there are few."""
-    return torch.float32 if device.type == "mps" else torch.float64
+        return read

@@ -23,8 +23,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..config import LossConfig, require_count, require_non_negative
 from ..linear_jsd import fused_linear_jsd
-from ..validation import IGNORED_LABEL, LossOptions, check_count, check_not_negative, check_options
+from ..validation import IGNORED_LABEL
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
@@ -61,10 +62,10 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return_soft_hard_loss: bool = False,
     ):
         super().__init__()
-        check_not_negative("weight_hard_loss", weight_hard_loss)
-        check_not_negative("weight_soft_loss", weight_soft_loss)
-        check_options({"beta": beta, "temperature": temperature}, LossOptions)
-        check_count("chunk_size", chunk_size)
+        require_non_negative("weight_hard_loss", weight_hard_loss)
+        require_non_negative("weight_soft_loss", weight_soft_loss)
+        LossConfig(beta=beta, temperature=temperature)
+        require_count("chunk_size", chunk_size)
         self.weight_hard_loss = weight_hard_loss
         self.weight_soft_loss = weight_soft_loss
         self.beta = beta
@@ -128,7 +129,7 @@ class LigerFusedLinearJSD(nn.Module):
         accum_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_options({"beta": jsd_beta, "temperature": temperature}, LossOptions)
+        LossConfig(beta=jsd_beta, temperature=temperature)
         if accum_dtype not in (None, torch.float32):
             raise ValueError(
                 f"accum_dtype must be None or torch.float32, as gradients are accumulated, got {accum_dtype}"

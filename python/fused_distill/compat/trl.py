@@ -34,7 +34,7 @@ from torch import Tensor
 from ..huggingface.lm_head import lm_head_of
 from ..linear_jsd import fused_linear_jsd
 from ..linear_topk_jsd import fused_linear_topk_jsd
-from ..parallel.dtensor import whole
+from ..parallel.dtensor import gather_dtensor
 
 _KNOWN = "1.16"
 _replaced: list[tuple[Any, str, Any]] = []  # owner, name, TRL's own
@@ -269,5 +269,5 @@ def _whole(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Iterator[tupl
 
 def _plain(parameter: Any, hidden: Tensor) -> Any:
     """FSDP2's DTensor, float32 shards, as an ordinary tensor of the backbone's dtype."""
-    gathered = whole(parameter)
+    gathered = gather_dtensor(parameter)
     return parameter if gathered is parameter else gathered.to(hidden.dtype)

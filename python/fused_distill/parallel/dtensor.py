@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 keeps in shards."""
+"""Parameters that FSDP2 shards as DTensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from torch import Tensor
 T = TypeVar("T", bound="Tensor | None")
 
 
-def whole(parameter: T) -> T:
-    """A DTensor gathered into an ordinary tensor; anything else as it is.
+def gather_dtensor(parameter: T) -> T:
+    """Return the full tensor of a DTensor; return anything else unchanged.
 
-    Ranks have tokens of their own, so that their gradients differ: the way back averages them into the
-    shards, as FSDP2 does for what a module's forward uses. Where ranks have the same tokens the average
-    changes nothing.
+    Each rank has its own tokens, so the ranks' gradients differ. The backward pass averages them into the
+    shards, as FSDP2 does for the parameters of a module's forward.
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter

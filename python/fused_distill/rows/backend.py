@@ -1,39 +1,48 @@
-"""Which row step a call runs on."""
+"""Backend selection."""
 
 from __future__ import annotations
 
 import os
-from functools import partial
 from importlib.util import find_spec
 
 import torch
 
-from ..chunked.loop import Backend
+from ..config import Backend, LossConfig, TopKLossConfig
+from .base import RowLoss
 from .compiled import Compiler
-from .full_torch import row_divergence
-from .topk import SUPPORT_TENSORS, RestOperations, TopKRows, rest_gradient, rest_statistics
+from .full_torch import TorchJSD
+from .tail_torch import TorchTail
+from .topk import SupportRowLoss, TailRowLoss
 
 # Below this many logits per call, compiling the row arithmetic costs more than it saves.
 _COMPILE_MIN_LOGITS = 1 << 24
-_BLOCK_ELEMENTS = 1 << 20
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """ "triton" or "torch" for the public functions' backend.
+def auto_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Return the backend that "auto" selects for a device and accumulation dtype, and the reason."""
+    if device.type != "cuda":
+        return "torch", f"Triton kernels need a CUDA or ROCm device, and this is {device.type}"
+    if find_spec("triton") is None:
+        return "torch", "Triton is not installed"
+    if dtype != torch.float32:
+        return "torch", f"Triton kernels compute in float32, and the inputs call for {dtype}"
+    return "triton", "the device is a CUDA or ROCm device and Triton is installed"
+
+
+def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> str:
+    """Return "triton" or "torch" for a backend option, a device and an accumulation dtype.
 
     Raises:
         ImportError: "triton" without Triton installed.
-        ValueError: "triton" on a device or dtype that it does not serve.
+        ValueError: "triton" on a device or with a dtype that its kernels do not support.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if name == "auto":
-        fits = device.type == "cuda" and dtype == torch.float32 and find_spec("triton") is not None
-        return "triton" if fits else "torch"
+        return auto_backend(device, dtype)[0]
     if name == "torch":
         return name
     if find_spec("triton") is None:
         raise ImportError("backend='triton' needs Triton: pip install 'fused-distill[triton]'")
-    if device.type != "cuda" and not interpreted:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"backend='triton' needs tensors on a CUDA or ROCm device, got student_hidden on {device}"
         )
@@ -42,39 +51,29 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-def full_backend(name: str, n_logits: int, sharded: bool) -> Backend:
-    """The row step for a full-vocabulary teacher; n_logits of either model in the whole call."""
-    if name == "triton":
-        from .full_triton import row_divergence as triton_row_divergence
+def make_row_loss(name: str, config: LossConfig, k: int | None, n_logits: int, sharded: bool) -> RowLoss:
+    """Return the row loss of a call.
 
-        return Backend(name, triton_row_divergence)
-    compiled, block_tensors = _compiles(n_logits, sharded, 26)
-    return Backend(name, partial(row_divergence, compiled=compiled), _BLOCK_ELEMENTS, block_tensors)
-
-
-def topk_backend(
-    name: str, n_logits: int, sharded: bool, tail: str, support_size: int, *, gathered: bool
-) -> Backend:
-    """The row step for a top-k teacher; gathered: the student's logits are those of the support alone."""
-    row_bytes = SUPPORT_TENSORS * 8 * (support_size + 1)
-    if gathered:
-        return Backend(name, TopKRows(tail, None), row_bytes=row_bytes)
-    if name == "triton":
-        from . import tail_triton as _topk_rows_triton
-
-        rest = RestOperations(_topk_rows_triton.rest_statistics, _topk_rows_triton.rest_gradient)
-        return Backend(name, TopKRows(tail, rest), row_bytes=row_bytes)
-    compiled, block_tensors = _compiles(n_logits, sharded, 8)
-    rest = RestOperations(
-        partial(rest_statistics, compiled=compiled), partial(rest_gradient, compiled=compiled)
-    )
-    return Backend(name, TopKRows(tail, rest), _BLOCK_ELEMENTS, block_tensors, row_bytes)
-
-
-def _compiles(n_logits: int, sharded: bool, block_tensors: int) -> tuple[bool, int]:
-    """Whether to compile, and how many of the eager temporaries of a block to plan for.
-
-    Over a process group the plan must not depend on whether this rank's compiler works.
+    Args:
+        name: "triton" or "torch".
+        config: the loss's options.
+        k: size of a top-k teacher's support; None for a full-vocabulary teacher.
+        n_logits: logits of either model in the whole call.
+        sharded: several ranks share the vocabulary. They must derive equal chunk sizes, so these must not
+            depend on whether a rank's compiler works.
     """
     compiled = n_logits >= _COMPILE_MIN_LOGITS and (Compiler.works or sharded)
-    return compiled, 0 if compiled and not sharded else block_tensors
+    plans_for_eager = sharded or not compiled
+    if k is None or not isinstance(config, TopKLossConfig):
+        if name == "triton":
+            from .full_triton import TritonJSD
+
+            return TritonJSD()
+        return TorchJSD(compiled, plans_for_eager)
+    if config.projects_support_only:
+        return SupportRowLoss(k)
+    if name == "triton":
+        from .tail_triton import TritonTail
+
+        return TailRowLoss(k, TritonTail())
+    return TailRowLoss(k, TorchTail(compiled, plans_for_eager))

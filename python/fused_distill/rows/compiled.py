@@ -1,4 +1,4 @@
-"""Stages of row arithmetic, compiled where that works, else eager on a block of rows at a time."""
+"""Stages of row arithmetic: compiled where torch.compile works, else eager on one block of rows at a time."""
 
 from __future__ import annotations
 
@@ -11,38 +11,52 @@ import torch
 
 from ..chunked.workspace import blocks
 
-Stage = Callable[..., tuple[Any, ...]]  # tensors with a row's numbers in each row, or None
+Stage = Callable[..., tuple[Any, ...]]  # of tensors with one entry per row in their first dimension, or None
+
+ELEMENTS_PER_BLOCK = 1 << 20  # logits of an eager block
 
 
 class Compiler:
-    """Whether torch.compile has worked until now."""
+    """State of torch.compile in this process."""
 
-    works = True
+    works = True  # set to False once a compilation has failed
 
 
 @cache
 def compiled_stage(stage: Stage) -> Stage:
-    """The stage compiled once for all shapes."""
+    """Return the stage compiled once for all shapes."""
     return torch.compile(stage, dynamic=True)
 
 
 def run_stage(
     stage: Stage,
-    arguments: Callable[[slice], tuple[Any, ...]],  # the stage's, for a block of rows
+    arguments: Callable[[slice], tuple[Any, ...]],
     n: int,
     *,
-    block_rows: int | None,  # rows held at once when eager; None: all
+    block_rows: int | None,
     compiled: bool,
 ) -> tuple[Any, ...]:
-    """What the stage gives of n rows."""
+    """Run a stage on n rows.
+
+    Args:
+        stage: function of the arguments of a block of rows.
+        arguments: returns the stage's arguments for a block.
+        n: number of rows.
+        block_rows: rows held at once when eager; None: all.
+        compiled: use torch.compile, unless it has failed before.
+    """
     if compiled and Compiler.works:
         try:
             return compiled_stage(stage)(*arguments(slice(0, n)))
-        except Exception as error:  # a missing or broken compiler shows in many types, before any write
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # a missing or broken compiler raises many types, before anything is written
             Compiler.works = False
             warnings.warn(
-                f"fused_distill: torch.compile failed ({type(error).__name__}), the row arithmetic runs "
-                "eagerly and several times slower; a C++ compiler on the PATH mends this",
+                f"fused_distill: torch.compile failed ({type(error).__name__}), falling back to eager mode, "
+                "which is several times slower. Install a C++ compiler to enable it",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -1,87 +1,96 @@
-"""The row step of the Triton backend: kernel launches, then a few operations on one number per row."""
+"""Row loss for a full-vocabulary teacher by Triton kernels, and a few operations on one number per row."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 
 import torch
 from fused_distill_kernels import jsd_rows
 from torch import Tensor
 
-from ..chunked.teacher import TeacherRows
-from ..config import LossSettings
-from ..parallel.vocab_shard import Vocabulary
+from ..chunked.workspace import Workspace
+from ..config import Divergence, LossConfig
+from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
-from .topk import exp_below
+from .base import StudentRows, TeacherRows
+from .elementwise import exp_sub_max
 
 
-def row_divergence(
-    student_logits: Tensor,  # (n, V) float32
-    teacher: TeacherRows,  # (n, V) float32
-    weight: Tensor,  # (n,) float32, contiguous
-    settings: LossSettings,
-    *,
-    student_bias: Tensor | None = None,
-    labels: Tensor | None = None,
-    grad: Tensor | None = None,
-    return_stats: bool = False,
-    block_rows: int | None = None,
-    vocabulary: Vocabulary | None = None,
-) -> RowResult:
-    """`_rows.row_divergence` by the kernels; block_rows is not needed."""
-    del block_rows
-    labels = labels if settings.hard_weight != 0 else None
-    ranks = None if vocabulary is None or vocabulary.group is None else vocabulary
-    sums = jsd_rows(
-        student_logits,
-        teacher.values,
-        weight,
-        **asdict(settings),
-        student_bias=student_bias,
-        teacher_bias=teacher.bias,
-        labels=labels,
-        grad=grad,
-        return_stats=return_stats,
-        on_statistics=None if ranks is None else partial(_statistics_over_ranks, ranks, labels is not None),
-        on_sums=None if ranks is None else partial(_sums_over_ranks, ranks),
-    )
-    kl_student, kl_teacher, surprise, entropy_s, entropy_t, forward_kl, reverse_kl, shared_top = sums.unbind(
-        -1
-    )
-    if settings.beta == 0:
-        soft = kl_teacher
-    elif settings.beta == 1:
-        soft = kl_student
-    else:
-        soft = settings.beta * kl_teacher + (1 - settings.beta) * kl_student
-    loss = weight * (settings.soft_weight * soft + settings.hard_weight * surprise)
-    stats = (
-        DistillStats(entropy_s, entropy_t, forward_kl, reverse_kl, shared_top > 0) if return_stats else None
-    )
-    return RowResult(loss, stats)
+def kernel_workspace(n_columns: int) -> Workspace:
+    """Return the memory of the kernels' partial sums: at most 60 bytes per tile of 2048 columns."""
+    return Workspace(per_row=n_columns // 24 + 64)
 
 
-# What the ranks make of their tiles' partial sums lies in the first tile, as if the others had no column.
+class TritonJSD:
+    """The generalized JSD of each row, by kernels that compute in float32."""
+
+    def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
+        """Return the memory of the tiles' partial sums."""
+        del dtype
+        return kernel_workspace(n_columns)
+
+    def __call__(
+        self,
+        student: StudentRows,
+        teacher: TeacherRows,
+        config: LossConfig,
+        *,
+        grad: Tensor | None = None,
+        group: ShardGroup | None = None,
+        block_rows: int | None = None,
+    ) -> RowResult:
+        """Return losses and statistics; see `RowLoss`."""
+        del block_rows
+        on_statistics = on_sums = None
+        if group is not None and group.process_group is not None:
+            on_statistics = partial(_reduce_statistics, group, student.labels is not None)
+            on_sums = partial(_reduce_sums, group)
+        sums = jsd_rows(
+            student.logits,
+            teacher.values,
+            student.weight,
+            config,
+            student_bias=student.bias,
+            teacher_bias=teacher.bias,
+            labels=student.labels,
+            grad=grad,
+            on_statistics=on_statistics,
+            on_sums=on_sums,
+        )
+        kl_student, kl_teacher, nll, *stats, top1_match = sums.unbind(-1)
+        if config.divergence is Divergence.FORWARD_KL:
+            soft = kl_teacher
+        elif config.divergence is Divergence.REVERSE_KL:
+            soft = kl_student
+        else:
+            soft = config.beta * kl_teacher + config.one_minus_beta * kl_student
+        loss = student.weight * (config.soft_weight * soft + config.hard_weight * nll)
+        if not config.return_stats:
+            return RowResult(loss, None)
+        return RowResult(loss, DistillStats(*stats, top1_agreement=top1_match > 0))
 
 
-def _statistics_over_ranks(vocabulary: Vocabulary, has_labels: bool, table: Tensor) -> None:
-    """The table (n, 7, tiles) of log-sum-exp parts, those of the label's softmax only if it is there."""
-    max_s, sum_s, max_t, sum_t, gaps, max_y, sum_y = table.unbind(1)
+# The ranks' results are written to the first tile, and the other tiles are emptied.
+
+
+def _reduce_statistics(group: ShardGroup, has_labels: bool, table: Tensor) -> None:
+    """All-reduce the table (n, 7, tiles) of log-sum-exp parts; the label's softmax only if there is one."""
+    max_s, sum_s, max_t, sum_t, diffs, max_y, sum_y = table.unbind(1)
     maxima = [max_s, max_t, max_y] if has_labels else [max_s, max_t]
-    tops = vocabulary.maximum(*(tile.amax(-1, keepdim=True) for tile in maxima))
-    parts = [(sum_s, max_s, tops[0]), (sum_t, max_t, tops[1])]
-    parts += [(gaps, torch.maximum(max_s, max_t), torch.maximum(tops[0], tops[1]))]
+    max_logits = group.all_reduce_max(*(tile.amax(-1, keepdim=True) for tile in maxima))
+    larger = torch.maximum(max_logits[0], max_logits[1])
+    parts = [(sum_s, max_s, max_logits[0]), (sum_t, max_t, max_logits[1])]
+    parts += [(diffs, torch.maximum(max_s, max_t), larger)]
     if has_labels:
-        parts += [(sum_y, max_y, tops[2])]
-    sums = vocabulary.sum(*((part * exp_below(tile, top)).sum(-1) for part, tile, top in parts))
-    for column, top in zip(maxima, tops, strict=True):
-        column.fill_(-torch.inf)[:, :1] = top
+        parts += [(sum_y, max_y, max_logits[2])]
+    sums = group.all_reduce_sum(*((part * exp_sub_max(tile, m)).sum(-1) for part, tile, m in parts))
+    for column, max_logit in zip(maxima, max_logits, strict=True):
+        column.fill_(-torch.inf)[:, :1] = max_logit
     for (column, *_), total in zip(parts, sums, strict=True):
         column.zero_()[:, 0] = total
 
 
-def _sums_over_ranks(vocabulary: Vocabulary, table: Tensor) -> None:
-    """The table (n, 8, tiles) of the divergence's sums."""
-    (total,) = vocabulary.sum(table.sum(-1))
+def _reduce_sums(group: ShardGroup, table: Tensor) -> None:
+    """All-reduce the table (n, 8, tiles) of the divergence's sums."""
+    (total,) = group.all_reduce_sum(table.sum(-1))
     table.zero_()[:, :, 0] = total

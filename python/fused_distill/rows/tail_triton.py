@@ -1,60 +1,57 @@
-"""The columns outside a top-k support on the Triton backend: kernel launches, tiles summed in float64."""
+"""Passes over the columns outside a top-k support, by Triton kernels."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from fused_distill_kernels import rest_gradients, rest_sums
+from fused_distill_kernels import tail_gradient, tail_sums
 from torch import Tensor
 
-from ..chunked.teacher import wide_dtype
-from ..config import LossSettings
-from .topk import RestStatistics, exp_below
+from ..chunked.gemm import float64_if_supported
+from ..chunked.workspace import Workspace
+from ..config import LossConfig
+from .base import TailStatistics
+from .elementwise import exp_sub_max
+from .full_triton import kernel_workspace
 
 
-def rest_statistics(
-    logits: Tensor,  # (n, V) float32
-    bias: Tensor | None,  # (V,)
-    settings: LossSettings,
-    *,
-    block_rows: int,
-) -> RestStatistics:
-    """`_topk_rows.rest_statistics` by a kernel; block_rows is not needed."""
-    del block_rows
-    want_y = settings.needs_two_softmaxes
-    parts = rest_sums(logits, bias=bias, want_y=want_y, **_transform(settings)).to(wide_dtype(logits.device))
-    z = _combine(parts[:, 0], parts[:, 1])
-    return RestStatistics(*z, *(_combine(parts[:, 2], parts[:, 3]) if want_y else z))
+class TritonTail:
+    """`TailKernels` by kernels; the tiles' partial sums are added in float64."""
+
+    def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
+        """Return the memory of the tiles' partial sums."""
+        return kernel_workspace(n_columns)
+
+    def statistics(
+        self, logits: Tensor, bias: Tensor | None, config: LossConfig, *, block_rows: int | None
+    ) -> TailStatistics:
+        """Return the log-sum-exp parts of each row's tail."""
+        del block_rows
+        want_y = config.needs_two_softmaxes
+        parts = tail_sums(logits, config, bias=bias, want_y=want_y).to(float64_if_supported(logits.device))
+        z = _combine_tiles(parts[:, 0], parts[:, 1])
+        return TailStatistics(*z, *(_combine_tiles(parts[:, 2], parts[:, 3]) if want_y else z))
+
+    def gradient(
+        self,
+        logits: Tensor,
+        bias: Tensor | None,
+        config: LossConfig,
+        tail: TailStatistics,
+        factor_z: Tensor,
+        factor_y: Tensor | None,
+        out: Tensor,
+        *,
+        block_rows: int | None,
+    ) -> None:
+        """Write the tail's gradient to out, 0 in the columns of the support."""
+        del block_rows
+        second_factor = torch.zeros_like(factor_z) if factor_y is None else factor_y
+        columns = (tail.max_z, factor_z, tail.max_y, second_factor)
+        rows = torch.stack(columns, -1).to(torch.float32)
+        tail_gradient(logits, rows, out, config, bias=bias, want_y=factor_y is not None)
 
 
-def rest_gradient(
-    logits: Tensor,  # (n, V) float32
-    bias: Tensor | None,  # (V,)
-    settings: LossSettings,
-    rest: RestStatistics,
-    factor_z: Tensor,  # (n,)
-    factor_y: Tensor | None,  # (n,)
-    out: Tensor,  # (n, V)
-    *,
-    block_rows: int,
-) -> None:
-    """`_topk_rows.rest_gradient` by a kernel; block_rows is not needed."""
-    del block_rows
-    columns = (rest.max_z, factor_z, rest.max_y, torch.zeros_like(factor_z) if factor_y is None else factor_y)
-    rows = torch.stack(columns, -1).to(torch.float32)
-    rest_gradients(logits, rows, out, bias=bias, want_y=factor_y is not None, **_transform(settings))
-
-
-def _transform(settings: LossSettings) -> dict[str, Any]:
-    return {
-        "temperature": settings.temperature,
-        "logit_scale": settings.student_logit_scale,
-        "softcap": settings.student_softcap,
-    }
-
-
-def _combine(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """A row's maximum and sum of exponentials from its tiles' (n, tiles)."""
-    top = maxima.amax(-1, keepdim=True)
-    return top.squeeze(-1), (sums * exp_below(maxima, top)).sum(-1)
+def _combine_tiles(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a row's maximum and sum of exponentials from those of its tiles, (n, tiles) each."""
+    max_logit = maxima.amax(-1, keepdim=True)
+    return max_logit.squeeze(-1), (sums * exp_sub_max(maxima, max_logit)).sum(-1)

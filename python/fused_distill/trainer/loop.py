@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoTokenizer, get_scheduler
 
-from ..chunked.teacher import wide_dtype
+from ..chunked.gemm import float64_if_supported
 from ..huggingface.lm_head import LMHeadParams
 from ..rollouts.base import RolloutEngine, Sampling, TransformersRollouts
 from ..rollouts.grouping import split_on_groups
@@ -295,7 +295,7 @@ def statistics(batch: Batch, loss: Tensor, stats: DistillStats) -> Tensor:
     """Sums over a batch: its tokens and samples, and what `averages` makes means of."""
     samples, device = batch.samples, loss.device
     lengths = [len(samples), sum(len(s.completion) for s in samples), sum(s.truncated for s in samples)]
-    of_samples = torch.tensor(lengths, dtype=wide_dtype(device), device=device)
+    of_samples = torch.tensor(lengths, dtype=float64_if_supported(device), device=device)
     of_tokens = [batch.mask.sum(), loss.detach(), *(getattr(stats, name).sum() for name in STATISTICS)]
     return torch.cat([of_samples, torch.stack([value.to(of_samples) for value in of_tokens])])
 

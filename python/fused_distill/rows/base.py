@@ -1,0 +1,95 @@
+"""Interface of the row losses, the arithmetic on a chunk of logits, which is all that backends differ in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..chunked.workspace import Workspace
+from ..config import LossConfig
+from ..parallel.vocab_shard import ShardGroup
+from ..stats import RowResult
+
+
+class StudentRows(NamedTuple):
+    """The student's side of a chunk of n tokens."""
+
+    logits: Tensor  # (n, V) float32 / float64, as projected; a row loss may overwrite them
+    weight: Tensor  # (n,) in the same dtype, contiguous: the factor of each row's loss
+    bias: Tensor | None = None  # (V,)
+    labels: Tensor | None = None  # (n,) int64; -100: no label; V or more: a column of another rank
+
+
+class TeacherRows(NamedTuple):
+    """The teacher's side of a chunk of n tokens: logits, or log-probabilities at K ids."""
+
+    values: Tensor  # (n, V) logits, as projected; with ids (n, K) log-probabilities, -inf where absent
+    bias: Tensor | None = None  # (V,) of the logits
+    ids: Tensor | None = None  # (n, K) int64 columns; an absent entry repeats an id of its row
+    is_local: Tensor | None = None  # (n, K) bool: False for a column of another rank; None: all are local
+
+
+class RowLoss(Protocol):
+    """A row-loss implementation and its workspace requirements."""
+
+    def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
+        """Return the temporary memory for n_columns student logits per row."""
+        ...
+
+    def __call__(
+        self,
+        student: StudentRows,
+        teacher: TeacherRows,
+        config: LossConfig,
+        *,
+        grad: Tensor | None,  # (n, V), may be student.logits itself: receives d(sum of losses) / d(logits)
+        group: ShardGroup,
+        block_rows: int | None,  # rows whose temporaries may be held at once; None: all
+    ) -> RowResult:
+        """Return the losses of n rows, and with config.return_stats their statistics."""
+        ...
+
+
+class TailStatistics(NamedTuple):
+    """Log-sum-exp parts of the tail's columns, (n,) each; the sums in float64."""
+
+    max_z: Tensor  # of the logits over temperature; -inf where the tail is empty
+    sum_z: Tensor  # sum of e^(z - max_z)
+    max_y: Tensor  # of the logits at temperature 1
+    sum_y: Tensor
+
+
+class TailKernels(Protocol):
+    """Passes over the tail's columns, implemented by each backend. The support's columns hold -inf."""
+
+    def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
+        """Return the temporary memory of the passes."""
+        ...
+
+    def statistics(
+        self,
+        logits: Tensor,  # (n, V)
+        bias: Tensor | None,  # (V,)
+        config: LossConfig,
+        *,
+        block_rows: int | None,
+    ) -> TailStatistics:
+        """Return the log-sum-exp parts of each row's tail."""
+        ...
+
+    def gradient(
+        self,
+        logits: Tensor,  # (n, V)
+        bias: Tensor | None,  # (V,)
+        config: LossConfig,
+        tail: TailStatistics,
+        factor_z: Tensor,  # (n,)
+        factor_y: Tensor | None,  # (n,)
+        out: Tensor,  # (n, V), may be `logits` itself, but no other view of the same memory
+        *,
+        block_rows: int | None,
+    ) -> None:
+        """Write dlogit_dproj * (factor_z e^(z - max_z) + factor_y e^(y - max_y)) to out, 0 in the support."""
+        ...

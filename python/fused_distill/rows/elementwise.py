@@ -1,0 +1,106 @@
+"""Elementwise formulas of the row losses, accurate where the two models are close.
+
+`fused_distill_kernels.elementwise` has the same functions by the same names. They serve every floating dtype,
+eager and compiled. With d = log p_t - log p_s:
+
+- d = (z_t - z_s) - c with c = lse_t - lse_s = log1p(sum(e^z_t - e^z_s) / sum e^z_s). Close logits subtract
+  exactly, and c is no difference of two large rounded numbers (`log_gap`, `lse_difference`).
+- p_t - p_s = sign(d) max(p_t, p_s) (1 - e^-|d|) (`stable_prob_diff`).
+- KL(p || m) = sum p (e^x - 1 - x) with x = log m - log p. Every term is >= 0, and a Taylor polynomial gives
+  e^x - 1 - x near 0 (`kl_terms`).
+- log m - log p = log1p(k expm1(-|d|)), from the side where the argument is in (-1, 0] (`mixture_log_ratios`).
+
+Constants inside the functions are literals: torch.compile(dynamic=True) would treat a global float as an
+    input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def transform_logits(
+    x: Tensor,  # (..., V) projections
+    bias: Tensor | None,  # (V,)
+    scale: Tensor,
+    softcap: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return softcap * tanh(scale * (x + bias) / softcap) and its derivative with respect to x."""
+    if bias is not None:
+        x = x + bias
+    x = x * scale
+    if softcap is None:
+        return x, scale
+    tanh = torch.tanh(x / softcap)
+    return softcap * tanh, scale * (1 - tanh * tanh)
+
+
+def log_gap(z_s: Tensor, z_t: Tensor) -> Tensor:
+    """Return z_t - z_s, and 0 where both are the same infinity."""
+    return torch.where(z_t == z_s, 0.0, z_t - z_s)
+
+
+def exp_sub_max(z: Tensor, max_logit: Tensor) -> Tensor:
+    """Return e^(z - max_logit), and 0 where max_logit is -inf."""
+    return (z - torch.where(max_logit == -torch.inf, 0.0, max_logit)).exp()
+
+
+def lse_difference(max_s: Tensor, max_t: Tensor, sum_s: Tensor, sum_t: Tensor, diff_sum: Tensor) -> Tensor:
+    """Return c = lse_t - lse_s with an error that shrinks with the distance between the models.
+
+    diff_sum is the sum of e^(z_t - m) - e^(z_s - m) with m the larger of the two maxima.
+    """
+    excess = diff_sum / (sum_s * (max_s - torch.maximum(max_s, max_t)).exp())
+    plain = (max_t - max_s) + (sum_t.log() - sum_s.log())
+    return torch.where(excess.abs() < 0.5, torch.log1p(excess), plain)
+
+
+def stable_prob_diff(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
+    """Return b - a for positive a and b, given log_ratio = log(b / a)."""
+    return torch.where(log_ratio > 0, -b, a) * expm1(-log_ratio.abs())
+
+
+def kl_terms(p: Tensor, x: Tensor, prob_diff: Tensor) -> Tensor:
+    """Return p (e^x - 1 - x) >= 0, the terms of KL(p || m) with x = log m - log p and prob_diff = m - p."""
+    near = p * (x * x) * taylor_remainder(x)
+    return torch.where(_use_taylor(x), near, (prob_diff - mul_zero_safe(p, x)).clamp_min(0.0))
+
+
+def mixture_log_ratios(d: Tensor, beta: Tensor, one_minus_beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log m - log p_s and log m - log p_t for m = beta p_t + (1 - beta) p_s."""
+    teacher_leads = d > 0
+    # Arithmetic instead of torch.where, which would copy the two CPU scalars to a GPU and wait for it.
+    share = beta + teacher_leads.to(d.dtype) * (one_minus_beta - beta)
+    toward_larger = torch.log1p(share * expm1(-d.abs()))
+    toward_smaller = toward_larger + d.abs()
+    return (
+        torch.where(teacher_leads, toward_smaller, toward_larger),
+        torch.where(teacher_leads, toward_larger, toward_smaller),
+    )
+
+
+def mul_zero_safe(p: Tensor, x: Tensor) -> Tensor:
+    """Return p x, and 0 where p is 0 even if x is infinite."""
+    return torch.where(p == 0, 0.0, p * x)
+
+
+def expm1(x: Tensor) -> Tensor:
+    """Return e^x - 1 for x <= 0. (torch.expm1 compiled for the CPU is exp(x) - 1, which cancels.)"""
+    return torch.where(_use_taylor(x), x + x * x * taylor_remainder(x), torch.exp(x) - 1)
+
+
+def taylor_remainder(x: Tensor) -> Tensor:
+    """Return (e^x - 1 - x) / x^2 for |x| < 0.5 to the precision of x's dtype."""
+    terms = 14 if x.dtype == torch.float64 else 8
+    value = torch.full_like(x, 1 / math.factorial(terms + 1))
+    for k in range(terms, 1, -1):
+        value = value * x + 1 / math.factorial(k)
+    return value
+
+
+def _use_taylor(x: Tensor) -> Tensor:
+    """Return True where `taylor_remainder` applies; elsewhere a plain difference loses at most 3 bits."""
+    return x.abs() < 0.5
