@@ -10,8 +10,10 @@ models in registers. It reads the previous launch's partial sums of the row's ot
 So beta = 0 takes two passes over the logits, and other values take three.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -28,7 +30,9 @@ from .elementwise import (
     mul_zero_safe,
     stable_prob_diff,
 )
-from .options import KernelOptions
+
+if TYPE_CHECKING:  # not imported at run time: any object with these attributes works
+    from fused_distill.config import LossConfig
 
 BLOCK = 2048
 
@@ -261,7 +265,7 @@ def jsd_rows(
     student_logits: Tensor,  # (n, V) float32, columns contiguous
     teacher_logits: Tensor,  # (n, V) float32, columns contiguous
     weight: Tensor,  # (n,) float32
-    options: KernelOptions,
+    config: LossConfig,
     *,
     student_bias: Tensor | None,  # (V,) float32
     teacher_bias: Tensor | None,  # (V,) float32
@@ -289,17 +293,17 @@ def jsd_rows(
         unused if teacher_bias is None else teacher_bias,
     )
     transforms = (
-        1.0 / options.temperature,
-        options.student_logit_scale,
-        options.teacher_logit_scale,
-        options.student_softcap or 1.0,
-        options.teacher_softcap or 1.0,
+        1.0 / config.temperature,
+        config.student_logit_scale,
+        config.teacher_logit_scale,
+        config.student_softcap or 1.0,
+        config.teacher_softcap or 1.0,
     )
     flags = {
         "HAS_STUDENT_BIAS": student_bias is not None,
         "HAS_TEACHER_BIAS": teacher_bias is not None,
-        "HAS_STUDENT_SOFTCAP": options.student_softcap is not None,
-        "HAS_TEACHER_SOFTCAP": options.teacher_softcap is not None,
+        "HAS_STUDENT_SOFTCAP": config.student_softcap is not None,
+        "HAS_TEACHER_SOFTCAP": config.teacher_softcap is not None,
         "HAS_LABELS": labels is not None,
         "BLOCK": BLOCK,
     }
@@ -318,17 +322,17 @@ def jsd_rows(
             unused if labels is None else labels,
             n_columns,
             n_tiles,
-            float(options.beta),
-            options.one_minus_beta,
+            float(config.beta),
+            config.one_minus_beta,
             *transforms,
-            options.hard_weight,
-            options.soft_weight,
-            DIVERGENCE=int(options.divergence),
+            config.hard_weight,
+            config.soft_weight,
+            DIVERGENCE=int(config.divergence),
             WANT_SUMS=want_sums,
-            WANT_STATS=want_sums and options.return_stats,
+            WANT_STATS=want_sums and config.return_stats,
             WRITE_GRAD=write_grad,
             TILES=triton.next_power_of_2(n_tiles),
-            num_warps=num_warps(want_sums and options.return_stats),
+            num_warps=num_warps(want_sums and config.return_stats),
             **flags,
         )
 
@@ -339,7 +343,7 @@ def jsd_rows(
         )
         if on_statistics is not None:
             on_statistics(statistics)
-        one_pass = grad is not None and options.divergence == FORWARD_KL.value
+        one_pass = grad is not None and config.divergence == FORWARD_KL.value
         divergence_pass(want_sums=True, write_grad=one_pass)
         if on_sums is not None:
             on_sums(sums)

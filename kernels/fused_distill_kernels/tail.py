@@ -8,7 +8,9 @@ Both kernels run on a grid of (rows, tiles), one program for one tile of BLOCK c
 Two passes over the logits, whatever the divergence: what depends on it has K + 1 numbers per row.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -17,7 +19,9 @@ from torch import Tensor
 
 from .elementwise import exp_sub_max, load_logits
 from .jsd import BLOCK
-from .options import KernelOptions
+
+if TYPE_CHECKING:  # not imported at run time: any object with these attributes works
+    from fused_distill.config import LossConfig
 
 NUM_WARPS = 8
 
@@ -99,7 +103,7 @@ def tail_gradient_kernel(
 
 def tail_sums(
     logits: Tensor,  # (n, V) float32, columns contiguous, -inf in the columns of the support
-    options: KernelOptions,
+    config: LossConfig,
     *,
     bias: Tensor | None,  # (V,) float32
     want_y: bool,
@@ -108,7 +112,7 @@ def tail_sums(
     n, n_columns = logits.shape
     n_tiles = triton.cdiv(n_columns, BLOCK)
     statistics = logits.new_empty(n, STATISTICS.value, n_tiles)
-    _launch(tail_statistics_kernel, logits, bias, (statistics, n_columns, n_tiles), options, want_y)
+    _launch(tail_statistics_kernel, logits, bias, (statistics, n_columns, n_tiles), config, want_y)
     return statistics
 
 
@@ -116,14 +120,14 @@ def tail_gradient(
     logits: Tensor,  # (n, V) float32, columns contiguous, -inf in the columns of the support
     rows: Tensor,  # (n, 4) float32, contiguous: max_z, factor_z, max_y, factor_y
     grad: Tensor,  # (n, V) any float dtype, may be logits: written
-    options: KernelOptions,
+    config: LossConfig,
     *,
     bias: Tensor | None,  # (V,) float32
     want_y: bool,
 ) -> None:
     """Write the gradient of every column of the tail to grad, and 0 in the support."""
     arguments = (rows, grad, grad.stride(0), logits.shape[1])
-    _launch(tail_gradient_kernel, logits, bias, arguments, options, want_y)
+    _launch(tail_gradient_kernel, logits, bias, arguments, config, want_y)
 
 
 def _launch(
@@ -131,7 +135,7 @@ def _launch(
     logits: Tensor,
     bias: Tensor | None,
     arguments: tuple[Any, ...],  # the kernel's arguments between the bias and the transform
-    options: KernelOptions,
+    config: LossConfig,
     want_y: bool,
 ) -> None:
     n, n_columns = logits.shape
@@ -143,11 +147,11 @@ def _launch(
             logits.stride(0),
             logits if bias is None else bias,
             *arguments,
-            1.0 / options.temperature,
-            options.student_logit_scale,
-            options.student_softcap or 1.0,
+            1.0 / config.temperature,
+            config.student_logit_scale,
+            config.student_softcap or 1.0,
             HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=options.student_softcap is not None,
+            HAS_SOFTCAP=config.student_softcap is not None,
             WANT_Y=want_y,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,

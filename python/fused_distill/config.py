@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, NamedTuple, ParamSpec, cast, get_args
 
 import torch
 from torch import Tensor, distributed
@@ -96,6 +97,11 @@ class LossConfig:
         """True if the cross entropy and the divergence use different temperatures."""
         return self.hard_weight != 0 and self.temperature != 1
 
+    @property
+    def projects_support_only(self) -> bool:
+        """True if the loss needs the student's logits at a top-k teacher's ids and at no other token."""
+        return False
+
     def scalars(self, dtype: torch.dtype) -> Tensor:
         """(9,) CPU tensor of the options that enter the row arithmetic, in the order of `Scalars`."""
         numbers = [
@@ -119,7 +125,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TopKLossConfig(LossConfig):
-    """Options of `fused_linear_topk_jsd`, which has no teacher logits: teacher_* fields keep their defaults."""
+    """Options of `fused_linear_topk_jsd`. It has no teacher logits, so teacher_* keep their defaults."""
 
     tail: Tail = "bucket"
 
@@ -129,8 +135,19 @@ class TopKLossConfig(LossConfig):
 
     @property
     def projects_support_only(self) -> bool:
-        """True if the loss needs the student's logits at the teacher's K ids and at no other token."""
+        """True if the loss needs the student's logits at a top-k teacher's ids and at no other token."""
         return self.tail == "renormalize" and self.hard_weight == 0
+
+
+P = ParamSpec("P")
+
+
+def keywords_of(
+    config: Callable[P, LossConfig],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """Give a constructor that passes its keywords to a config the config's signature, for type checkers."""
+    del config
+    return lambda constructor: cast("Callable[Concatenate[Any, P], None]", constructor)
 
 
 def require_number(name: str, value: object) -> float:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
-from . import reference
-from .chunked.autograd import Student
-from .chunked.gemm import accumulation_dtype
-from .chunked.loop import LossInputs, fused_loss
+from .chunked.loop import fused_loss
 from .chunked.teacher import FullTeacher
-from .chunked.workspace import shard_of_call
-from .config import Backend, LossConfig, Reduction
-from .parallel.dtensor import gather_dtensor
+from .chunked.tensors import LossTensors
+from .config import Backend, LossConfig, Reduction, keywords_of
 from .stats import DistillStats
-from .validation import (
-    check_hidden_and_head,
-    check_labels,
-    check_normalizer,
-    check_student,
-    check_tokens,
-)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -174,18 +163,18 @@ def fused_linear_jsd(
         return_stats=return_stats,
         process_group=process_group,
     )
-    return _linear_jsd(
+    return fused_loss(
+        LossTensors(
+            student_hidden=student_hidden,
+            student_weight=student_weight,
+            student_bias=student_bias,
+            teacher=FullTeacher(teacher_hidden, teacher_weight, teacher_bias),
+            mask=mask,
+            token_weight=token_weight,
+            labels=labels,
+            normalizer=normalizer,
+        ),
         config,
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        mask=mask,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        token_weight=token_weight,
-        labels=labels,
-        normalizer=normalizer,
     )
 
 
@@ -200,41 +189,10 @@ class FusedLinearJSDLoss(nn.Module):
         ValueError, TypeError: an option is invalid (the message names it).
     """
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        student_logit_scale: float = 1.0,
-        teacher_logit_scale: float = 1.0,
-        student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        hard_weight: float = 0.0,
-        soft_weight: float = 1.0,
-        vocab_size: int | None = None,
-        reduction: Reduction = "mean",
-        workspace_bytes: int | None = None,
-        backend: Backend = "auto",
-        return_stats: bool = False,
-        process_group: ProcessGroup | None = None,
-    ):
+    @keywords_of(LossConfig)
+    def __init__(self, **options: Any):
         super().__init__()
-        self.config = LossConfig(
-            beta=beta,
-            temperature=temperature,
-            student_logit_scale=student_logit_scale,
-            teacher_logit_scale=teacher_logit_scale,
-            student_softcap=student_softcap,
-            teacher_softcap=teacher_softcap,
-            hard_weight=hard_weight,
-            soft_weight=soft_weight,
-            vocab_size=vocab_size,
-            reduction=reduction,
-            workspace_bytes=workspace_bytes,
-            backend=backend,
-            return_stats=return_stats,
-            process_group=process_group,
-        )
+        self.config = LossConfig(**options)
 
     def forward(
         self,
@@ -251,87 +209,20 @@ class FusedLinearJSDLoss(nn.Module):
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
         """Return the loss, or (loss, DistillStats) with return_stats; see `fused_linear_jsd`."""
-        return _linear_jsd(
+        return fused_loss(
+            LossTensors(
+                student_hidden=student_hidden,
+                student_weight=student_weight,
+                student_bias=student_bias,
+                teacher=FullTeacher(teacher_hidden, teacher_weight, teacher_bias),
+                mask=mask,
+                token_weight=token_weight,
+                labels=labels,
+                normalizer=normalizer,
+            ),
             self.config,
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            mask=mask,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            token_weight=token_weight,
-            labels=labels,
-            normalizer=normalizer,
         )
 
     def extra_repr(self) -> str:
         """Return the options that differ from their defaults."""
         return self.config.changed_fields()
-
-
-def _linear_jsd(
-    config: LossConfig,
-    student_hidden: Tensor,  # (..., Ds)
-    student_weight: Tensor,  # (Vs, Ds)
-    teacher_hidden: Tensor,  # (..., Dt)
-    teacher_weight: Tensor,  # (Vt, Dt)
-    *,
-    mask: Tensor | None,  # (...) bool
-    student_bias: Tensor | None,  # (Vs,)
-    teacher_bias: Tensor | None,  # (Vt,)
-    token_weight: Tensor | None,  # (...)
-    labels: Tensor | None,  # (...)
-    normalizer: float | Tensor | None,
-) -> Tensor | tuple[Tensor, DistillStats]:
-    """Check the tensors and compute the loss."""
-    check_normalizer(normalizer, config.reduction)
-    check_student(student_hidden, student_weight, student_bias)
-    device, shape = student_hidden.device, student_hidden.shape[:-1]
-    check_hidden_and_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, device)
-    if teacher_hidden.shape[:-1] != shape:
-        raise ValueError(
-            "teacher_hidden must have the tokens of student_hidden, "
-            f"got {tuple(teacher_hidden.shape)} and {tuple(student_hidden.shape)}"
-        )
-    check_tokens(shape, device, mask, token_weight)
-    shard = shard_of_call(
-        config,
-        mask=mask,
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        student_bias=student_bias,
-        teacher_weight=teacher_weight,
-    )
-    check_labels(labels, config.hard_weight, shape, device, shard.total)
-    student_weight, student_bias = gather_dtensor(student_weight), gather_dtensor(student_bias)
-    teacher_weight = gather_dtensor(teacher_weight.detach())
-    teacher_bias = None if teacher_bias is None else gather_dtensor(teacher_bias.detach())
-
-    if config.backend == "reference":
-        return reference.jsd_by_definition(
-            config,
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            mask=mask,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            token_weight=token_weight,
-            labels=labels,
-            normalizer=normalizer,
-        )
-    student = Student(student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias)
-    teacher = FullTeacher(
-        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias
-    )
-    inputs = LossInputs.flatten(
-        teacher,
-        shard,
-        accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight),
-        mask=mask,
-        token_weight=token_weight,
-        labels=labels if config.hard_weight != 0 else None,
-    )
-    return fused_loss(student, inputs, config, shape=shape, normalizer=normalizer)

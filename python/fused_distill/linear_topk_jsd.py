@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
-from . import reference
-from .chunked.autograd import Student
-from .chunked.gemm import accumulation_dtype
-from .chunked.loop import LossInputs, fused_loss
+from .chunked.loop import fused_loss
 from .chunked.teacher import TopKTeacher
-from .chunked.workspace import shard_of_call
-from .config import Backend, Reduction, Tail, TopKLossConfig
-from .parallel.dtensor import gather_dtensor
+from .chunked.tensors import LossTensors
+from .config import Backend, Reduction, Tail, TopKLossConfig, keywords_of
 from .stats import DistillStats
-from .validation import check_labels, check_normalizer, check_student, check_support, check_tokens
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -157,17 +152,18 @@ def fused_linear_topk_jsd(
         return_stats=return_stats,
         process_group=process_group,
     )
-    return _linear_topk_jsd(
+    return fused_loss(
+        LossTensors(
+            student_hidden=student_hidden,
+            student_weight=student_weight,
+            student_bias=student_bias,
+            teacher=TopKTeacher(teacher_logprobs, teacher_ids),
+            mask=mask,
+            token_weight=token_weight,
+            labels=labels,
+            normalizer=normalizer,
+        ),
         config,
-        student_hidden,
-        student_weight,
-        teacher_logprobs,
-        teacher_ids,
-        mask=mask,
-        student_bias=student_bias,
-        token_weight=token_weight,
-        labels=labels,
-        normalizer=normalizer,
     )
 
 
@@ -182,39 +178,10 @@ class FusedLinearTopKJSDLoss(nn.Module):
         ValueError, TypeError: an option is invalid (the message names it).
     """
 
-    def __init__(
-        self,
-        *,
-        tail: Tail = "bucket",
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        student_logit_scale: float = 1.0,
-        student_softcap: float | None = None,
-        hard_weight: float = 0.0,
-        soft_weight: float = 1.0,
-        vocab_size: int | None = None,
-        reduction: Reduction = "mean",
-        workspace_bytes: int | None = None,
-        backend: Backend = "auto",
-        return_stats: bool = False,
-        process_group: ProcessGroup | None = None,
-    ):
+    @keywords_of(TopKLossConfig)
+    def __init__(self, **options: Any):
         super().__init__()
-        self.config = TopKLossConfig(
-            tail=tail,
-            beta=beta,
-            temperature=temperature,
-            student_logit_scale=student_logit_scale,
-            student_softcap=student_softcap,
-            hard_weight=hard_weight,
-            soft_weight=soft_weight,
-            vocab_size=vocab_size,
-            reduction=reduction,
-            workspace_bytes=workspace_bytes,
-            backend=backend,
-            return_stats=return_stats,
-            process_group=process_group,
-        )
+        self.config = TopKLossConfig(**options)
 
     def forward(
         self,
@@ -230,78 +197,20 @@ class FusedLinearTopKJSDLoss(nn.Module):
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
         """Return the loss, or (loss, DistillStats) with return_stats; see `fused_linear_topk_jsd`."""
-        return _linear_topk_jsd(
+        return fused_loss(
+            LossTensors(
+                student_hidden=student_hidden,
+                student_weight=student_weight,
+                student_bias=student_bias,
+                teacher=TopKTeacher(teacher_logprobs, teacher_ids),
+                mask=mask,
+                token_weight=token_weight,
+                labels=labels,
+                normalizer=normalizer,
+            ),
             self.config,
-            student_hidden,
-            student_weight,
-            teacher_logprobs,
-            teacher_ids,
-            mask=mask,
-            student_bias=student_bias,
-            token_weight=token_weight,
-            labels=labels,
-            normalizer=normalizer,
         )
 
     def extra_repr(self) -> str:
         """Return the options that differ from their defaults."""
         return self.config.changed_fields()
-
-
-def _linear_topk_jsd(
-    config: TopKLossConfig,
-    student_hidden: Tensor,  # (..., Ds)
-    student_weight: Tensor,  # (Vs, Ds)
-    teacher_logprobs: Tensor,  # (..., K)
-    teacher_ids: Tensor,  # (..., K)
-    *,
-    mask: Tensor | None,  # (...) bool
-    student_bias: Tensor | None,  # (Vs,)
-    token_weight: Tensor | None,  # (...)
-    labels: Tensor | None,  # (...)
-    normalizer: float | Tensor | None,
-) -> Tensor | tuple[Tensor, DistillStats]:
-    """Check the tensors and compute the loss."""
-    check_normalizer(normalizer, config.reduction)
-    check_student(student_hidden, student_weight, student_bias)
-    device, shape = student_hidden.device, student_hidden.shape[:-1]
-    check_tokens(shape, device, mask, token_weight)
-    shard = shard_of_call(
-        config,
-        mask=mask,
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        student_bias=student_bias,
-    )
-    check_labels(labels, config.hard_weight, shape, device, shard.total)
-    check_support(teacher_logprobs, teacher_ids, shape, device, shard.total, mask)
-    student_weight, student_bias = gather_dtensor(student_weight), gather_dtensor(student_bias)
-
-    if config.backend == "reference":
-        return reference.topk_jsd_by_definition(
-            config,
-            student_hidden,
-            student_weight,
-            teacher_logprobs,
-            teacher_ids,
-            mask=mask,
-            student_bias=student_bias,
-            token_weight=token_weight,
-            labels=labels,
-            normalizer=normalizer,
-        )
-    k = teacher_ids.shape[-1]
-    student = Student(student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias)
-    teacher = TopKTeacher(teacher_logprobs.detach().reshape(-1, k), teacher_ids.reshape(-1, k))
-    inputs = LossInputs.flatten(
-        teacher,
-        shard,
-        # Teacher log-probabilities never promote the accumulation dtype.
-        accumulation_dtype(student_hidden, student_weight),
-        mask=mask,
-        token_weight=token_weight,
-        labels=labels if config.hard_weight != 0 else None,
-        k=k,
-        indexed=config.projects_support_only,
-    )
-    return fused_loss(student, inputs, config, shape=shape, normalizer=normalizer)

@@ -6,43 +6,28 @@ Slow and memory-hungry on purpose. The tests compare every backend with it in fl
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import Backend, LossConfig, Reduction, Tail, TopKLossConfig
+from .chunked.teacher import FullTeacher, TopKTeacher
+from .chunked.tensors import LossTensors
+from .config import LossConfig, TopKLossConfig
 from .stats import DistillStats
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 # fmt: off
 @overload
 def linear_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ...,
-    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
-    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
-    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
-    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
-    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
-    return_stats: Literal[False] = ..., process_group: ProcessGroup | None = ...,
+    return_stats: Literal[False] = ..., **keywords: Any,
 ) -> Tensor: ...
 @overload
 def linear_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ...,
-    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
-    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
-    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
-    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
-    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
-    return_stats: Literal[True], process_group: ProcessGroup | None = ...,
+    return_stats: Literal[True], **keywords: Any,
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
 def linear_jsd(
@@ -54,196 +39,123 @@ def linear_jsd(
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
     teacher_bias: Tensor | None = None,  # (Vt,)
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...) float
-    labels: Tensor | None = None,  # (...) int64 / int32
-    hard_weight: float = 0.0,
-    soft_weight: float = 1.0,
-    vocab_size: int | None = None,
-    reduction: Reduction = "mean",
+    token_weight: Tensor | None = None,  # (...)
+    labels: Tensor | None = None,  # (...) int64
     normalizer: float | Tensor | None = None,
-    workspace_bytes: int | None = None,
-    backend: Backend = "reference",
-    return_stats: bool = False,
-    process_group: ProcessGroup | None = None,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    """Compute `fused_linear_jsd` by definition. Tensors are not checked; workspace_bytes is ignored."""
-    del backend
-    config = LossConfig(
-        beta=beta,
-        temperature=temperature,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        hard_weight=hard_weight,
-        soft_weight=soft_weight,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        workspace_bytes=workspace_bytes,
-        backend="reference",
-        return_stats=return_stats,
-        process_group=process_group,
+    """Compute `fused_linear_jsd` by definition.
+
+    Tensors are not checked. The options are those of `fused_linear_jsd`; backend and workspace_bytes are
+    ignored.
+    """
+    teacher = FullTeacher(teacher_hidden, teacher_weight, teacher_bias)
+    tensors = LossTensors(
+        student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
     )
-    return jsd_by_definition(
-        config,
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        mask=mask,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        token_weight=token_weight,
-        labels=labels,
-        normalizer=normalizer,
-    )
+    return loss_by_definition(tensors, LossConfig(**{**options, "backend": "reference"}))
 
 
 # fmt: off
 @overload
 def linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
-    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
-    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
-    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
-    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[False] = ...,
-    process_group: ProcessGroup | None = ...,
+    return_stats: Literal[False] = ..., **keywords: Any,
 ) -> Tensor: ...
 @overload
 def linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
-    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
-    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
-    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
-    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[True],
-    process_group: ProcessGroup | None = ...,
+    return_stats: Literal[True], **keywords: Any,
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
 def linear_topk_jsd(
     student_hidden: Tensor,  # (..., Ds)
     student_weight: Tensor,  # (Vs, Ds)
-    teacher_logprobs: Tensor,  # (..., K) float, -inf where absent
-    teacher_ids: Tensor,  # (..., K) int64 / int32
-    *,
-    tail: Tail = "bucket",
-    mask: Tensor | None = None,  # (...) bool
-    student_bias: Tensor | None = None,  # (Vs,)
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    student_logit_scale: float = 1.0,
-    student_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...) float
-    labels: Tensor | None = None,  # (...) int64 / int32
-    hard_weight: float = 0.0,
-    soft_weight: float = 1.0,
-    vocab_size: int | None = None,
-    reduction: Reduction = "mean",
-    normalizer: float | Tensor | None = None,
-    workspace_bytes: int | None = None,
-    backend: Backend = "reference",
-    return_stats: bool = False,
-    process_group: ProcessGroup | None = None,
-) -> Tensor | tuple[Tensor, DistillStats]:
-    """Compute `fused_linear_topk_jsd` by definition. Tensors are not checked; workspace_bytes is ignored."""
-    del backend
-    config = TopKLossConfig(
-        tail=tail,
-        beta=beta,
-        temperature=temperature,
-        student_logit_scale=student_logit_scale,
-        student_softcap=student_softcap,
-        hard_weight=hard_weight,
-        soft_weight=soft_weight,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        workspace_bytes=workspace_bytes,
-        backend="reference",
-        return_stats=return_stats,
-        process_group=process_group,
-    )
-    return topk_jsd_by_definition(
-        config,
-        student_hidden,
-        student_weight,
-        teacher_logprobs,
-        teacher_ids,
-        mask=mask,
-        student_bias=student_bias,
-        token_weight=token_weight,
-        labels=labels,
-        normalizer=normalizer,
-    )
-
-
-def jsd_by_definition(
-    config: LossConfig,
-    student_hidden: Tensor,  # (..., Ds)
-    student_weight: Tensor,  # (Vs, Ds)
-    teacher_hidden: Tensor,  # (..., Dt)
-    teacher_weight: Tensor,  # (Vt, Dt)
-    *,
-    mask: Tensor | None,  # (...) bool
-    student_bias: Tensor | None,  # (Vs,)
-    teacher_bias: Tensor | None,  # (Vt,)
-    token_weight: Tensor | None,  # (...)
-    labels: Tensor | None,  # (...) int64
-    normalizer: float | Tensor | None,
-) -> Tensor | tuple[Tensor, DistillStats]:
-    """Compute `fused_linear_jsd` for checked tensors."""
-    mask = _valid_mask(student_hidden, mask)
-    vocab_size = config.vocab_size or min(len(student_weight), len(teacher_weight))
-    student_scale, teacher_scale = config.student_logit_scale, config.teacher_logit_scale
-    y_s = _logits(student_hidden[mask], student_weight, student_bias, student_scale, config.student_softcap)
-    y_t = _logits(teacher_hidden[mask], teacher_weight, teacher_bias, teacher_scale, config.teacher_softcap)
-    y_s, y_t = y_s[:, :vocab_size], y_t[:, :vocab_size].detach()
-    log_s = F.log_softmax(y_s / config.temperature, dim=-1)
-    log_t = F.log_softmax(y_t / config.temperature, dim=-1)
-
-    hard_loss = _hard_loss(y_s, labels, config.hard_weight, mask)
-    loss = config.soft_weight * _jsd(log_s, log_t, config.beta) + hard_loss
-    result = _reduce(loss, token_weight, mask, config.reduction, normalizer)
-    return (result, _stats(log_s.detach(), log_t, mask)) if config.return_stats else result
-
-
-def topk_jsd_by_definition(
-    config: TopKLossConfig,
-    student_hidden: Tensor,  # (..., Ds)
-    student_weight: Tensor,  # (Vs, Ds)
     teacher_logprobs: Tensor,  # (..., K), -inf where absent
     teacher_ids: Tensor,  # (..., K) int
     *,
-    mask: Tensor | None,  # (...) bool
-    student_bias: Tensor | None,  # (Vs,)
-    token_weight: Tensor | None,  # (...)
-    labels: Tensor | None,  # (...) int64
-    normalizer: float | Tensor | None,
+    mask: Tensor | None = None,  # (...) bool
+    student_bias: Tensor | None = None,  # (Vs,)
+    token_weight: Tensor | None = None,  # (...)
+    labels: Tensor | None = None,  # (...) int64
+    normalizer: float | Tensor | None = None,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    """Compute `fused_linear_topk_jsd` for checked tensors.
+    """Compute `fused_linear_topk_jsd` by definition.
+
+    Tensors are not checked. The options are those of `fused_linear_topk_jsd`; backend and workspace_bytes are
+    ignored.
+    """
+    teacher = TopKTeacher(teacher_logprobs, teacher_ids)
+    tensors = LossTensors(
+        student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
+    )
+    return loss_by_definition(tensors, TopKLossConfig(**{**options, "backend": "reference"}))
+
+
+def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tensor, DistillStats]:
+    """Compute either loss by definition, for checked tensors."""
+    mask, student_hidden = tensors.mask, tensors.student_hidden
+    if mask is None:
+        mask = torch.ones(student_hidden.shape[:-1], dtype=torch.bool, device=student_hidden.device)
+    y_s = _logits(
+        student_hidden[mask],
+        tensors.student_weight,
+        tensors.student_bias,
+        config.student_logit_scale,
+        config.student_softcap,
+    )
+    teacher, valid = tensors.teacher, mask.reshape(-1)
+    if isinstance(teacher, FullTeacher):
+        y_t = _logits(
+            teacher.hidden.reshape(-1, teacher.hidden.shape[-1])[valid],
+            teacher.weight,
+            teacher.bias,
+            config.teacher_logit_scale,
+            config.teacher_softcap,
+        ).detach()
+        vocab_size = config.vocab_size or min(y_s.shape[1], y_t.shape[1])
+        y_s = y_s[:, :vocab_size]
+        log_s = F.log_softmax(y_s / config.temperature, dim=-1)
+        log_t = F.log_softmax(y_t[:, :vocab_size] / config.temperature, dim=-1)
+        stats = _stats(log_s.detach(), log_t)
+    else:
+        assert isinstance(teacher, TopKTeacher)
+        assert isinstance(config, TopKLossConfig)
+        y_s = y_s[:, : config.vocab_size]
+        log_s = F.log_softmax(y_s / config.temperature, dim=-1)
+        logprobs, ids = (t.reshape(-1, teacher.k)[valid] for t in (teacher.logprobs, teacher.ids))
+        log_s, log_t, stats = _topk_outcomes(log_s, logprobs, ids, config)
+
+    loss = config.soft_weight * _jsd(log_s, log_t, config.beta)
+    if tensors.labels is not None and config.hard_weight != 0:
+        labels = tensors.labels[mask].long()
+        loss = loss + config.hard_weight * F.cross_entropy(y_s, labels, reduction="none")
+    if tensors.token_weight is not None:
+        loss = loss * tensors.token_weight.detach()[mask]
+    if config.reduction == "none":
+        result = _scatter(mask, loss)
+    elif config.reduction == "sum":
+        result = loss.sum()
+    else:
+        result = loss.sum() / (max(len(loss), 1) if tensors.normalizer is None else tensors.normalizer)
+    return (result, stats.map(lambda c: _scatter(mask, c))) if config.return_stats else result
+
+
+def _topk_outcomes(
+    log_s: Tensor,  # (n, V)
+    logprobs: Tensor,  # (n, K)
+    ids: Tensor,  # (n, K)
+    config: TopKLossConfig,
+) -> tuple[Tensor, Tensor, DistillStats]:
+    """Return both models' log-probabilities of the outcomes that the tail option compares, and statistics.
 
     The teacher's entries of each token are spread over the vocabulary, with -inf where it has none.
     """
-    mask = _valid_mask(student_hidden, mask)
-    scale, softcap = config.student_logit_scale, config.student_softcap
-    y_s = _logits(student_hidden[mask], student_weight, student_bias, scale, softcap)
-    y_s = y_s[:, : config.vocab_size]
-    log_s = F.log_softmax(y_s / config.temperature, dim=-1)
-    log_t = torch.full_like(log_s, -math.inf)
-    for k in reversed(
-        range(teacher_ids.shape[-1])
-    ):  # the first of several entries with one id is written last
-        logprobs, ids = teacher_logprobs[mask][:, k], teacher_ids[mask][:, k].long()
-        rows = (logprobs != -math.inf).nonzero().squeeze(1)
-        log_t[rows, ids[rows]] = logprobs[rows].to(log_t.dtype)
+    log_t = torch.full_like(log_s, -math.inf, requires_grad=False)
+    for k in reversed(range(ids.shape[-1])):  # the first of several entries with one id is written last
+        rows = (logprobs[:, k] != -math.inf).nonzero().squeeze(1)
+        log_t[rows, ids[rows, k].long()] = logprobs[rows, k].to(log_t.dtype)
     named = log_t != -math.inf
     inside, tail = log_s.masked_fill(~named, -math.inf), log_s.masked_fill(named, -math.inf)
     student_mass, teacher_mass = inside.detach().exp().sum(-1), log_t.exp().sum(-1)
@@ -266,48 +178,17 @@ def topk_jsd_by_definition(
         log_t = log_t.masked_fill(without, -math.inf)
         inside = F.log_softmax(inside.masked_fill(only_outcome, 0), dim=-1)
         log_t = F.log_softmax(log_t.masked_fill(only_outcome, 0), dim=-1)
-
-    hard_loss = _hard_loss(y_s, labels, config.hard_weight, mask)
-    loss = config.soft_weight * _jsd(inside, log_t, config.beta) + hard_loss
-    result = _reduce(loss, token_weight, mask, config.reduction, normalizer)
-    if not config.return_stats:
-        return result
-    stats = _stats(inside.detach(), log_t, mask)._replace(
-        top1_agreement=_scatter(mask, agreement),
-        student_mass=None if support_only else _scatter(mask, student_mass),
-        teacher_mass=_scatter(mask, teacher_mass),
+    stats = _stats(inside.detach(), log_t)._replace(
+        top1_agreement=agreement,
+        student_mass=None if support_only else student_mass,
+        teacher_mass=teacher_mass,
     )
-    return result, stats
+    return inside, log_t, stats
 
 
 def _scatter(mask: Tensor, column: Tensor) -> Tensor:
     """Return values of the valid tokens in the shape of the tokens, 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=column.dtype, device=column.device).masked_scatter(mask, column)
-
-
-def _valid_mask(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device) if mask is None else mask
-
-
-def _hard_loss(y_s: Tensor, labels: Tensor | None, hard_weight: float, mask: Tensor) -> Tensor | float:
-    if labels is None or hard_weight == 0:
-        return 0.0
-    return hard_weight * F.cross_entropy(y_s, labels[mask].long(), reduction="none")
-
-
-def _reduce(
-    loss: Tensor,
-    token_weight: Tensor | None,
-    mask: Tensor,
-    reduction: Reduction,
-    normalizer: float | Tensor | None,
-) -> Tensor:
-    if token_weight is not None:
-        loss = loss * token_weight.detach()[mask]
-    if reduction == "none":
-        return _scatter(mask, loss)
-    count = max(len(loss), 1) if normalizer is None else normalizer
-    return loss.sum() / count if reduction == "mean" else loss.sum()
 
 
 def _logits(
@@ -334,16 +215,10 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * gap).sum(-1)
 
 
-def _stats(log_s: Tensor, log_t: Tensor, mask: Tensor) -> DistillStats:
+def _stats(log_s: Tensor, log_t: Tensor) -> DistillStats:
     match_s, match_t = (log == log.amax(-1, keepdim=True) for log in (log_s, log_t))
-    columns = (
-        _entropy(log_s),
-        _entropy(log_t),
-        _kl(log_t, log_s),
-        _kl(log_s, log_t),
-        (match_s & match_t).any(-1),
-    )
-    return DistillStats(*(_scatter(mask, column) for column in columns))
+    entropies_and_kls = _entropy(log_s), _entropy(log_t), _kl(log_t, log_s), _kl(log_s, log_t)
+    return DistillStats(*entropies_and_kls, (match_s & match_t).any(-1))
 
 
 def _entropy(log_p: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def check_student(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_hidden_and_head("student_", hidden, weight, bias, hidden.device)
 
 
-def check_no_dtensors(**tensors: Tensor | None) -> None:
+def check_no_dtensors(tensors: Mapping[str, Tensor | None]) -> None:
     """Require ordinary tensors, which are what process_group shards."""
     for name, tensor in tensors.items():
         if hasattr(tensor, "full_tensor"):
@@ -129,15 +129,8 @@ def check_labels(
         raise ValueError(f"labels must be in [0, {vocab_size}) or {IGNORED_LABEL}, got {worst}")
 
 
-def check_support(
-    logprobs: Tensor,
-    ids: Tensor,
-    shape: torch.Size,
-    device: torch.device,
-    vocab_size: int,
-    mask: Tensor | None,
-) -> None:
-    """Require log-probabilities and ids (..., K) of a top-k teacher; see `check_id_range` for the ids."""
+def check_support(logprobs: Tensor, ids: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Require log-probabilities and ids (..., K) of a top-k teacher."""
     check_device("teacher_logprobs", check_float("teacher_logprobs", logprobs), device)
     check_ids("teacher_ids", ids, device)
     for name, tensor in (("teacher_logprobs", logprobs), ("teacher_ids", ids)):
@@ -151,7 +144,6 @@ def check_support(
             "teacher_ids must have the shape of teacher_logprobs, "
             f"got {tuple(ids.shape)} and {tuple(logprobs.shape)}"
         )
-    check_id_range("teacher_ids", ids, vocab_size, unused=logprobs == -math.inf, mask=mask)
 
 
 def check_ids(name: str, ids: Tensor, device: torch.device) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,26 +19,6 @@ _MAX_SLICE_ROWS = {"cpu": 4096}
 # Bytes of head rows that are gathered at once for a block of tokens; on a GPU enough to keep it busy.
 _GATHERED_BYTES = {"cpu": 2 << 20}
 _DEFAULT_GATHERED_BYTES = 128 << 20
-
-
-class ChunkHead(Protocol):
-    """The products of one chunk of n tokens with an LM head that yields C logits per token."""
-
-    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Write the logits before the bias to out (n, C) and return it; hidden is (n, D)."""
-        ...
-
-    def back_project(self, grad: Tensor, out: Tensor) -> Tensor:
-        """Write the gradient of the hidden states to out (n, D) and return it; grad is (n, C)."""
-        ...
-
-    def add_weight_gradient(self, grad: Tensor, hidden: Tensor, out: Tensor, *, overwrite: bool) -> None:
-        """Add to out (V, D). With overwrite, `LMHead` assigns instead, so that out may be uninitialised."""
-        ...
-
-    def add_bias_gradient(self, grad: Tensor, out: Tensor) -> None:
-        """Add to out (V,)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +37,16 @@ class LMHead:
         if accumulation == torch.float64 or not supports_fp32_output(hidden.device, dtype):
             dtype = accumulation
         return cls(weight, dtype)
+
+    @property
+    def n_logits(self) -> int:
+        """Return the number of logits per token."""
+        return len(self.weight)
+
+    @property
+    def rows_written_by_first_chunk(self) -> int:
+        """Return how many rows of the weight gradient `add_weight_gradient` overwrites in the first chunk."""
+        return len(self.weight)
 
     def workspace(self) -> Workspace:
         """Return the memory of a converted slice of the weight and of oneDNN's product with it."""
@@ -92,7 +81,7 @@ class LMHead:
         return out
 
     def add_weight_gradient(self, grad: Tensor, hidden: Tensor, out: Tensor, *, overwrite: bool) -> None:
-        """Compute out[:V] (+)= grad^T (V, n) @ hidden (n, D)."""
+        """Compute out[:V] = grad^T (V, n) @ hidden (n, D) if overwrite, else add it."""
         for columns in self._vocab_slices():
             gemm(grad[:, columns].T, hidden, out[columns], accumulate=not overwrite)
 
@@ -106,19 +95,28 @@ class IndexedLMHead:
     """The LM head's rows at K ids per token of one chunk, without a product over the vocabulary."""
 
     weight: Tensor  # (V, D)
-    ids: Tensor  # (n, K) int64
     dtype: torch.dtype
-    block_rows: int  # tokens whose head rows are gathered at once
+    ids: Tensor  # (n, K) int64 of a chunk; (0, K) before the first chunk
+    block_rows: int = 1  # tokens whose head rows are gathered at once
+    rows_written_by_first_chunk: int = 0  # gradients are added to zeros
 
-    @staticmethod
-    def workspace(weight: Tensor, dtype: torch.dtype, k: int) -> Workspace:
+    @property
+    def n_logits(self) -> int:
+        """Return the number of logits per token, K."""
+        return self.ids.shape[1]
+
+    def at(self, ids: Tensor, block_rows: int) -> IndexedLMHead:
+        """Return the head for the ids of a chunk."""
+        return replace(self, ids=ids, block_rows=block_rows)
+
+    def workspace(self) -> Workspace:
         """Return the memory of a block's gathered rows, before and after conversion to dtype."""
-        width = weight.shape[1]
-        unconverted = weight.dtype.itemsize if weight.dtype != dtype else 0
-        block_bytes = _GATHERED_BYTES.get(weight.device.type, _DEFAULT_GATHERED_BYTES)
+        elements = self.n_logits * self.weight.shape[1]
+        unconverted = self.weight.dtype.itemsize if self.weight.dtype != self.dtype else 0
+        block_bytes = _GATHERED_BYTES.get(self.weight.device.type, _DEFAULT_GATHERED_BYTES)
         return Workspace(
-            per_block_row=k * width * (dtype.itemsize + unconverted),
-            block_rows=max(1, block_bytes // (k * width * dtype.itemsize)),
+            per_block_row=elements * (self.dtype.itemsize + unconverted),
+            block_rows=max(1, block_bytes // (elements * self.dtype.itemsize)),
         )
 
     def _gathered(self, block: slice) -> Tensor:
@@ -151,9 +149,8 @@ class IndexedLMHead:
 def logit_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised (rows, columns) tensor.
 
-    On a CPU rows are 64 bytes further apart than their length: vocabulary sizes are often multiples of a
-        power
-    of two, and such row strides cause cache-set conflicts.
+    On a CPU rows are 64 bytes further apart than their length. Vocabulary sizes are often multiples of a
+    power of two, and such row strides cause cache-set conflicts.
     """
     padding = 64 // dtype.itemsize if device.type == "cpu" else 0
     return torch.empty(rows, columns + padding, dtype=dtype, device=device)[:, :columns]

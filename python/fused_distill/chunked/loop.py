@@ -9,75 +9,50 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..config import LossConfig
+from ..parallel.dtensor import gather_dtensor
 from ..parallel.vocab_shard import VocabShard
 from ..rows.backend import choose_backend, make_row_loss
 from ..rows.base import RowLoss, StudentRows
 from ..stats import DistillStats, RowResult
 from .autograd import FusedLoss, Gradients, LossOutput, Student
-from .gemm import autocast_dtype
-from .lm_head import ChunkHead, IndexedLMHead, LMHead, logit_buffer
+from .gemm import accumulation_dtype, autocast_dtype
+from .lm_head import IndexedLMHead, LMHead, logit_buffer
 from .teacher import Teacher
+from .tensors import LossTensors
 from .workspace import ChunkPlan, Workspace, default_workspace_bytes, plan_chunks
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Everything a call needs besides the student's tensors and the options; tokens are flattened."""
+    """The constants of a loss; tokens are flattened."""
 
     teacher: Teacher
     shard: VocabShard
     dtype: torch.dtype  # of logits, losses and accumulated gradients
+    autocast: torch.dtype | None  # dtype of the products under autocast
     token_weight: Tensor | None  # (N,)
     labels: Tensor | None  # (N,) int64
     valid_token_ids: Tensor | None  # (n,) int64 positions of the tokens that count; None: all tokens
-    k: int | None = None  # size of a top-k teacher's support
-    indexed: bool = False  # project to the K ids alone
-
-    @classmethod
-    def flatten(
-        cls,
-        teacher: Teacher,
-        shard: VocabShard,
-        dtype: torch.dtype,
-        *,
-        mask: Tensor | None,  # (...) bool
-        token_weight: Tensor | None,  # (...)
-        labels: Tensor | None,  # (...); None if the loss has no cross entropy
-        k: int | None = None,
-        indexed: bool = False,
-    ) -> LossInputs:
-        """Flatten per-token tensors from the caller's shapes."""
-        return cls(
-            teacher,
-            shard,
-            dtype,
-            None if token_weight is None else token_weight.detach().reshape(-1),
-            None if labels is None else labels.reshape(-1).long(),
-            None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
-            k,
-            indexed,
-        )
 
     def n_valid(self, student: Student) -> int:
         """Return the number of tokens that count."""
         return len(student.hidden) if self.valid_token_ids is None else len(self.valid_token_ids)
 
 
-def fused_loss(
-    student: Student,
-    inputs: LossInputs,
-    config: LossConfig,
-    *,
-    shape: torch.Size,
-    normalizer: float | Tensor | None,
-) -> Tensor | tuple[Tensor, DistillStats]:
-    """Return the reduced loss, and with config.return_stats (loss, DistillStats), for tokens of this shape.
-
-    Runs eagerly under torch.compile (graph break).
-    """
+def fused_loss(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tensor, DistillStats]:
+    """Check the tensors and compute the loss, or with config.return_stats (loss, DistillStats)."""
+    shard = tensors.check(config)
+    weight, bias = gather_dtensor(tensors.student_weight), gather_dtensor(tensors.student_bias)
+    tensors = tensors._replace(
+        student_weight=weight, student_bias=bias, teacher=tensors.teacher.prepare(shard, tensors.mask)
+    )
+    if config.backend == "reference":
+        return reference.loss_by_definition(tensors, config)
+    # A graph break under torch.compile.
     run = _outside_the_compiler() if torch.compiler.is_compiling() else _eager_fused_loss
-    return run(student, inputs, config, shape, normalizer)
+    return run(tensors, config, shard)
 
 
 @lru_cache
@@ -87,30 +62,31 @@ def _outside_the_compiler() -> Any:
 
 
 def _eager_fused_loss(
-    student: Student,
-    inputs: LossInputs,
-    config: LossConfig,
-    shape: torch.Size,
-    normalizer: float | Tensor | None,
+    tensors: LossTensors, config: LossConfig, shard: VocabShard
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    device, n_valid = student.hidden.device, inputs.n_valid(student)
-    row_loss = make_row_loss(
-        choose_backend(config.backend, device, inputs.dtype),
-        config,
-        inputs.k,
-        n_valid * inputs.shard.max_local_size,
-        inputs.shard.is_sharded,
+    hidden, shape = tensors.student_hidden, tensors.student_hidden.shape[:-1]
+    student = Student(hidden.reshape(-1, hidden.shape[-1]), tensors.student_weight, tensors.student_bias)
+    teacher, token_weight, labels, mask = tensors.teacher, tensors.token_weight, tensors.labels, tensors.mask
+    inputs = LossInputs(
+        teacher,
+        shard,
+        accumulation_dtype(hidden, tensors.student_weight, *teacher.products.values()),
+        autocast_dtype(hidden.device),
+        None if token_weight is None else token_weight.detach().reshape(-1),
+        None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long(),
+        None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
     )
-    compute = partial(
-        chunked_loss, inputs=inputs, config=config, row_loss=row_loss, autocast=autocast_dtype(device)
-    )
+    n_valid = inputs.n_valid(student)
+    backend = choose_backend(config.backend, hidden.device, inputs.dtype)
+    row_loss = make_row_loss(backend, config, teacher.k, n_valid * shard.max_local_size, shard.is_sharded)
+    compute = partial(chunked_loss, inputs=inputs, config=config, row_loss=row_loss)
     needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
     outputs = FusedLoss.apply(compute, config.reduction == "none", needs_grad, *student)
     loss, *columns = cast("tuple[Any, ...]", outputs)
     if config.reduction == "none":
         loss = loss.reshape(shape)
     elif config.reduction == "mean":
-        loss = loss / (max(n_valid, 1) if normalizer is None else normalizer)
+        loss = loss / (max(n_valid, 1) if tensors.normalizer is None else tensors.normalizer)
     if not config.return_stats:
         return loss
     return loss, DistillStats(*columns).map(lambda c: c.reshape(shape))
@@ -122,7 +98,6 @@ def chunked_loss(
     inputs: LossInputs,
     config: LossConfig,
     row_loss: RowLoss,
-    autocast: torch.dtype | None,  # dtype of the products under autocast
     per_token: bool,
     needs_grad: tuple[bool, ...] = (False, False, False),
     factor: Tensor | None = None,
@@ -135,7 +110,7 @@ def chunked_loss(
     if factor is not None:
         token_weight = factor if token_weight is None else factor * token_weight
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        loop = _ChunkLoop(student, inputs, config, row_loss, autocast, needs_grad)
+        loop = _ChunkLoop(student, inputs, config, row_loss, needs_grad)
         rows, gradients = loop.run(token_weight)
         to_tokens = partial(_scatter_to_tokens, inputs.valid_token_ids, len(student.hidden))
         loss = to_tokens(rows.loss) if per_token else rows.loss.sum()
@@ -155,7 +130,6 @@ class _ChunkLoop:
     inputs: LossInputs
     config: LossConfig
     row_loss: RowLoss
-    autocast: torch.dtype | None
     needs_grad: tuple[bool, ...]
 
     def plan(self) -> ChunkPlan:
@@ -163,24 +137,19 @@ class _ChunkLoop:
         student, inputs, dtype = self.student, self.inputs, self.inputs.dtype
         n_columns = inputs.shard.max_local_size
         weight = student.weight[:1].expand(n_columns, -1)  # the largest rank's head, without its memory
-        teacher = inputs.teacher.workspace(n_columns, dtype, self.autocast)
-        if inputs.indexed:
-            assert inputs.k is not None
-            student_columns, product_dtype = inputs.k, dtype
-            head = IndexedLMHead.workspace(weight, dtype, inputs.k)
-        else:
-            full = LMHead.for_inputs(student.hidden, weight, dtype, self.autocast)
-            student_columns, product_dtype, head = n_columns, full.dtype, full.workspace()
-        separate_grad = product_dtype.itemsize if self._separate_grad(product_dtype) else 0
+        teacher = inputs.teacher.workspace(n_columns, dtype, self.inputs.autocast)
+        head = self._head(weight)
+        student_columns = head.n_logits
+        separate_grad = head.dtype.itemsize if self._separate_grad(head) else 0
         tensors = Workspace(
             fixed=64 * len(student.hidden),  # per-token columns
             per_row=student_columns * (dtype.itemsize + separate_grad)
             + 2 * student.hidden.shape[-1] * dtype.itemsize
             + 512,
         )
-        need = head + teacher + self.row_loss.workspace(student_columns, dtype) + tensors
+        need = head.workspace() + teacher + self.row_loss.workspace(student_columns, dtype) + tensors
         # The two heads are multiplied one after the other.
-        need = replace(need, fixed=need.fixed - min(head.fixed, teacher.fixed))
+        need = replace(need, fixed=need.fixed - min(head.workspace().fixed, teacher.fixed))
         head_bytes = weight.numel() * dtype.itemsize
         bound = self.config.workspace_bytes or default_workspace_bytes(student.hidden.device.type, head_bytes)
         return plan_chunks(inputs.n_valid(student), bound, need)
@@ -192,30 +161,26 @@ class _ChunkLoop:
         shard, device, valid = inputs.shard, student.hidden.device, inputs.valid_token_ids
         weight = student.weight[: shard.size]
         bias = None if student.bias is None else student.bias[: shard.size].to(dtype)
-        full_head = LMHead.for_inputs(student.hidden, weight, dtype, self.autocast)
-        product_dtype = dtype if inputs.indexed else full_head.dtype
-        n_logits = shard.size if inputs.k is None or not inputs.indexed else inputs.k
-        gradients = self._empty_gradients()
+        head = self._head(weight)
+        gradients = self._empty_gradients(head.rows_written_by_first_chunk)
         if token_weight is None:
             token_weight = torch.ones((), dtype=dtype, device=device).expand(len(student.hidden))
 
         rows = min(plan.rows, plan.n_tokens)
-        read_teacher = inputs.teacher.reader(shard, rows, dtype, self.autocast)
-        logits = logit_buffer(rows, n_logits, dtype, device)
+        read_teacher = inputs.teacher.reader(shard, rows, dtype, self.inputs.autocast)
+        logits = logit_buffer(rows, head.n_logits, dtype, device)
         grad_buffer = None
-        if self._separate_grad(product_dtype):
-            grad_buffer = logit_buffer(rows, n_logits, product_dtype, device)
+        if self._separate_grad(head):
+            grad_buffer = logit_buffer(rows, head.n_logits, head.dtype, device)
 
         results: list[RowResult] = []
         for chunk in plan.chunks():
             n = chunk.stop - chunk.start
             tokens = chunk if valid is None else valid[chunk]
             teacher_rows = read_teacher(tokens)
-            head: ChunkHead = full_head
-            if inputs.indexed:
-                assert teacher_rows.ids is not None
-                head = IndexedLMHead(weight, teacher_rows.ids, dtype, plan.block_rows)
-            hidden = student.hidden[tokens].to(product_dtype)
+            if isinstance(head, IndexedLMHead) and teacher_rows.ids is not None:
+                head = head.at(teacher_rows.ids, plan.block_rows)
+            hidden = student.hidden[tokens].to(head.dtype)
             student_rows = StudentRows(
                 head.project(hidden, logits[:n]),
                 token_weight[tokens].to(dtype).contiguous(),  # a fixed layout avoids recompilation
@@ -241,11 +206,17 @@ class _ChunkLoop:
             shard.group.all_reduce_sum_(gradients.hidden)
         return RowResult.concatenate(results), gradients
 
-    def _separate_grad(self, product_dtype: torch.dtype) -> bool:
-        """Return True if the logit gradient cannot overwrite the student's logits, whose dtype differs."""
-        return any(self.needs_grad) and product_dtype != self.inputs.dtype
+    def _head(self, weight: Tensor) -> LMHead | IndexedLMHead:
+        inputs, k = self.inputs, self.inputs.teacher.k
+        if k is not None and self.config.projects_support_only:
+            return IndexedLMHead(weight, inputs.dtype, weight.new_empty((0, k), dtype=torch.int64))
+        return LMHead.for_inputs(self.student.hidden, weight, inputs.dtype, inputs.autocast)
 
-    def _empty_gradients(self) -> Gradients:
+    def _separate_grad(self, head: LMHead | IndexedLMHead) -> bool:
+        """Return True if the logit gradient cannot overwrite the student's logits, whose dtype differs."""
+        return any(self.needs_grad) and head.dtype != self.inputs.dtype
+
+    def _empty_gradients(self, rows_written_by_first_chunk: int) -> Gradients:
         """Return the buffers that `_accumulate` fills; zeros where it does not write."""
         student, dtype = self.student, self.inputs.dtype
         hidden, weight, bias = self.needs_grad
@@ -257,7 +228,6 @@ class _ChunkLoop:
         if gradients.hidden is not None and self.inputs.valid_token_ids is not None:
             gradients.hidden.zero_()
         if gradients.weight is not None:
-            rows_written_by_first_chunk = 0 if self.inputs.indexed else self.inputs.shard.size
             gradients.weight[rows_written_by_first_chunk:].zero_()
         return gradients
 
@@ -265,7 +235,7 @@ class _ChunkLoop:
 def _accumulate(
     gradients: Gradients,
     grad: Tensor,  # (n, C) logit gradient
-    head: ChunkHead,
+    head: LMHead | IndexedLMHead,
     hidden: Tensor,  # (n, Ds)
     tokens: slice | Tensor,
     *,

@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..parallel.dtensor import gather_dtensor
 from ..parallel.vocab_shard import VocabShard
 from ..rows.base import TeacherRows
+from ..validation import check_hidden_and_head, check_id_range, check_support
 from .gemm import float64_if_supported
 from .lm_head import LMHead, logit_buffer
 from .workspace import Workspace
@@ -21,7 +23,25 @@ _NO_ID = torch.iinfo(torch.int64).max
 
 
 class Teacher(Protocol):
-    """A source of `TeacherRows`."""
+    """The teacher's arguments of a loss, and how a chunk of tokens is read from them."""
+
+    @property
+    def k(self) -> int | None:
+        """Return the size of a top-k teacher's support, or None."""
+        ...
+
+    @property
+    def products(self) -> dict[str, Tensor]:
+        """Return the tensors that enter matrix products, by argument name."""
+        ...
+
+    def check(self, student_hidden: Tensor) -> None:
+        """Require tensors that fit each other and the student's tokens (..., Ds)."""
+        ...
+
+    def prepare(self, shard: VocabShard, mask: Tensor | None) -> Teacher:
+        """Check what depends on the vocabulary, and return the detached teacher with flattened tokens."""
+        ...
 
     def workspace(self, n_columns: int, dtype: torch.dtype, autocast: torch.dtype | None) -> Workspace:
         """Return the memory that reading a chunk needs, for n_columns local columns."""
@@ -38,9 +58,31 @@ class Teacher(Protocol):
 class FullTeacher:
     """A full-vocabulary teacher: last hidden states and an LM head, projected chunk by chunk."""
 
-    hidden: Tensor  # (N, Dt)
+    hidden: Tensor  # (..., Dt); (N, Dt) once prepared
     weight: Tensor  # (Vt, Dt)
     bias: Tensor | None  # (Vt,)
+    k: None = None
+
+    @property
+    def products(self) -> dict[str, Tensor]:
+        """Return hidden states and weight."""
+        return {"teacher_hidden": self.hidden, "teacher_weight": self.weight}
+
+    def check(self, student_hidden: Tensor) -> None:
+        """Require hidden states and an LM head that fit each other and the student's tokens."""
+        check_hidden_and_head("teacher_", self.hidden, self.weight, self.bias, student_hidden.device)
+        if self.hidden.shape[:-1] != student_hidden.shape[:-1]:
+            raise ValueError(
+                "teacher_hidden must have the tokens of student_hidden, "
+                f"got {tuple(self.hidden.shape)} and {tuple(student_hidden.shape)}"
+            )
+
+    def prepare(self, shard: VocabShard, mask: Tensor | None) -> FullTeacher:
+        """Return the detached teacher with flattened tokens and gathered DTensors."""
+        del shard, mask
+        hidden = self.hidden.detach().reshape(-1, self.hidden.shape[-1])
+        bias = None if self.bias is None else gather_dtensor(self.bias.detach())
+        return FullTeacher(hidden, gather_dtensor(self.weight.detach()), bias)
 
     def workspace(self, n_columns: int, dtype: torch.dtype, autocast: torch.dtype | None) -> Workspace:
         """Return the memory of the logits, the hidden states of a chunk and the head's products."""
@@ -68,8 +110,28 @@ class FullTeacher:
 class TopKTeacher:
     """Log-probabilities at K ids per token; an id that occurs twice counts once."""
 
-    logprobs: Tensor  # (N, K), -inf where absent
-    ids: Tensor  # (N, K) int
+    logprobs: Tensor  # (..., K), -inf where absent; (N, K) once prepared
+    ids: Tensor  # (..., K) int
+
+    @property
+    def k(self) -> int:
+        """Return K."""
+        return self.ids.shape[-1]
+
+    @property
+    def products(self) -> dict[str, Tensor]:
+        """Return no tensor: log-probabilities enter no matrix product."""
+        return {}
+
+    def check(self, student_hidden: Tensor) -> None:
+        """Require log-probabilities and ids in the shape of the student's tokens."""
+        check_support(self.logprobs, self.ids, student_hidden.shape[:-1], student_hidden.device)
+
+    def prepare(self, shard: VocabShard, mask: Tensor | None) -> TopKTeacher:
+        """Check the range of the ids, and return the detached teacher with flattened tokens."""
+        absent = self.logprobs == -torch.inf
+        check_id_range("teacher_ids", self.ids, shard.total, unused=absent, mask=mask)
+        return TopKTeacher(self.logprobs.detach().reshape(-1, self.k), self.ids.reshape(-1, self.k))
 
     def workspace(self, n_columns: int, dtype: torch.dtype, autocast: torch.dtype | None) -> Workspace:
         """Return the memory of sorted ids and log-probabilities and of the sort's temporaries."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,12 +88,9 @@ def plan_chunks(n_tokens: int, workspace_bytes: int, need: Workspace) -> ChunkPl
 
 def shard_of_call(
     config: LossConfig,
-    *,
+    student: Mapping[str, Tensor | None],  # tensors that may need gradients, by argument name
+    teacher: Mapping[str, Tensor],  # tensors of the teacher's matrix products, by argument name
     mask: Tensor | None,  # (...) bool
-    student_hidden: Tensor,  # (..., D)
-    student_weight: Tensor,  # (V, D)
-    student_bias: Tensor | None,  # (V,)
-    **teacher_head: Tensor,  # (Vt, Dt) by its argument's name
 ) -> VocabShard:
     """Return this rank's shard of the vocabulary, once all ranks are known to derive the same chunks.
 
@@ -105,22 +102,19 @@ def shard_of_call(
         ValueError: vocab_size is too large, or the ranks' arguments do not fit each other.
         TypeError: a DTensor with a process group.
     """
-    leaves = {
-        "student_hidden": student_hidden,
-        "student_weight": student_weight,
-        "student_bias": student_bias,
-    }
     equal_on_all_ranks: dict[str, int | Tensor] = {}
     if config.process_group is not None:
-        check_no_dtensors(**leaves, **teacher_head)
+        check_no_dtensors({**student, **teacher})
+        hidden = student["student_hidden"]
+        assert hidden is not None
         equal_on_all_ranks = {
             "the number of valid tokens, by student_hidden and mask,": (
-                student_hidden.shape[:-1].numel() if mask is None else mask.sum()
+                hidden.shape[:-1].numel() if mask is None else mask.sum()
             ),
             "workspace_bytes": config.workspace_bytes or 0,
         }
-        for name, tensor in leaves.items():
+        for name, tensor in student.items():
             needs_grad = torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
             equal_on_all_ranks[f"whether {name} requires a gradient"] = int(needs_grad)
-    heads = {"student_weight": student_weight, **teacher_head}
+    heads = {k: t for k, t in {**student, **teacher}.items() if k.endswith("_weight") and t is not None}
     return VocabShard.from_heads(config.process_group, config.vocab_size, heads, equal_on_all_ranks)

@@ -1,0 +1,39 @@
+"""The tensor arguments of a loss, and their checks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..config import LossConfig
+from ..parallel.vocab_shard import VocabShard
+from ..validation import check_float, check_hidden_and_head, check_labels, check_normalizer, check_tokens
+from .teacher import Teacher
+from .workspace import shard_of_call
+
+
+class LossTensors(NamedTuple):
+    """The tensors of a loss in the caller's shapes, and the normalizer."""
+
+    student_hidden: Tensor  # (..., Ds)
+    student_weight: Tensor  # (Vs, Ds)
+    student_bias: Tensor | None  # (Vs,)
+    teacher: Teacher
+    mask: Tensor | None  # (...) bool
+    token_weight: Tensor | None  # (...)
+    labels: Tensor | None  # (...)
+    normalizer: float | Tensor | None
+
+    def check(self, config: LossConfig) -> VocabShard:
+        """Check every tensor, and return this rank's shard of the vocabulary."""
+        hidden = check_float("student_hidden", self.student_hidden)
+        device, shape = hidden.device, hidden.shape[:-1]
+        check_normalizer(self.normalizer, config.reduction)
+        check_hidden_and_head("student_", hidden, self.student_weight, self.student_bias, device)
+        check_tokens(shape, device, self.mask, self.token_weight)
+        self.teacher.check(hidden)
+        student = {name: getattr(self, name) for name in self._fields[:3]}
+        shard = shard_of_call(config, student, self.teacher.products, self.mask)
+        check_labels(self.labels, config.hard_weight, shape, device, shard.total)
+        return shard
