@@ -17,7 +17,7 @@ import torch
 import yaml
 from cases import INTERPRETED
 from fastapi import FastAPI, Request
-from fused_distill.cli import parsed
+from fused_distill.cli import parse_arguments
 from fused_distill.rollouts.base import Sampling, TransformersRollouts
 from fused_distill.serving.server.transformers_engine import TransformersEngine
 from fused_distill.trainer.config import load_config
@@ -165,7 +165,7 @@ def test_the_commands_of_a_page_exist(page: Path) -> None:
     for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["fused-distill"]:
-            parsed(words[1:])
+            parse_arguments(words[1:])
         elif words[:1] == ["make"]:
             assert words[1] in targets
 

@@ -18,6 +18,20 @@ _COMPILE_MIN_LOGITS = 1 << 24
 _BLOCK_ELEMENTS = 1 << 20
 
 
+def auto_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Return the backend that backend="auto" selects, and the reason.
+
+    dtype is that of the logits: float64 where an input is float64, else float32.
+    """
+    if device.type != "cuda":
+        return "torch", "the Triton kernels need a CUDA or ROCm device"
+    if dtype != torch.float32:
+        return "torch", "the Triton kernels compute in float32"
+    if find_spec("triton") is None:
+        return "torch", "Triton is not installed"
+    return "triton", "a CUDA or ROCm device, float32 logits, and Triton is installed"
+
+
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """ "triton" or "torch" for the public functions' backend.
 
@@ -27,8 +41,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if name == "auto":
-        fits = device.type == "cuda" and dtype == torch.float32 and find_spec("triton") is not None
-        return "triton" if fits else "torch"
+        return auto_backend(device, dtype)[0]
     if name == "torch":
         return name
     if find_spec("triton") is None:
