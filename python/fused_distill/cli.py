@@ -57,30 +57,13 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--no-hidden-states", action="store_true", help="disable the hidden-state and LM-head endpoints"
     )
-    serve.add_argument(
-        "--answer-numbers",
-        type=int,
-        default=1 << 26,
-        help="maximum number of values per response (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=16384,
-        help="maximum number of tokens per forward pass (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--max-waiting",
-        type=int,
-        default=256,
-        help="queue length; further requests get status 429 (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--request-seconds",
-        type=float,
-        default=300.0,
-        help="time limit of a request in seconds (default: %(default)s)",
-    )
+    for flag, default, about in (
+        ("--answer-numbers", 1 << 26, "maximum number of values per response"),
+        ("--batch-tokens", 16384, "maximum number of tokens per forward pass"),
+        ("--max-waiting", 256, "queue length; further requests get status 429"),
+        ("--request-seconds", 300.0, "time limit of a request in seconds"),
+    ):
+        serve.add_argument(flag, type=type(default), default=default, help=f"{about} (default: {default})")
 
     distil = commands.add_parser("train", help="train a student", description=train.__doc__)
     distil.set_defaults(run=train)
