@@ -1,7 +1,6 @@
-"""The output layer of a transformers model as the losses take it: weight, bias, logit scale, softcap; and
-what comes before it.
+"""LM head and decoder of a transformers model: weight, bias, logit scale and softcap for the losses.
 
-Imports nothing of transformers: everything is read from the model that is given.
+Does not import transformers; everything is read from the given model.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 
 class LMHeadParams(NamedTuple):
-    """Logits are softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
+    """LM head with the logits softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
@@ -22,16 +21,16 @@ class LMHeadParams(NamedTuple):
     softcap: float | None
 
     def options(self, prefix: str = "") -> dict[str, Any]:
-        """All but the weight, as keyword arguments of the losses and of `topk_logprobs`."""
+        """Return all but the weight, as keyword arguments of the losses and of `topk_logprobs`."""
         return {f"{prefix}{name}": getattr(self, name) for name in ("bias", "logit_scale", "softcap")}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) from hidden (..., D)."""
+        """Return logits (..., V) of hidden states (..., D)."""
         logits = self.logit_scale * F.linear(hidden, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# config field -> logit scale of a model type. A family that is not here scales nothing.
+# Config field -> function from its value and the model type to the logit scale. The default scale is 1.
 _SCALES = {
     "logit_scale": lambda value, _: value,  # Cohere
     "logits_scaling": lambda value, model_type: (
@@ -43,7 +42,7 @@ _SCALES = {
 
 
 def lm_head_of(model: Any) -> LMHeadParams:
-    """The output layer of a `transformers` causal language model.
+    """Return the LM head of a `transformers` causal language model.
 
     Raises:
         ValueError: the model has no output embeddings.
@@ -63,6 +62,6 @@ def lm_head_of(model: Any) -> LMHeadParams:
 
 
 def decoder_of(model: Any) -> Any:
-    """The part of a `transformers` causal language model that gives its last hidden states."""
+    """Return the part of a `transformers` causal language model that computes its last hidden states."""
     decoder = model.get_decoder()
     return getattr(model, "model", decoder) if decoder is model else decoder
