@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import env
 
@@ -133,7 +133,7 @@ def serve_teacher(options: argparse.Namespace) -> None:
 
     import uvicorn
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises SIGTERM again after its shutdown
+    signal.signal(signal.SIGTERM, _exit)  # uvicorn raises SIGTERM again after its shutdown
     uvicorn.run(
         create_app(_load_engine(options), token=token, limits=limits, batch_limits=batch_limits),
         host=options.host,
@@ -150,7 +150,8 @@ def train(options: argparse.Namespace) -> None:
     from .trainer.loop import train
 
     student = train(load_config(options.config, options.overrides), options.resume)
-    PartialState().print(student)
+    if PartialState().is_local_main_process:
+        print(student)
 
 
 def cache_teacher(options: argparse.Namespace) -> None:
@@ -167,6 +168,10 @@ def cache_teacher(options: argparse.Namespace) -> None:
 def print_env(options: argparse.Namespace) -> None:
     """Print versions, devices, and the backend chosen for each device, for a bug report."""
     print(env.report())
+
+
+def _exit(_signal: int, _frame: object) -> None:
+    sys.exit(0)
 
 
 def _load_engine(options: argparse.Namespace) -> TeacherEngine:
@@ -196,7 +201,7 @@ def _json_object(text: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
-    return value
+    return cast("dict[str, Any]", value)
 
 
 if __name__ == "__main__":

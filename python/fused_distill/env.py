@@ -10,6 +10,7 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -68,7 +69,7 @@ def _devices() -> Iterator[tuple[torch.device, str]]:
     cpu, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     yield torch.device("cpu"), f"{_cpu_model()}, {threads} threads, capability {cpu}"
     for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
+        gpu = cast(Any, torch.cuda).get_device_properties(index)
         architecture = gpu.gcnArchName if torch.version.hip else f"{gpu.major}.{gpu.minor}"
         memory = f"{gpu.total_memory / 2**30:.1f} GiB"
         yield torch.device("cuda", index), f"{gpu.name}, {memory}, compute capability {architecture}"

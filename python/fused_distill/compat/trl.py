@@ -27,14 +27,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..huggingface.lm_head import lm_head_of
 from ..linear_jsd import fused_linear_jsd
@@ -91,7 +91,7 @@ def _check_version() -> None:
 
 def _original(owner: Any, name: str, replacement: Any) -> Any:
     """Return TRL's function, whose parameters must be those of its replacement."""
-    original = vars(owner).get(name)
+    original = owner.__dict__.get(name)
     expected = list(inspect.signature(replacement).parameters)
     parameters = None if original is None else list(inspect.signature(original).parameters)
     if parameters != expected:
@@ -219,8 +219,13 @@ def _in_place_of_output_layer(
     The function is called in place of that layer, so that adapters and autocast apply as they do to logits.
     """
     layer = student.get_output_embeddings()
-    original, results = layer.forward, []
-    hook = layer.register_forward_hook(lambda _module, _inputs, result: results.append(result))
+    original = layer.forward
+    results: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, result: Tensor) -> None:
+        results.append(result)
+
+    hook = layer.register_forward_hook(keep)
     layer.forward = function
     try:
         student.forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -254,7 +259,9 @@ def _support(beta: float, teacher: dict[str, Tensor], tokens: Tensor, mask: Tens
 
 
 @contextmanager
-def _gathered(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _gathered(
+    weight: Tensor, bias: Tensor | None, hidden: Tensor
+) -> Generator[tuple[Tensor, Tensor | None], None, None]:
     """Yield an LM head's parameters as plain tensors, gathered from DeepSpeed ZeRO-3 or FSDP2.
 
     Raises:

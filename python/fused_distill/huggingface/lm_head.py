@@ -30,15 +30,8 @@ class LMHeadParams(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# Config field -> function from its value and the model type to the logit scale. The default scale is 1.
-_SCALES = {
-    "logit_scale": lambda value, _: value,  # Cohere
-    "logits_scaling": lambda value, model_type: (
-        value if model_type == "hyperclovax" else 1.0 / value
-    ),  # Granite
-    "lm_head_multiplier": lambda value, _: value,  # Falcon-H1
-    "output_multiplier": lambda value, _: value,  # Muse
-}
+# Config fields that hold a logit scale, of Cohere, Granite, Falcon-H1 and Muse. The default scale is 1.
+_SCALE_FIELDS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
 def lm_head_of(model: Any) -> LMHeadParams:
@@ -52,10 +45,11 @@ def lm_head_of(model: Any) -> LMHeadParams:
         raise ValueError(f"model must have output embeddings, got {type(model).__name__}")
     config = model.config.get_text_config()
     scale = 1.0
-    for field, convert in _SCALES.items():
+    for field in _SCALE_FIELDS:
         value = getattr(config, field, None)
         if value is not None:
-            scale = float(convert(value, config.model_type))
+            divides = field == "logits_scaling" and config.model_type != "hyperclovax"
+            scale = 1.0 / value if divides else float(value)
     return LMHeadParams(
         layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None)
     )
