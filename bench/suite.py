@@ -104,7 +104,7 @@ class Suite:
         try:
             worker = self._worker(provider)
             answer = worker.prepare(case)
-            benchmark._timer = lambda: worker.clock  # the child's time, without that of the pipe
+            benchmark._timer = lambda: worker.clock  # the child's time excludes the pipe
             benchmark.pedantic(worker.step, rounds=rounds)
             row |= {"seconds": list(benchmark.stats.stats.data), **answer}
         except ProviderFailed as failure:

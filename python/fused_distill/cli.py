@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+    """Return the command-line parser."""
     parser = argparse.ArgumentParser(prog="fused-distill", description="Distillation of language models.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 

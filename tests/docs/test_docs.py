@@ -151,14 +151,18 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
         assert names["loss"].isfinite()
 
 
-def test_before_and_after_of_the_readme_give_the_same_loss(tmp_path: Path) -> None:
+def test_before_and_after_of_the_readme_give_the_same_loss_and_gradients(tmp_path: Path) -> None:
     names = Environment(tmp_path)
-    losses = []
-    for code in blocks(ROOT / "README.md", "python")[:2]:
-        exec(code, names)
-        losses.append(names["loss"].item())
-    assert losses[0] > 0
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    student = names["student"]
+    before, after = blocks(ROOT / "README.md", "python")[:2]
+    exec(before, names)
+    loss = names["loss"]
+    gradients = torch.autograd.grad(loss, list(student.parameters()))
+    exec(after, names)
+    assert loss > 0
+    assert names["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    for parameter, gradient in zip(student.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"))

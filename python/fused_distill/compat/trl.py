@@ -16,8 +16,7 @@ Losses, logged metrics and gradients equal TRL's within rounding for every beta,
 FSDP2. Differences:
 
 - Logits are float32 where TRL's server trainer computes them in the model's dtype.
-- `compute_loss(return_outputs=True)` of the server trainer returns None as outputs, as that of
-  `DistillationTrainer` does.
+- With return_outputs=True, `compute_loss` returns None as outputs, in both trainers.
 - An LM head sharded by FSDP2 gets the average of the ranks' gradients. With TRL's own loss each shard gets
   only the gradient of its own rank's tokens.
 - An LM head that FSDP1 wraps separately raises an error.
