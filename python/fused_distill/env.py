@@ -28,6 +28,8 @@ PACKAGES = (
     "liger-kernel",
     "vllm",
     "httpx",
+    "tenacity",
+    "pydantic",
     "fastapi",
     "safetensors",
     "numpy",
