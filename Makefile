@@ -1,11 +1,26 @@
-# make demo | test | lint | fuzz | bench | bench-gpu | bench-serving | report | docs     ARGS="..." goes to demo and benchmarks
+# make test           all tests, without a GPU (creates .venv and .venv-vllm)
+# make test-library   all tests but those against a real vLLM
+# make test-vllm      tests against a real vLLM on the CPU
+# make lint           ruff and pyright
+# make fuzz           fuzz the parsers of the teacher server for five minutes
+# make demo           on-policy distillation of Gemma 3 270M on the CPU
+# make bench          time, memory and accuracy on this CPU
+# make bench-gpu      time and memory on this GPU
+# make bench-serving  bytes and time of teacher servers
+# make report         rewrite the tables of README.md and docs/ from bench/results/
+# make docs           build the documentation site
+# make clean          remove virtual environments and outputs
+# ARGS="..." is passed to the demo, the fuzzer and the benchmarks.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py tests/rows/test_close_models.py tests/parallel
 
-.PHONY: demo test test-library test-vllm lint fuzz bench bench-gpu bench-serving report docs clean
+.PHONY: help demo test test-library test-vllm lint fuzz bench bench-gpu bench-serving report docs clean
+
+help:
+	@sed -n '/^[^#]/q;s/^# //p' Makefile
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -16,7 +31,7 @@ test-library: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNEL_TESTS)
 
-# A real vLLM on the CPU, in a venv of its own: its torch is not the tests'.
+# vLLM needs another torch than the tests, so that it has its own virtual environment.
 test-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed
 	$(WITH_VLLM) $(BIN)/python -m pytest tests/real_vllm
 

@@ -1,4 +1,4 @@
-"""Time and memory of a loss with both gradients on the CPU, float32, beside peers and the bare products.
+"""Time and memory of losses with both gradients on the CPU in float32: ours, peers, and the products alone.
 
 python bench/cpu.py [--output FILE] [--small] [-k EXPRESSION]
 """

@@ -1,8 +1,8 @@
-"""Time and memory of a loss with both gradients on a GPU, bfloat16, beside peers and the bare products.
+"""Time and memory of losses with both gradients on a GPU in bfloat16: ours, peers, and the products alone.
 
     python bench/gpu.py [--output FILE] [--small] [-k EXPRESSION]
 
-Ours and the floor come first, so that a run that is cut short still says how far from the floor we are.
+The floor and fused-distill run first, so that an interrupted run still holds the main comparison.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The losses that are compared, and the floor: the matrix products that none of them can do without."""
+"""The losses under comparison, and the floor: the matrix products that all of them need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and divergence. Every provider gets the same numbers."""
+    """One shape and divergence. All providers get the same inputs."""
 
     tokens: int
     vocab: int
@@ -27,25 +27,25 @@ class Case:
 
     @property
     def label(self) -> str:
-        """The case in a test's name."""
+        """Name of the case in a test id."""
         teacher = f"K{self.k}" if self.k else f"Dt{self.teacher_dim}"
         return f"N{self.tokens}-V{self.vocab}-Ds{self.student_dim}-{teacher}-beta{self.beta:g}"
 
 
 class Inputs(NamedTuple):
-    """What a loss is called with; the student's two require gradients."""
+    """Arguments of a loss; the student's two require gradients."""
 
     student_hidden: Tensor  # (N, Ds)
     student_weight: Tensor  # (V, Ds)
-    teacher_hidden: Tensor  # (N, Dt); of a top-k teacher (N, K) log-probabilities
-    teacher_weight: Tensor  # (V, Dt); of a top-k teacher (N, K) ids
+    teacher_hidden: Tensor  # (N, Dt), or (N, K) log-probabilities of a top-k teacher
+    teacher_weight: Tensor  # (V, Dt), or (N, K) ids of a top-k teacher
 
 
-Loss = Callable[..., Tensor]  # the four inputs -> mean loss, nats per token
+Loss = Callable[..., Tensor]  # four inputs -> mean loss in nats per token
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Random inputs whose logits have a standard deviation of 3, about that of a language model."""
+    """Make random inputs whose logits have a standard deviation of 3, about that of a language model."""
     generator = torch.Generator(case.device).manual_seed(0)
 
     def randn(rows: int, columns: int, scale: float) -> Tensor:
@@ -59,7 +59,7 @@ def make_inputs(case: Case) -> Inputs:
     )
     if not case.k:
         return Inputs(*student, randn(case.tokens, dt, 1.0), randn(case.vocab, dt, 3 / math.sqrt(dt)))
-    # 95 % of the teacher's probability on K different tokens all over the vocabulary.
+    # 95 % of the teacher's probability lies on K distinct tokens spread over the vocabulary.
     logprobs = torch.log_softmax(randn(case.tokens, case.k, 2.0).float(), -1) + math.log(0.95)
     stride = case.vocab // case.k
     ids = torch.randint(stride, (case.tokens, case.k), generator=generator, device=case.device)
@@ -73,7 +73,7 @@ def ours(beta: float, backend: str) -> Loss:
 
 
 def naive(beta: float) -> Loss:
-    """All logits, log_softmax and kl_div, as trainers write it."""
+    """Return the loss that trainers usually write: all logits, log_softmax and kl_div."""
 
     def loss(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
         log_s = F.log_softmax((hs @ ws.T).float(), -1)
@@ -131,24 +131,24 @@ def ours_topk(beta: float, tail: str) -> Loss:
 
 
 def trl_topk(beta: float, with_tail: bool) -> Loss:
-    """As TRL's ServerDistillationTrainer computes it: log_softmax of all logits, K of them gathered."""
+    """Return the loss of TRL's ServerDistillationTrainer: log_softmax of all logits, then a gather of K."""
     from trl.experimental.server_distillation import server_distillation_trainer as server
 
     def loss(hs: Tensor, ws: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
         log_s = F.log_softmax((hs @ ws.T).float(), -1).gather(-1, ids)
-        there = torch.ones_like(ids, dtype=torch.bool)
+        present = torch.ones_like(ids, dtype=torch.bool)
         if with_tail:
-            log_t = server._add_tail_bucket(logprobs, there)[0]
-            log_s, there = server._add_tail_bucket(log_s, there)
+            log_t = server._add_tail_bucket(logprobs, present)[0]
+            log_s, present = server._add_tail_bucket(log_s, present)
         else:
             log_s, log_t = (log_p - log_p.logsumexp(-1, keepdim=True) for log_p in (log_s, logprobs))
-        return server._jsd_divergence(log_s, log_t, beta, there).sum() / len(hs)
+        return server._jsd_divergence(log_s, log_t, beta, present).sum() / len(hs)
 
     return loss
 
 
 def verl_topk(beta: float) -> Loss:
-    """As verl's FSDP losses compute it, forward KL only: log_softmax of all logits, K terms of the sum."""
+    """Return verl's FSDP loss, forward KL only: log_softmax of all logits, then K terms of the sum."""
     if beta != 0:
         raise ValueError("forward KL only")
 
@@ -178,9 +178,13 @@ FLOOR = "floor"
 
 
 def floor_step(inputs: Inputs, topk: bool) -> Callable[[], None]:
-    """The products alone, on whole matrices, into memory that is there already: four, three if topk."""
+    """Return a step of the unchunked matrix products alone, in preallocated memory: four, or three if topk.
+
+    They are computed by torch.mm. On an AMD CPU fused-distill calls oneDNN instead, which is faster there, so
+    that its ratio to this floor can be below 1.
+    """
     hs, ws, ht, wt = (t.detach() for t in inputs)
-    gradient = hs @ ws.T  # stands for the gradient of the logits: same shape, dtype and kind of numbers
+    gradient = hs @ ws.T  # in place of the logit gradient: same shape and dtype
     logits = torch.empty(gradient.shape, dtype=torch.float32, device=hs.device)
     grad_hidden, grad_weight = torch.empty_like(hs), torch.empty_like(ws)
     to_float32 = {"out_dtype": torch.float32} if hs.is_cuda and hs.dtype != torch.float32 else {}
@@ -198,7 +202,7 @@ def floor_step(inputs: Inputs, topk: bool) -> Callable[[], None]:
 
 
 def make_step(provider: str, case: Case, inputs: Inputs) -> Callable[[], Tensor | None]:
-    """What is timed: a loss and both of its gradients, from nothing. Gives the loss."""
+    """Return the function that is timed: it computes a loss and both gradients, and returns the loss."""
     if provider == FLOOR:
         return floor_step(inputs, topk=case.k > 0)
     loss = LOSSES[provider](case.beta)

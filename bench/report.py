@@ -1,10 +1,10 @@
 """Turn result files into the tables of README.md and docs/, and into plots.
 
     python bench/report.py            rewrite every table between <!-- bench:FILE --> and <!-- /bench -->
-    python bench/report.py --check    only say whether a table differs from its result file (status 1)
+    python bench/report.py --check    report tables that differ from their result files (exit status 1)
 
-FILE is a result file's name in bench/results/, without .json; FILE#full and FILE#topk are its rows with a
-full-vocabulary and with a top-k teacher.
+FILE is the name of a result file in bench/results/, without .json. FILE#full and FILE#topk select the rows
+with a full-vocabulary and with a top-k teacher, FILE#summary those of the first shape at beta 0.5.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "numerics.md", ROOT / "docs" / "serving.md")
-MARKED = re.compile(r"(<!-- bench:(\S+?)(?:#(full|topk))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{page}.md" for page in ("benchmarks", "numerics", "serving")),
+)
+MARKED = re.compile(r"(<!-- bench:(\S+?)(?:#(full|topk|summary))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 SHAPE = ("tokens", "vocab", "student_dim", "teacher_dim", "k", "dtype")
 
 Row = dict[str, Any]
@@ -29,14 +32,18 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def shape_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in SHAPE)
+
+
 def shapes(rows: list[Row]) -> list[tuple[Any, ...]]:
-    """The distinct shapes, in the order measured."""
-    return list(dict.fromkeys(tuple(row[key] for key in SHAPE) for row in rows))
+    """Return the distinct shapes, in the order of measurement."""
+    return list(dict.fromkeys(map(shape_of, rows)))
 
 
 def floor_seconds(rows: list[Row], shape: tuple[Any, ...]) -> float | None:
     for row in rows:
-        if row["provider"] == "floor" and tuple(row[key] for key in SHAPE) == shape and "seconds" in row:
+        if row["provider"] == "floor" and shape_of(row) == shape and "seconds" in row:
             return statistics.median(row["seconds"])
     return None
 
@@ -48,7 +55,7 @@ def shape_text(shape: tuple[Any, ...]) -> str:
 
 
 def products_of(shape: tuple[Any, ...]) -> str:
-    return "the three products" if shape[SHAPE.index("k")] else "the four products"
+    return "three products" if shape[SHAPE.index("k")] else "four products"
 
 
 def seconds_text(seconds: float) -> str:
@@ -60,7 +67,7 @@ def gib_text(n_bytes: int | None) -> str:
 
 
 def times_table(content: dict[str, Any]) -> str:
-    """One row per provider, shape and beta: median time, its ratio to the bare products, peak memory."""
+    """Return one row per provider, shape and beta: median time, its ratio to the floor, peak memory."""
     rows = content["rows"]
     lines: list[str] = []
     for shape in shapes(rows):
@@ -68,15 +75,18 @@ def times_table(content: dict[str, Any]) -> str:
         lines += [
             f"{shape_text(shape)}:",
             "",
-            f"| | beta | time | of {products} | peak memory, GiB | without gradients, GiB |",
+            f"| | beta | time | relative to {products} (torch.mm) "
+            "| peak memory, GiB | without gradients, GiB |",
             "|---|---|---|---|---|---|",
         ]
         for row in rows:
-            if tuple(row[key] for key in SHAPE) != shape:
+            if shape_of(row) != shape:
                 continue
             name, beta = row["provider"], f"{row['beta']:g}"
             if name == "floor":
-                name, beta = f"{products} alone", ""
+                name, beta = f"the {products} alone (torch.mm)", ""
+            if name == "TRL" and "gpu" not in content["machine"]:
+                name = "TRL, without its Triton kernels"
             if "error" in row:
                 lines.append(f"| {name} | {beta} | {row['error']} | | | |")
                 continue
@@ -91,15 +101,17 @@ def times_table(content: dict[str, Any]) -> str:
 
 
 def errors_table(content: dict[str, Any]) -> str:
-    """Relative errors against float64: one line per case, one column per provider."""
+    """Return relative errors against float64: one line per case, one column per provider."""
     lines: list[str] = []
     for title in dict.fromkeys(row["table"] for row in content["rows"]):
         rows = [row for row in content["rows"] if row["table"] == title]
         providers = list(dict.fromkeys(row["provider"] for row in rows))
         lines += [f"{title}:", "", f"| | {' | '.join(providers)} |", "|---" * (len(providers) + 1) + "|"]
         for case in dict.fromkeys(row["case"] for row in rows):
-            found = {row["provider"]: row for row in rows if row["case"] == case}
-            cells = [found[name].get("text") or f"{found[name]['error']:.0e}" for name in providers]
+            by_provider = {row["provider"]: row for row in rows if row["case"] == case}
+            cells = [
+                by_provider[name].get("text") or f"{by_provider[name]['error']:.0e}" for name in providers
+            ]
             lines.append(f"| {case} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -107,12 +119,12 @@ def errors_table(content: dict[str, Any]) -> str:
 
 def provenance(content: dict[str, Any]) -> str:
     machine, versions = content["machine"], content["versions"]
-    place = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    used = ", ".join(
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    packages = ", ".join(
         f"{name} {number}" for name, number in versions.items() if number and name != "fused-distill"
     )
     return (
-        f"{place}; {used}; `{content['command']}`, commit {content['commit']}, {content['date'][:10]}. "
+        f"{device}; {packages}; `{content['command']}`, commit {content['commit']}, {content['date'][:10]}. "
         + content.get("note", "")
     ).strip()
 
@@ -120,13 +132,15 @@ def provenance(content: dict[str, Any]) -> str:
 def table(content: dict[str, Any], part: str | None = None) -> str:
     if part is not None:
         rows = [row for row in content["rows"] if bool(row["k"]) == (part == "topk")]
+        if part == "summary":
+            rows = [row for row in rows if row["beta"] == 0.5 and shape_of(row) == shape_of(rows[0])]
         content = {**content, "rows": rows}
     body = errors_table(content) if "table" in content["rows"][0] else times_table(content)
     return f"\n{body}\n{provenance(content)}\n"
 
 
 def plot(path: Path) -> None:
-    """Time and memory of a result file side by side, per shape and beta that peers have, else for all."""
+    """Plot time and memory per shape and beta: those measured for peers too, or all if there are none."""
     from matplotlib.figure import Figure
 
     rows = [row for row in load(path)["rows"] if "seconds" in row]
@@ -148,15 +162,15 @@ def plot(path: Path) -> None:
         floor = floor_seconds(rows, shape)
         if floor is not None:
             left.axvline(floor, color="k", linewidth=0.8, linestyle="--")
-        left.set_xlabel(f"seconds, forward and backward (dashed: {products_of(shape)})")
+        left.set_xlabel(f"seconds, forward and backward (dashed: the {products_of(shape)})")
         left.set_title(f"{shape_text(shape)}, beta {beta:g}", fontsize=9, loc="left")
         right.barh(names, [(row.get("extra_bytes") or 0) / 2**30 for row in shown], color=colors)
         right.set_xlabel("peak memory with gradients, GiB")
         right.set_yticklabels([])
-        for one in (left, right):
-            one.spines[["top", "right"]].set_visible(False)
-            one.tick_params(labelsize=8)
-            one.xaxis.label.set_size(8)
+        for panel in (left, right):
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.tick_params(labelsize=8)
+            panel.xaxis.label.set_size(8)
     figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
@@ -166,17 +180,19 @@ def _is_ours(row: Row) -> bool:
 
 def _in_panel(row: Row, shape: tuple[Any, ...], beta: float) -> bool:
     same = row["provider"] != "floor" and row["beta"] == beta
-    return same and tuple(row[key] for key in SHAPE) == shape
+    return same and shape_of(row) == shape
 
 
 def with_tables(text: str) -> str:
-    """The text with every marked table written anew from its result file."""
+    """Return the text with every marked table regenerated from its result file."""
     return MARKED.sub(lambda m: m[1] + table(load(RESULTS / f"{m[2]}.json"), m[3]) + m[4], text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="change no file; exit status 1 if a table is stale"
+    )
     check = parser.parse_args().check
     stale = False
     for document in DOCUMENTS:

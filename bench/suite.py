@@ -1,4 +1,4 @@
-"""What cpu.py and gpu.py share: workers behind pytest-benchmark, result files written row by row."""
+"""Shared by cpu.py and gpu.py: workers behind pytest-benchmark, and result files saved after each row."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def package_version(name: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    described: dict[str, Any] = {
+    description: dict[str, Any] = {
         "cpu": cpuinfo.get_cpu_info().get("brand_raw", platform.processor()),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -45,16 +45,16 @@ def machine() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        described |= {
+        description |= {
             "gpu": properties.name,
             "gpu_bytes": properties.total_memory,
             "cuda": torch.version.cuda or torch.version.hip,
         }
-    return described
+    return description
 
 
 def commit() -> str:
-    """The commit, with "+" where files differ from it."""
+    """Return the commit, with "+" if files differ from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -65,7 +65,7 @@ def commit() -> str:
 
 
 def header(command: str) -> dict[str, Any]:
-    """What makes a result reproducible."""
+    """Return what is needed to reproduce a result: command, date, commit, machine, versions."""
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -76,12 +76,12 @@ def header(command: str) -> dict[str, Any]:
 
 
 def results_folder(small: bool) -> Path:
-    """Where results go: those of a check of the code paths never among the measurements."""
+    """Return the folder for results; those of `--small` are kept apart from measurements."""
     return ROOT / "outputs" / "bench" if small else RESULTS
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(content, indent=1) + "\n")
@@ -90,7 +90,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @dataclass
 class Suite:
-    """Runs provider x case, keeps the rows, and writes the result file after each."""
+    """Measures providers on cases and saves the result file after each row."""
 
     path: Path
     content: dict[str, Any]
@@ -99,12 +99,12 @@ class Suite:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def measure(self, benchmark: Any, provider: str, case: Case, rounds: int) -> None:
-        """One row: times by pytest-benchmark, or why there are none."""
+        """Add one row: times by pytest-benchmark, or the reason why there are none."""
         row: dict[str, Any] = {"provider": provider, **asdict(case)}
         try:
             worker = self._worker(provider)
             answer = worker.prepare(case)
-            benchmark._timer = lambda: worker.clock  # the child's own time, without the pipe
+            benchmark._timer = lambda: worker.clock  # the child's time excludes the pipe
             benchmark.pedantic(worker.step, rounds=rounds)
             row |= {"seconds": list(benchmark.stats.stats.data), **answer}
         except ProviderFailed as failure:
@@ -129,7 +129,7 @@ class Suite:
 
 @pytest.fixture(scope="module")
 def suite() -> Iterator[Suite]:
-    """For the test modules of this folder: `from suite import suite`."""
+    """Provide the suite to the benchmark modules, which import this fixture."""
     running = Suite(Path(os.environ[OUTPUT]), header(os.environ["FUSED_DISTILL_BENCH_COMMAND"]))
     yield running
     running.close()
@@ -138,18 +138,18 @@ def suite() -> Iterator[Suite]:
 def main(script: str, device: str) -> int:
     """Run a benchmark script under pytest, then plot what it measured.
 
-    Other arguments go to pytest: `-k "fused or floor"` runs some of the rows.
+    Other arguments are passed to pytest, e.g. -k "fused or floor" to run some of the rows.
     """
     parser = argparse.ArgumentParser(
         description=f"{script}: JSON and a plot in bench/results/", epilog=main.__doc__
     )
-    parser.add_argument("--output", type=Path, help="result file; default: named after the device")
+    parser.add_argument("--output", type=Path, help="result file (default: named after the device)")
     parser.add_argument(
-        "--small", action="store_true", help="tiny sizes on any machine: checks the code paths"
+        "--small", action="store_true", help="tiny sizes, to check the code paths on any machine"
     )
     arguments, others = parser.parse_known_args()
     if device == "cuda" and not arguments.small and not torch.cuda.is_available():
-        parser.error("no GPU here; --small runs tiny sizes on the CPU")
+        parser.error("no GPU found; use --small to run tiny sizes on the CPU")
     name = (
         machine().get("gpu") if device == "cuda" else f"{machine()['cpu']} {torch.get_num_threads()} threads"
     )

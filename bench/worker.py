@@ -1,4 +1,4 @@
-"""One provider in a process of its own: the parent asks over a pipe, the child computes and measures.
+"""Run one provider in its own process: the parent sends commands over a pipe, the child measures.
 
 python bench/worker.py PROVIDER        (started by Worker, not by hand)
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class ProviderFailed(Exception):
-    """A provider cannot run a case; the message is what the results say of it."""
+    """A provider cannot run a case; the message goes into the results."""
 
 
 class Worker:
-    """The parent's side. `clock` is the time, in seconds, that the child has spent in steps so far."""
+    """Parent's end of the pipe. `clock` is the total time in seconds of the steps so far."""
 
     def __init__(self, provider: str):
         self.clock = 0.0
@@ -37,20 +37,20 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # What a provider prints belongs in neither the pipe nor the table.
+            # Keep a provider's output out of the terminal.
             stderr=subprocess.DEVNULL,
         )
 
     def prepare(self, case: Case) -> dict[str, float | None]:
-        """Make inputs, warm up, and measure memory: see `_Measured.prepare`."""
+        """Make inputs, warm up, and measure memory; see `_Measured.prepare`."""
         return self._ask("prepare", **asdict(case))
 
     def step(self) -> None:
-        """One forward and backward pass."""
+        """Run one forward and backward pass."""
         self.clock += self._ask("step")["seconds"]
 
     def close(self) -> None:
-        """End the child."""
+        """Stop the child."""
         assert self._child.stdin
         self._child.stdin.close()
         self._child.wait()
@@ -73,7 +73,7 @@ class Worker:
 
 
 class _Measured:
-    """The child's side."""
+    """Child's end of the pipe."""
 
     def __init__(self, provider: str):
         self.provider = provider
@@ -81,17 +81,17 @@ class _Measured:
         self.step_function: Callable[[], Tensor | None] | None = None
 
     def prepare(self, **case_fields: Any) -> dict[str, float | None]:
-        """Inputs and one step to warm up, then one whose memory is measured; nothing for the floor.
+        """Make inputs, run a warm-up step, then measure the memory of a second one (not for the floor).
 
-        extra_bytes is the peak beyond what was there before the step, with the two gradients that the step
-        leaves (gradient_bytes). None where the system does not tell. Loss and norms of the gradients show
-        whether providers computed the same.
+        extra_bytes is the peak beyond the memory in use before the step, including the two gradients
+        (gradient_bytes). It is None where the system does not report it. The loss and the norms of the
+        gradients show whether providers computed the same.
         """
         import torch
         from providers import make_inputs, make_step
 
         case = Case(**case_fields)
-        if replace(case, tokens=0) != self.compiled_for:  # the token count changes no peer's chunks
+        if replace(case, tokens=0) != self.compiled_for:  # no peer's chunks depend on the token count
             torch.compiler.reset()
             self.compiled_for = replace(case, tokens=0)
         self.step_function = None
@@ -114,7 +114,7 @@ class _Measured:
         return answer
 
     def step(self) -> dict[str, float]:
-        """One step, timed by CUDA events on a GPU."""
+        """Run one step and time it, by CUDA events on a GPU."""
         import torch
 
         assert self.step_function
@@ -143,22 +143,22 @@ class _Measured:
             function()
             return None
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # else a step would find the memory of the one before in the heap
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise a step reuses heap memory of the previous one
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = status_bytes("VmRSS")
         function()
         return status_bytes("VmHWM") - before
 
 
 def status_bytes(name: str) -> int:
-    """A size from /proc/self/status, Linux only."""
+    """Return a size from /proc/self/status (Linux only)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # providers that print do not disturb the answers
+    os.dup2(2, 1)  # keeps prints of providers out of the answers
     measured = _Measured(sys.argv[1])
     for line in sys.stdin:
         verb, arguments = json.loads(line)

@@ -8,90 +8,102 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from . import env
 
 if TYPE_CHECKING:
     from .serving.server.transformers_engine import TeacherEngine
 
 
 class _Parser(argparse.ArgumentParser):
-    """A command's; with keys its help lists those of the trainer's settings."""
+    """Argument parser whose help lists the keys of the trainer's config where `lists_config_keys` is set."""
 
-    def __init__(self, *arguments: Any, keys: bool = False, **options: Any):
-        super().__init__(*arguments, **options)
-        self.keys = keys
+    lists_config_keys = False
 
     def format_help(self) -> str:
         text = super().format_help()
-        if not self.keys:
+        if not self.lists_config_keys:
             return text
         from .trainer.config import described
 
         return "\n  ".join([f"{text}\nkeys [default]:", *described()]) + "\n"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Of the whole command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command-line parser."""
     parser = argparse.ArgumentParser(prog="fused-distill", description="Distillation of language models.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
     serve = commands.add_parser(
         "serve-teacher",
-        help="serve a teacher's log-probabilities over HTTP",
+        help="serve a teacher's log-probabilities and hidden states over HTTP",
         description=serve_teacher.__doc__,
     )
     serve.set_defaults(run=serve_teacher)
-    serve.add_argument("model", help="local path or hub name")
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
-    )
-    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("model", help="local path or name on the Hugging Face Hub")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="port to bind (default: %(default)s)")
     serve.add_argument("--engine", default="transformers", choices=("transformers", "vllm"))
     serve.add_argument(
         "--engine-options",
-        type=_object,
+        type=_json_object,
         metavar="JSON",
-        help="further arguments of vllm.LLM, say '{\"tensor_parallel_size\": 4}'",
+        help="keyword arguments of vllm.LLM, e.g. '{\"tensor_parallel_size\": 4}'",
     )
-    serve.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    serve.add_argument("--device", default="auto", help="e.g. cpu or cuda:1 (default: a GPU if available)")
     serve.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    serve.add_argument("--max-length", type=int, help="longest sequence (default: the model's)")
+    serve.add_argument("--max-length", type=int, help="maximum sequence length (default: the model's)")
     serve.add_argument(
-        "--no-hidden-states", action="store_true", help="give neither hidden states nor the head"
+        "--no-hidden-states", action="store_true", help="disable the hidden-state and LM-head endpoints"
     )
-    serve.add_argument("--answer-numbers", type=int, default=1 << 26, help="most numbers of an answer")
-    serve.add_argument("--batch-tokens", type=int, default=16384, help="tokens of one forward pass")
-    serve.add_argument("--max-waiting", type=int, default=256, help="requests that may wait; more get 429")
-    serve.add_argument("--request-seconds", type=float, default=300.0, help="time limit of a request")
-    for name, run, about in (
-        ("train", train, "distil a student"),
-        ("cache-teacher", cache_teacher, "store a teacher's top k of the data's completions"),
+    for flag, default, about in (
+        ("--answer-numbers", 1 << 26, "maximum number of values per response"),
+        ("--batch-tokens", 16384, "maximum number of tokens per forward pass"),
+        ("--max-waiting", 256, "queue length; further requests get status 429"),
+        ("--request-seconds", 300.0, "time limit of a request in seconds"),
     ):
-        command = commands.add_parser(name, help=about, description=run.__doc__, keys=True)
-        command.set_defaults(run=run)
+        serve.add_argument(flag, type=type(default), default=default, help=f"{about} (default: {default})")
+
+    distil = commands.add_parser("train", help="train a student", description=train.__doc__)
+    distil.set_defaults(run=train)
+    distil.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
+
+    cache = commands.add_parser(
+        "cache-teacher",
+        help="store a teacher's top-k log-probabilities of the data's completions",
+        description=cache_teacher.__doc__,
+    )
+    cache.set_defaults(run=cache_teacher)
+    cache.add_argument("--output", type=Path, required=True, help="folder of the store")
+    cache.add_argument("--dtype", default="float32", choices=("float32", "float16"))
+
+    for command in (distil, cache):
+        command.lists_config_keys = True
         command.add_argument("config", help="YAML file")
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="say teacher.k=16")
-        if run is train:
-            command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-        else:
-            command.add_argument("--output", type=Path, required=True, help="folder of the store")
-            command.add_argument("--dtype", default="float32", choices=("float32", "float16"))
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. teacher.k=16")
+
+    report = commands.add_parser(
+        "env", help="print versions, devices and backends for a bug report", description=print_env.__doc__
+    )
+    report.set_defaults(run=print_env)
     return parser
 
 
-def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line's options."""
-    whole = parser()
-    options, rest = whole.parse_known_args(arguments)
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
     if any(argument.startswith("-") for argument in rest) or (rest and not hasattr(options, "overrides")):
-        whole.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if hasattr(options, "overrides"):
-        options.overrides += rest  # argparse misses those behind an option
+        options.overrides += rest  # argparse does not assign overrides that follow an option
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line names."""
-    options = parsed(arguments)
+    """Run the command that the command line names."""
+    options = parse_arguments(arguments)
     try:
         options.run(options)
     except (ImportError, OSError, ValueError, FloatingPointError) as error:
@@ -100,25 +112,30 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def serve_teacher(options: argparse.Namespace) -> None:
-    """Serve a teacher. FUSED_DISTILL_TOKEN in the environment is the bearer token that clients must send."""
+    """Serve a teacher over HTTP.
+
+    If the environment variable FUSED_DISTILL_TOKEN is set, clients must send it as a bearer token.
+    """
     from .serving.server.app import ServerLimits, check_token, create_app
     from .serving.server.batching import BatchLimits
 
-    # Checked before a model is loaded.
+    # Validate before loading a model.
     limits = ServerLimits(request_seconds=options.request_seconds, numbers=options.answer_numbers)
     batch_limits = BatchLimits(options.max_waiting, options.batch_tokens)
     token = os.environ.get("FUSED_DISTILL_TOKEN")
     check_token(token)
     if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
-        warning = "without FUSED_DISTILL_TOKEN everybody who reaches this address may use the teacher"
-        print(f"warning: {warning} and download its head", file=sys.stderr)
+        print(
+            "warning: FUSED_DISTILL_TOKEN is not set: anyone who can reach this address can query the "
+            "teacher and download its LM head",
+            file=sys.stderr,
+        )
 
     import uvicorn
 
-    # Uvicorn raises the signal that ended it once more.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, _exit)  # uvicorn raises SIGTERM again after its shutdown
     uvicorn.run(
-        create_app(_engine(options), token=token, limits=limits, batch_limits=batch_limits),
+        create_app(_load_engine(options), token=token, limits=limits, batch_limits=batch_limits),
         host=options.host,
         port=options.port,
         timeout_graceful_shutdown=int(options.request_seconds) + 10,
@@ -126,25 +143,38 @@ def serve_teacher(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Distil a student by the settings of a YAML file, and say where it is."""
+    """Train a student from a YAML config and print the folder it is saved in."""
     from accelerate import PartialState
 
     from .trainer.config import load_config
     from .trainer.loop import train
 
     student = train(load_config(options.config, options.overrides), options.resume)
-    PartialState().print(student)
+    if PartialState().is_local_main_process:
+        print(student)
 
 
 def cache_teacher(options: argparse.Namespace) -> None:
-    """Store teacher.k log-probabilities a token of the data's completions; run it again to go on."""
+    """Store teacher.k log-probabilities per token of the data's completions.
+
+    An interrupted run resumes when the command is repeated.
+    """
     from .trainer.config import load_config
     from .trainer.stored import store_teacher
 
     store_teacher(load_config(options.config, options.overrides), options.output, options.dtype)
 
 
-def _engine(options: argparse.Namespace) -> TeacherEngine:
+def print_env(options: argparse.Namespace) -> None:
+    """Print versions, devices, and the backend chosen for each device, for a bug report."""
+    print(env.report())
+
+
+def _exit(_signal: int, _frame: object) -> None:
+    sys.exit(0)
+
+
+def _load_engine(options: argparse.Namespace) -> TeacherEngine:
     if options.engine == "vllm":
         if options.device != "auto":
             raise ValueError(f"--device must be auto with --engine vllm, got {options.device!r}")
@@ -164,14 +194,14 @@ def _engine(options: argparse.Namespace) -> TeacherEngine:
     return TransformersEngine.load(options.model, device, options.dtype, options.max_length, hidden_states)
 
 
-def _object(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        value = None
+    if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
-    return found
+    return cast("dict[str, Any]", value)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark suite: providers compute the same thing, results hold what reproduces them, tables follow."""
+"""The benchmark suite: providers agree, result files are reproducible, and tables follow from them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import report
 import torch
 from cases import INTERPRETED
+from fused_distill import reference
 from providers import FLOOR, LOSSES, Case, make_inputs, make_step
 from worker import ProviderFailed, Worker
 
@@ -44,26 +45,28 @@ def test_top_k_providers_compute_the_same_loss_and_gradients(tail: str, beta: fl
         with pytest.raises(ValueError, match="forward KL only"):
             LOSSES[peer](beta)
         return
-    ours, theirs = make_inputs(case), make_inputs(case)
-    loss, other = LOSSES[f"fused-distill, {tail}"](beta)(*ours), LOSSES[peer](beta)(*theirs)
+    inputs, peer_inputs = make_inputs(case), make_inputs(case)
+    loss = LOSSES[f"fused-distill, {tail}"](beta)(*inputs)
+    peer_loss = LOSSES[peer](beta)(*peer_inputs)
     loss.backward()
-    other.backward()
-    assert loss.item() == pytest.approx(other.item(), rel=1e-5)
-    for mine, its in zip(ours[:2], theirs[:2], strict=True):
-        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-6)
+    peer_loss.backward()
+    assert loss.item() == pytest.approx(peer_loss.item(), rel=1e-5)
+    for tensor, peer_tensor in zip(inputs[:2], peer_inputs[:2], strict=True):
+        torch.testing.assert_close(tensor.grad, peer_tensor.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("provider", ON_CPU)
-def test_providers_compute_the_same_loss_and_gradients(provider: str, beta: float) -> None:
-    want, got = make_inputs(CASE), make_inputs(CASE)
-    loss = LOSSES["fused-distill"](beta)(*(t.double() for t in want))
+def test_providers_compute_what_the_float64_reference_computes(provider: str, beta: float) -> None:
+    expected, inputs = make_inputs(CASE), make_inputs(CASE)
+    hs, ws, ht, wt = (t.double() for t in expected)
+    expected_loss: Any = reference.linear_jsd(hs, ws, ht, wt, beta=beta)
+    expected_loss.backward()
+    loss = LOSSES[provider](beta)(*inputs)
     loss.backward()
-    result = LOSSES[provider](beta)(*got)
-    result.backward()
-    assert result.item() == pytest.approx(loss.item(), rel=1e-5)
-    for mine, true in zip(got[:2], want[:2], strict=True):
-        torch.testing.assert_close(mine.grad, true.grad, rtol=1e-3, atol=1e-6)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    for tensor, expected_tensor in zip(inputs[:2], expected[:2], strict=True):
+        torch.testing.assert_close(tensor.grad, expected_tensor.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_the_floor_is_the_four_or_three_products() -> None:
@@ -79,7 +82,7 @@ def test_the_floor_is_the_four_or_three_products() -> None:
     assert shapes == [student, teacher, *gradients, student, *gradients]
 
 
-def test_a_cpu_run_leaves_rows_with_all_that_reproduces_them(tmp_path: Path) -> None:
+def test_a_cpu_run_saves_rows_with_machine_versions_commit_and_command(tmp_path: Path) -> None:
     content = bench("cpu.py", tmp_path / "cpu.json", "-k", "(floor or naive) and Dt48")
     assert [row["provider"] for row in content["rows"]] == ["floor", "naive"]
     assert all(len(row["seconds"]) >= 2 and min(row["seconds"]) > 0 for row in content["rows"])
@@ -90,7 +93,7 @@ def test_a_cpu_run_leaves_rows_with_all_that_reproduces_them(tmp_path: Path) -> 
     assert (tmp_path / "cpu.png").stat().st_size > 0
 
 
-def test_a_gpu_run_takes_the_triton_path_and_says_what_could_not_run(tmp_path: Path) -> None:
+def test_a_gpu_run_takes_the_triton_path_and_records_errors(tmp_path: Path) -> None:
     content = bench("gpu.py", tmp_path / "gpu.json", "-k", "(floor or Triton or triton) and N8")
     rows = {(row["provider"], row["beta"]): row for row in content["rows"]}
     assert rows["fused-distill, triton", 0.5]["loss"] > 0
@@ -106,7 +109,7 @@ def test_numerics_beat_naive_float32_on_close_models(tmp_path: Path) -> None:
     assert errors["fused-distill"] < 1e-3 < errors["naive"]
 
 
-def test_peak_memory_counts_what_a_step_allocates() -> None:
+def test_peak_memory_is_that_of_the_allocations_of_a_step() -> None:
     worker = Worker("naive")
     try:
         case = Case(tokens=512, vocab=8192, student_dim=8, teacher_dim=8)
@@ -118,7 +121,7 @@ def test_peak_memory_counts_what_a_step_allocates() -> None:
         worker.close()
 
 
-def test_a_provider_that_raises_is_an_answer() -> None:
+def test_an_exception_of_a_provider_reaches_the_parent() -> None:
     worker = Worker("fused-distill, triton")
     try:
         with pytest.raises(ProviderFailed, match="backend='triton' needs tensors on a CUDA or ROCm device"):
@@ -127,7 +130,7 @@ def test_a_provider_that_raises_is_an_answer() -> None:
         worker.close()
 
 
-def test_a_provider_whose_process_ends_is_an_answer() -> None:
+def test_the_end_of_a_providers_process_reaches_the_parent() -> None:
     worker = Worker("no such provider")
     worker._child.kill()
     with pytest.raises(ProviderFailed, match="process ended with status -9"):
@@ -163,7 +166,7 @@ def result_file(folder: Path) -> Path:
     return path
 
 
-def test_tables_are_written_between_their_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_inserted_between_their_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result_file(tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     text = report.with_tables("before\n<!-- bench:some -->\nstale\n<!-- /bench -->\nafter\n")
@@ -171,11 +174,26 @@ def test_tables_are_written_between_their_marks(tmp_path: Path, monkeypatch: pyt
     assert text.endswith("<!-- /bench -->\nafter\n")
     assert "stale" not in text
     assert "| naive | 0.5 | 6.00 s | 2.00 | 1.00 | 0.50 |" in text
-    assert "| TRL | 0.5 | OutOfMemoryError: no memory | | | |" in text
+    assert "| TRL, without its Triton kernels | 0.5 | OutOfMemoryError: no memory | | | |" in text
     assert report.with_tables(text) == text
 
 
-def test_check_tells_stale_tables_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_summary_is_of_the_first_shape_at_beta_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = result_file(tmp_path)
+    content = json.loads(path.read_text())
+    floor = content["rows"][0]
+    content["rows"] += [{**floor, "provider": "naive", "beta": 0.0}, {**floor, "provider": "x", "vocab": 7}]
+    content["rows"].append({**floor, "provider": "y", "k": 4})
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    text = report.with_tables("<!-- bench:some#summary -->\n<!-- /bench -->\n")
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert names == ["", "the four products alone (torch.mm)", "naive", "TRL, without its Triton kernels"]
+
+
+def test_check_reports_stale_tables_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result_file(tmp_path)
     document = tmp_path / "README.md"
     document.write_text("<!-- bench:some -->\n<!-- /bench -->\n")

@@ -206,7 +206,7 @@ def test_shards_that_cannot_be_gathered_are_refused() -> None:
     freed = weight.clone()  # the same with use_orig_params=False
     freed.untyped_storage().resize_(0)
     for heads in ((flat, weight), (freed, weight), (weight, flat)):
-        with pytest.raises(RuntimeError, match=r"output layer's weight is in shards .* use FSDP2"):
+        with pytest.raises(RuntimeError, match=r"output layer's weight is sharded .* use FSDP2"):
             compat._divergence_loss(hidden, hidden, *heads, mask, 0.5)
 
 
@@ -237,7 +237,7 @@ def test_as_a_context_manager_it_ends_what_it_began() -> None:
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     before = state()
     monkeypatch.setattr(trl, "__version__", "1.160.0")
-    with pytest.raises(ImportError, match=r"knows TRL 1\.16, found 1\.160\.0: pip install 'trl==1\.16\.\*'"):
+    with pytest.raises(ImportError, match=r"supports TRL 1\.16, found 1\.160\.0: pip install 'trl=="):
         patch_trl()
     assert state() == before
 

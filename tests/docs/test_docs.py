@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs; the site builds without a warning."""
+"""Code blocks of README and docs run, and the documentation site builds without a warning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import yaml
 from cases import INTERPRETED
 from fastapi import FastAPI, Request
-from fused_distill.cli import parsed
+from fused_distill.cli import parse_arguments
 from fused_distill.rollouts.base import Sampling, TransformersRollouts
 from fused_distill.serving.server.transformers_engine import TransformersEngine
 from fused_distill.trainer.config import load_config
@@ -35,7 +35,7 @@ VOCAB, BATCH, LENGTH, PROMPT = 100, 2, 9, 4
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return [code for found, code in BLOCK.findall(page.read_text()) if found == language]
+    return [code for name, code in BLOCK.findall(page.read_text()) if name == language]
 
 
 def with_blocks(language: str) -> list[Any]:
@@ -57,7 +57,7 @@ def tiny(hidden_size: int) -> Any:
 
 
 def stand_in_for_vllm(model: Any) -> FastAPI:
-    """What `VllmRollouts` asks of a vLLM server, by transformers."""
+    """Serve the endpoints that `VllmRollouts` needs of a vLLM server, by transformers."""
     app = FastAPI()
 
     @app.get("/v1/models")
@@ -68,7 +68,7 @@ def stand_in_for_vllm(model: Any) -> FastAPI:
     async def completions(request: Request) -> Any:
         body = await request.json()
         sampling = Sampling(n=body["n"], max_tokens=body["max_tokens"], seed=body["seed"])
-        found = TransformersRollouts(model).generate(body["prompt"], sampling)
+        generated = TransformersRollouts(model).generate(body["prompt"], sampling)
         return {
             "choices": [
                 {
@@ -77,7 +77,7 @@ def stand_in_for_vllm(model: Any) -> FastAPI:
                     "logprobs": {"token_logprobs": c.logprobs},
                     "finish_reason": c.finish_reason,
                 }
-                for i, c in enumerate(found)
+                for i, c in enumerate(generated)
             ]
         }
 
@@ -90,7 +90,7 @@ def stand_in_for_vllm(model: Any) -> FastAPI:
 
 
 class Environment(dict[str, Any]):
-    """The names that the pages take for granted."""
+    """Variables that the pages use without defining them."""
 
     def __init__(self, folder: Path):
         student, teacher = tiny(8), tiny(16)
@@ -121,7 +121,7 @@ class Environment(dict[str, Any]):
 
 @contextlib.contextmanager
 def served(names: Environment) -> Iterator[dict[str, str]]:
-    """The addresses that the pages name, and what answers in their place."""
+    """Map the addresses on the pages to those of running servers."""
     app = stand_in_for_vllm(names["student"])
     with serving(TransformersEngine(names["teacher"])) as teacher, serving_app(app) as vllm:
         yield {"http://127.0.0.1:8000": teacher.url, "http://127.0.0.1:8001": vllm.url}
@@ -129,7 +129,7 @@ def served(names: Environment) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def one_process(folder: Path) -> Iterator[DeviceMesh]:
-    """A mesh of this process alone."""
+    """Make a device mesh of this process alone."""
     address = f"file://{folder / 'store'}"
     distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     try:
@@ -144,11 +144,25 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     names = Environment(tmp_path / "checkpoint")
     with served(names) as addresses, one_process(tmp_path) as names["mesh"]:
         for code in blocks(page, "python"):
-            for written, real in addresses.items():
-                code = code.replace(written, real)
+            for address, running in addresses.items():
+                code = code.replace(address, running)
             exec(compile(code, f"{page.name}:\n{code}", "exec"), names)
-    loss = names.get("loss")
-    assert loss is None or loss.isfinite()
+    if "loss" in names:
+        assert names["loss"].isfinite()
+
+
+def test_before_and_after_of_the_readme_give_the_same_loss_and_gradients(tmp_path: Path) -> None:
+    names = Environment(tmp_path)
+    student = names["student"]
+    before, after = blocks(ROOT / "README.md", "python")[:2]
+    exec(before, names)
+    loss = names["loss"]
+    gradients = torch.autograd.grad(loss, list(student.parameters()))
+    exec(after, names)
+    assert loss > 0
+    assert names["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    for parameter, gradient in zip(student.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"))
@@ -160,12 +174,12 @@ def test_the_settings_of_a_page_are_valid(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", with_blocks("bash"))
 def test_the_commands_of_a_page_exist(page: Path) -> None:
-    """Ours parse, targets of make are there; pip and accelerate are run elsewhere."""
+    """Parse fused-distill commands and look up targets of make; pip and accelerate run elsewhere."""
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["fused-distill"]:
-            parsed(words[1:])
+            parse_arguments(words[1:])
         elif words[:1] == ["make"]:
             assert words[1] in targets
 

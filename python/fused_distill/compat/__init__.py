@@ -1,1 +1,1 @@
-"""Drop-ins for other libraries' names: `compat.liger` and `compat.trl`."""
+"""Drop-in replacements for losses of other libraries: `compat.liger` and `compat.trl`."""

@@ -1,19 +1,20 @@
-"""Liger-Kernel's two fused linear JSD losses on `fused_linear_jsd`. Nothing of Liger-Kernel is needed.
+"""Liger-Kernel's two fused linear JSD losses, computed by `fused_linear_jsd`. Liger-Kernel is not needed.
 
-    from fused_distill.compat.liger import LigerFusedLinearJSDLoss  # of liger_kernel.chunked_loss
-    from fused_distill.compat.liger import LigerFusedLinearJSD  # of liger_kernel.transformers
+    from fused_distill.compat.liger import LigerFusedLinearJSDLoss  # as in liger_kernel.chunked_loss
+    from fused_distill.compat.liger import LigerFusedLinearJSD  # as in liger_kernel.transformers
 
-Names, signatures, defaults and results are those of liger-kernel 0.8.5
-(https://github.com/linkedin/Liger-Kernel), and so is the meaning of beta: 0 is KL(teacher || student), 1 is
-KL(student || teacher). Both average over the tokens whose label is not ignore_index. What differs:
+Names, signatures, defaults, results and the meaning of beta are those of liger-kernel 0.8.5
+(https://github.com/linkedin/Liger-Kernel): beta 0 is KL(teacher || student), 1 is KL(student || teacher).
+Losses are averaged over the tokens whose label is not ignore_index. Differences:
 
-- Surplus rows of a padded teacher head are left out on both sides. Liger's chunked loss gives the student a
-  logit of 0 there, a probability that no model has: the loss then depends on a constant added to all of the
-  student's logits, and is not 0 for equal models. Liger's Triton loss takes the teacher's softmax over all
-  rows and compares the student's. Where the surplus rows have no probability all of them agree.
-- Logits, softmaxes and accumulated gradients are float32 whatever the inputs; Liger's chunked loss keeps the
-  inputs' dtype. A frozen head costs no weight gradient.
-- With both models nearly alike Liger's loss is rounding noise, at times negative; this one keeps its digits.
+- Extra rows of a padded teacher head are ignored. Liger's chunked loss gives the student a logit of 0 there,
+  so that the loss changes if a constant is added to all of the student's logits, and is not 0 for equal
+  models. Liger's Triton loss takes the teacher's softmax over all rows and compares the student's rows. All
+  three agree where the extra rows have probability 0.
+- Logits, softmaxes and accumulated gradients are float32 for every input dtype. Liger's chunked loss keeps
+  the input dtype. No weight gradient is computed for a frozen head.
+- If the models are nearly equal, Liger's loss is dominated by rounding and can be negative. This one stays
+  accurate.
 """
 
 from __future__ import annotations
@@ -29,25 +30,24 @@ from ..validation import IGNORED_LABEL
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
-    """`liger_kernel.chunked_loss.LigerFusedLinearJSDLoss`: cross entropy and JSD, weighted.
+    """Replacement for `liger_kernel.chunked_loss.LigerFusedLinearJSDLoss`: weighted cross entropy and JSD.
 
-    loss = weight_hard_loss * cross entropy at temperature 1 + weight_soft_loss * JSD at `temperature`, both
-    the mean over the tokens whose label is not ignore_index (0 if there is none).
+    loss = weight_hard_loss * cross entropy at temperature 1 + weight_soft_loss * JSD at `temperature`,
+    each averaged over the tokens whose label is not ignore_index (0 if there are none).
 
     Args:
         weight_hard_loss: >= 0.
         weight_soft_loss: >= 0.
         beta: in [0, 1].
-        ignore_index: tokens of this label count for neither loss.
+        ignore_index: tokens with this label are skipped.
         temperature: > 0.
-        compiled: taken for compatibility; the backend compiles where it pays.
-        chunk_size: taken for compatibility; chunks follow from `fused_linear_jsd`'s default workspace, which
-            bounds bytes instead of tokens.
-        return_soft_hard_loss: return (loss, soft_loss, hard_loss), the latter two without gradient and
-            unweighted. Each is computed once more for it: about twice the time.
+        compiled: ignored; the backend decides whether to compile.
+        chunk_size: ignored; `fused_linear_jsd` derives the chunk size from its default workspace in bytes.
+        return_soft_hard_loss: return (loss, soft_loss, hard_loss), the latter two unweighted and without
+            gradient. They are computed separately, which about doubles the time.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, by name.
+        ValueError, TypeError: an argument is invalid (the message names it).
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,  # (Vs,)
         teacher_bias: Tensor | None = None,  # (Vt,)
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """The loss, 0-d; with return_soft_hard_loss (loss, soft_loss, hard_loss)."""
+        """Return the 0-d loss, or (loss, soft_loss, hard_loss) if return_soft_hard_loss is set."""
         _check_rows(student_weight, teacher_weight)
         mask = true_labels != self.ignore_index
         loss_of = partial(
@@ -109,16 +109,16 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
 
 class LigerFusedLinearJSD(nn.Module):
-    """`liger_kernel.transformers.LigerFusedLinearJSD`: JSD alone, without biases.
+    """Replacement for `liger_kernel.transformers.LigerFusedLinearJSD`: JSD alone, without biases.
 
     Args:
         jsd_beta: in [0, 1].
-        ignore_index: tokens of this label do not count.
+        ignore_index: tokens with this label are skipped.
         temperature: > 0.
-        accum_dtype: None or torch.float32, in which weight gradients are accumulated in any case.
+        accum_dtype: None or torch.float32; weight gradients are always accumulated in float32.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, by name.
+        ValueError, TypeError: an argument is invalid (the message names it).
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class LigerFusedLinearJSD(nn.Module):
         LossConfig(beta=jsd_beta, temperature=temperature)
         if accum_dtype not in (None, torch.float32):
             raise ValueError(
-                f"accum_dtype must be None or torch.float32, as gradients are accumulated, got {accum_dtype}"
+                f"accum_dtype must be None or torch.float32, the dtype of accumulation, got {accum_dtype}"
             )
         self.jsd_beta = jsd_beta
         self.ignore_index = ignore_index
@@ -145,9 +145,9 @@ class LigerFusedLinearJSD(nn.Module):
         student_weight: Tensor,  # (Vs, Ds)
         teacher_input: Tensor,  # (BT, Dt)
         teacher_weight: Tensor,  # (Vt, Dt), Vt >= Vs
-        shift_labels: Tensor | None = None,  # (BT,) int64; None: all tokens count
+        shift_labels: Tensor | None = None,  # (BT,) int64; None: no token is skipped
     ) -> Tensor:
-        """The loss, 0-d."""
+        """Return the 0-d loss."""
         _check_rows(student_weight, teacher_weight)
         return fused_linear_jsd(
             student_input,
@@ -161,7 +161,7 @@ class LigerFusedLinearJSD(nn.Module):
 
 
 def _check_rows(student_weight: Tensor, teacher_weight: Tensor) -> None:
-    """The teacher knows all of the student's tokens, over which the cross entropy is taken."""
+    """Require that the teacher's vocabulary covers the student's."""
     if len(teacher_weight) < len(student_weight):
         raise ValueError(
             "teacher_weight must have at least the rows of student_weight, "

@@ -1,100 +1,104 @@
-"""This library's losses under TRL's distillation trainers.
+"""Patch TRL's distillation trainers to use the losses of this library.
 
     from fused_distill.compat.trl import patch_trl
 
     patch_trl()  # or: with patch_trl(): ...
     DistillationTrainer(...).train()
 
-Two places of TRL 1.16 (https://github.com/huggingface/trl) are replaced, for trainers that exist already too:
+Two functions of TRL 1.16 (https://github.com/huggingface/trl) are replaced, for existing trainers as well:
 
-- `DistillationTrainer`'s function from the completions' hidden states to the loss becomes `fused_linear_jsd`.
-- `ServerDistillationTrainer.compute_loss`, which has the model make logits of all tokens, prompts included,
-  runs the model with `fused_linear_topk_jsd` of its completion tokens in the output layer's place.
+- The function with which `DistillationTrainer` computes the loss from hidden states of completions becomes
+  `fused_linear_jsd`.
+- `ServerDistillationTrainer.compute_loss`, which computes logits of all tokens including prompts, runs the
+  model with `fused_linear_topk_jsd` of the completion tokens in place of the output layer.
 
-The losses are TRL's own within rounding, for every beta, with what TRL logs; so are the gradients with PEFT
-adapters, DDP and FSDP2. Where TRL's server trainer computes in the model's dtype, logits are float32 here;
-asked for its outputs it gives None, as `DistillationTrainer` does. A head that FSDP2 keeps in shards gets the
-average of the ranks' gradients; TRL's own loss leaves each shard the gradient of its own rank's tokens alone.
-A head that FSDP1 wraps by itself is refused.
+Losses, logged metrics and gradients equal TRL's within rounding for every beta, with PEFT adapters, DDP and
+FSDP2. Differences:
+
+- Logits are float32 where TRL's server trainer computes them in the model's dtype.
+- With return_outputs=True, `compute_loss` returns None as outputs, in both trainers.
+- An LM head sharded by FSDP2 gets the average of the ranks' gradients. With TRL's own loss each shard gets
+  only the gradient of its own rank's tokens.
+- An LM head that FSDP1 wraps separately raises an error.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..huggingface.lm_head import lm_head_of
 from ..linear_jsd import fused_linear_jsd
 from ..linear_topk_jsd import fused_linear_topk_jsd
 from ..parallel.dtensor import gather_dtensor
 
-_KNOWN = "1.16"
-_replaced: list[tuple[Any, str, Any]] = []  # owner, name, TRL's own
+_SUPPORTED = "1.16"
+_replaced: list[tuple[Any, str, Any]] = []  # owner, name, TRL's function
 
 
 def patch_trl() -> AbstractContextManager[Any]:
-    """Put the losses under TRL's `DistillationTrainer` and `ServerDistillationTrainer`; twice is once.
+    """Patch TRL's `DistillationTrainer` and `ServerDistillationTrainer`. A second call has no effect.
 
     Returns:
-        A context manager whose end calls `unpatch_trl`, if this call patched. It need not be used.
+        A context manager that calls `unpatch_trl` on exit if this call patched TRL. Using it is optional.
 
     Raises:
-        ImportError: TRL is missing, or of another version than 1.16.
-        RuntimeError: TRL is not built as that version is, for instance changed by another library.
+        ImportError: TRL is not installed, or its version is not 1.16.
+        RuntimeError: a function to replace has another signature, e.g. because another library patched it.
     """
     if _replaced:
         return nullcontext()
     _check_version()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of trl.experimental, for those who asked for it
+        warnings.simplefilter("ignore")  # the notice of trl.experimental
         server = import_module("trl.experimental.server_distillation.server_distillation_trainer")
     replacements = (
         (import_module("trl.trainer.distillation_trainer"), "_chunked_divergence_loss", _divergence_loss),
         (server.ServerDistillationTrainer, "compute_loss", _server_loss),
     )
-    found = [(owner, name, _known(owner, name, ours), ours) for owner, name, ours in replacements]
-    for owner, name, theirs, ours in found:
-        _replaced.append((owner, name, theirs))
-        setattr(owner, name, ours)
+    originals = [_original(*replacement) for replacement in replacements]  # check all before patching any
+    for (owner, name, replacement), original in zip(replacements, originals, strict=True):
+        _replaced.append((owner, name, original))
+        setattr(owner, name, replacement)
     stack = ExitStack()
     stack.callback(unpatch_trl)
     return stack
 
 
 def unpatch_trl() -> None:
-    """Give TRL its own functions back."""
+    """Restore TRL's own functions."""
     while _replaced:
         setattr(*_replaced.pop())
 
 
 def _check_version() -> None:
-    install = f"pip install 'trl=={_KNOWN}.*'"
+    install = f"pip install 'trl=={_SUPPORTED}.*'"
     if find_spec("trl") is None:
         raise ImportError(f"fused_distill.compat.trl needs TRL: {install}")
     version = import_module("trl").__version__
-    if not f"{version}.".startswith(f"{_KNOWN}."):
-        raise ImportError(f"fused_distill.compat.trl knows TRL {_KNOWN}, found {version}: {install}")
+    if not f"{version}.".startswith(f"{_SUPPORTED}."):
+        raise ImportError(f"fused_distill.compat.trl supports TRL {_SUPPORTED}, found {version}: {install}")
 
 
-def _known(owner: Any, name: str, ours: Any) -> Any:
-    """TRL's own `name`, which takes what `ours` takes."""
-    theirs = vars(owner).get(name)
-    expected = list(inspect.signature(ours).parameters)
-    found = None if theirs is None else list(inspect.signature(theirs).parameters)
-    if found != expected:
+def _original(owner: Any, name: str, replacement: Any) -> Any:
+    """Return TRL's function, whose parameters must be those of its replacement."""
+    original = owner.__dict__.get(name)
+    expected = list(inspect.signature(replacement).parameters)
+    parameters = None if original is None else list(inspect.signature(original).parameters)
+    if parameters != expected:
         raise RuntimeError(
             f"fused_distill.compat.trl expects {owner.__name__}.{name} to take {expected}, "
-            f"found {'no such function' if found is None else found}"
+            f"found {'no such function' if parameters is None else parameters}"
         )
-    return theirs
+    return original
 
 
 def _divergence_loss(
@@ -113,13 +117,13 @@ def _divergence_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL's `_chunked_divergence_loss`: the loss, the sum of student entropies, the number of tokens."""
+    """Replace `_chunked_divergence_loss`: return the loss, the summed student entropy and the token count."""
     mask = completion_mask != 0
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
     with (
-        _whole(student_lm_head_weight, student_lm_head_bias, student_hidden_states) as (weight, bias),
-        _whole(teacher_lm_head_weight, teacher_lm_head_bias, teacher_hidden_states) as teachers,
+        _gathered(student_lm_head_weight, student_lm_head_bias, student_hidden_states) as (weight, bias),
+        _gathered(teacher_lm_head_weight, teacher_lm_head_bias, teacher_hidden_states) as teachers,
     ):
         loss, stats = fused_linear_jsd(
             student_hidden_states,
@@ -148,10 +152,9 @@ def _server_loss(
     return_outputs: bool = False,
     num_items_in_batch: Any = None,
 ) -> Any:
-    """TRL's `ServerDistillationTrainer.compute_loss`: the mean over the batch's completion tokens.
+    """Replace `ServerDistillationTrainer.compute_loss`: return the mean over the batch's completion tokens.
 
-    As there, num_items_in_batch is left alone and a step of gradient accumulation counts as much as another,
-    whatever its number of tokens.
+    As in TRL, num_items_in_batch is ignored: micro-batches have equal weight, however many tokens they hold.
     """
     prompt_ids, completion_ids = inputs["prompt_ids"], inputs["completion_ids"]
     completion_mask = inputs["completion_mask"].bool()
@@ -165,7 +168,7 @@ def _server_loss(
     }
     teacher = self._get_teacher_token_logprobs_from_server(batch, prompt_ids.shape[1])
     student = self.accelerator.unwrap_model(model)
-    # In the wrapper's forward, so that DDP, FSDP and DeepSpeed see it.
+    # Inside the wrapper's forward, whose hooks DDP, FSDP and DeepSpeed rely on.
     loss = self._forward_redirection(
         model, student, _sparse_loss, self, student, batch, completion_ids, completion_mask, teacher
     )
@@ -191,7 +194,7 @@ def _sparse_loss(
     def loss(hidden: Tensor) -> Tensor:
         head = lm_head_of(student)
         device = head.weight.device
-        with _whole(head.weight, head.bias, hidden) as (weight, bias):
+        with _gathered(head.weight, head.bias, hidden) as (weight, bias):
             return fused_linear_topk_jsd(
                 hidden[:, start : start + n_scored].to(device),
                 weight,
@@ -204,34 +207,38 @@ def _sparse_loss(
                 **head._replace(bias=bias).options("student_"),
             )
 
-    return _for_logits(student, loss, batch["input_ids"], batch["attention_mask"])
+    return _in_place_of_output_layer(student, loss, batch["input_ids"], batch["attention_mask"])
 
 
-def _for_logits(
+def _in_place_of_output_layer(
     student: Any, function: Callable[[Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor
 ) -> Tensor:
-    """`function` of the hidden states (B, T, D) that the student's forward gives its output layer.
+    """Return `function` of the hidden states (B, T, D) that the student passes to its output layer.
 
-    It is called in that layer's place, a number where the logits were, so that adapters, autocast and
-    whatever else is around the student's parts do what they do for logits.
+    The function is called in place of that layer, so that adapters and autocast apply as they do to logits.
     """
     layer = student.get_output_embeddings()
-    own, results = layer.forward, []
-    hook = layer.register_forward_hook(lambda _module, _inputs, result: results.append(result))
+    original = layer.forward
+    results: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, result: Tensor) -> None:
+        results.append(result)
+
+    hook = layer.register_forward_hook(keep)
     layer.forward = function
     try:
         student.forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
-        layer.forward = own
+        layer.forward = original
         hook.remove()
     return results[0]
 
 
 def _support(beta: float, teacher: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T, K) log-probabilities and ids at which TRL compares.
+    """Return the (B, T, K) log-probabilities and ids at which TRL compares the models.
 
-    The teacher's top K for beta 0, the sampled token for beta 1, else the teacher's likeliest and the sampled
-    token, which count once where they are the same.
+    These are the teacher's top K for beta 0 and the sampled token for beta 1. Between them they are the
+    teacher's top token and the sampled token, which count once if they are equal.
     """
     top, top_ids = teacher["topk_logprobs"], teacher["topk_token_ids"]
     if beta == 0:
@@ -244,30 +251,32 @@ def _support(beta: float, teacher: dict[str, Tensor], tokens: Tensor, mask: Tens
     missing = int((mask & ~logprobs.isfinite().all(-1)).sum())
     if missing:
         raise ValueError(
-            "the teacher server gave no log-probability of its likeliest or of the sampled token at "
+            "the teacher server returned no log-probability of its top token or of the sampled token at "
             f"{missing} of {int(mask.sum())} completion tokens"
         )
     return logprobs, ids
 
 
 @contextmanager
-def _whole(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """A head's parameters as ordinary tensors: DeepSpeed ZeRO-3's whole meanwhile, FSDP2's gathered.
+def _gathered(
+    weight: Tensor, bias: Tensor | None, hidden: Tensor
+) -> Generator[tuple[Tensor, Tensor | None], None, None]:
+    """Yield an LM head's parameters as plain tensors, gathered from DeepSpeed ZeRO-3 or FSDP2.
 
     Raises:
-        RuntimeError: the weight is in shards that only the head's own forward gathers.
+        RuntimeError: the weight is sharded in a way that only the head's own forward gathers.
     """
     with import_module("trl.trainer.utils").maybe_gather_lm_head_ctx(weight, bias):
         weight, bias = _plain(weight, hidden), _plain(bias, hidden)
         if weight.ndim != 2 or weight.untyped_storage().nbytes() == 0:
             raise RuntimeError(
-                "the output layer's weight is in shards that this loss cannot gather: "
-                "use FSDP2 (fsdp_version: 2), or a wrap policy that does not wrap the output layer by itself"
+                "the output layer's weight is sharded in a way that this loss cannot gather: "
+                "use FSDP2 (fsdp_version: 2), or a wrap policy that does not wrap the output layer separately"
             )
         yield weight, bias
 
 
 def _plain(parameter: Any, hidden: Tensor) -> Any:
-    """FSDP2's DTensor, float32 shards, as an ordinary tensor of the backbone's dtype."""
+    """Gather a DTensor of FSDP2, whose shards are float32, into a tensor of the backbone's dtype."""
     gathered = gather_dtensor(parameter)
     return parameter if gathered is parameter else gathered.to(hidden.dtype)

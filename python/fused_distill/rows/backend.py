@@ -21,12 +21,12 @@ _COMPILE_MIN_LOGITS = 1 << 24
 def auto_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Return the backend that "auto" selects for a device and accumulation dtype, and the reason."""
     if device.type != "cuda":
-        return "torch", f"Triton kernels need a CUDA or ROCm device, and this is {device.type}"
+        return "torch", "the Triton kernels need a CUDA or ROCm device"
+    if dtype != torch.float32:
+        return "torch", "the Triton kernels compute in float32"
     if find_spec("triton") is None:
         return "torch", "Triton is not installed"
-    if dtype != torch.float32:
-        return "torch", f"Triton kernels compute in float32, and the inputs call for {dtype}"
-    return "triton", "the device is a CUDA or ROCm device and Triton is installed"
+    return "triton", "a CUDA or ROCm device, float32 logits, and Triton is installed"
 
 
 def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> str:

@@ -1,0 +1,106 @@
+"""Environment report for bug reports: `fused-distill env`, or `python -m fused_distill.env`.
+
+Needs torch alone. Versions of other packages are read from their metadata, without importing them.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from .chunked.gemm import use_onednn
+from .rows.backend import auto_backend
+
+PACKAGES = (
+    "fused-distill",
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "trl",
+    "liger-kernel",
+    "vllm",
+    "httpx",
+    "tenacity",
+    "pydantic",
+    "fastapi",
+    "safetensors",
+    "numpy",
+)
+VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+def report() -> str:
+    """Return the report as plain text, one `name: value` per line."""
+    lines = [
+        f"OS: {platform.platform()}",
+        f"Python: {platform.python_version()}",
+        f"torch: {torch.__version__} ({_torch_build()})",
+        *(f"{name}: {_installed_version(name)}" for name in PACKAGES),
+        *(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ),
+    ]
+    for device, description in _devices():
+        lines += ["", f"{device}: {description}"]
+        lines += [f"  {line}" for line in _auto_backends(device)]
+        if device.type == "cpu":
+            lines.append(f"  float32 matrix products: {_cpu_gemm()}")
+    return "\n".join(lines)
+
+
+def _torch_build() -> str:
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> Iterator[tuple[torch.device, str]]:
+    cpu, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    yield torch.device("cpu"), f"{_cpu_model()}, {threads} threads, capability {cpu}"
+    for index in range(torch.cuda.device_count()):
+        gpu = cast(Any, torch.cuda).get_device_properties(index)
+        architecture = gpu.gcnArchName if torch.version.hip else f"{gpu.major}.{gpu.minor}"
+        memory = f"{gpu.total_memory / 2**30:.1f} GiB"
+        yield torch.device("cuda", index), f"{gpu.name}, {memory}, compute capability {architecture}"
+
+
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _auto_backends(device: torch.device) -> Iterator[str]:
+    default, float64 = (auto_backend(device, dtype) for dtype in (torch.float32, torch.float64))
+    yield f'backend="auto": {default[0]} ({default[1]})'
+    if float64 != default:
+        yield f'backend="auto" for float64 inputs: {float64[0]} ({float64[1]})'
+
+
+def _cpu_gemm() -> str:
+    if use_onednn(torch.device("cpu"), torch.float32):
+        return "oneDNN (AMD CPU, on which torch.mm calls MKL without its AVX-512 kernels)"
+    return f"torch.mm (MKL {'available' if torch.backends.mkl.is_available() else 'not available'})"
+
+
+def main() -> None:
+    """Print the report."""
+    print(report())
+
+
+if __name__ == "__main__":
+    main()
