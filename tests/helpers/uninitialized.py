@@ -1,0 +1,28 @@
+"""NaN in memory that nobody has written, so that a test fails if its result depends on such memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils import deterministic
+
+
+def fill_uninitialized_memory(fill: bool = True) -> None:
+    """Make torch.empty, new_empty, empty_like and resize_ give NaN, and the largest number for integers.
+
+    PyTorch does so under deterministic algorithms only. An operation that has none warns, and runs.
+    """
+    torch.use_deterministic_algorithms(fill, warn_only=True)
+    deterministic.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def filled_uninitialized_memory() -> Iterator[None]:
+    """Fill uninitialized memory with NaN until the end of the context."""
+    fill_uninitialized_memory()
+    try:
+        yield
+    finally:
+        fill_uninitialized_memory(False)
