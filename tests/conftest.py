@@ -1,7 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from uninitialized import filled_uninitialized_memory
+
+LOSS_TESTS = {"tests", "chunked", "rows", "parallel", "kernels"}  # folders
 
 # Fixed examples: a failure in CI is the same failure on a desk.
 settings.register_profile(
@@ -11,6 +15,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def uninitialized_memory_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let no test of a loss pass by what uninitialized memory happens to hold."""
+    if request.path.parent.name not in LOSS_TESTS:
+        yield
+        return
+    with filled_uninitialized_memory():
+        yield
 
 
 @pytest.fixture(scope="session")

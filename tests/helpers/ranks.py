@@ -30,7 +30,7 @@ class Ranks:
         self._start()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Return what function(rank, *arguments) returns on each rank, or raise the first rank's exception."""
+        """Return what function(rank, *arguments) returns on each rank, or raise the first exception."""
         outcomes = self.outcomes(function, *arguments)
         for outcome in outcomes:
             if isinstance(outcome, Exception):
@@ -93,7 +93,7 @@ class Ranks:
 
 
 def _in_step(outcomes: list[Any]) -> bool:
-    """Return False if a rank may have left the others alone in a collective, after which the group is broken."""
+    """Return False if a rank may have left the others in a collective, which breaks the group."""
     types = {type(outcome) if isinstance(outcome, Exception) else None for outcome in outcomes}
     return len(types) == 1 and not any(isinstance(outcome, RuntimeError) for outcome in outcomes)
 

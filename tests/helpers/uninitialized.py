@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.utils import deterministic
 
 
 def fill_uninitialized_memory(fill: bool = True) -> None:
     """Make torch.empty, new_empty, empty_like and resize_ give NaN, and the largest number for integers.
 
-    PyTorch does so under deterministic algorithms only. An operation that has none warns, and runs.
+    PyTorch does so under deterministic algorithms. An operation that has no such algorithm warns, and runs.
     """
     torch.use_deterministic_algorithms(fill, warn_only=True)
-    deterministic.fill_uninitialized_memory = fill
 
 
 @contextmanager
