@@ -1,11 +1,11 @@
-# make demo | test | lint | fuzz | bench | bench-gpu | bench-serving | report | docs     ARGS="..." goes to demo and benchmarks
+# make demo | test | test-gpu | lint | fuzz | bench | bench-gpu | bench-serving | report | docs     ARGS="..." goes to demo and benchmarks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py tests/rows/test_close_models.py tests/parallel
 
-.PHONY: demo test test-library test-vllm lint fuzz bench bench-gpu bench-serving report docs clean
+.PHONY: demo test test-library test-gpu test-vllm lint fuzz bench bench-gpu bench-serving report docs clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -15,6 +15,10 @@ test: test-library test-vllm
 test-library: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNEL_TESTS)
+
+# The losses on a CUDA or ROCm device. Not tests/parallel, whose ranks are processes on the CPU.
+test-gpu: $(VENV)/installed-dev
+	FUSED_DISTILL_TEST_DEVICE=cuda $(BIN)/python -m pytest $(filter-out tests/parallel,$(KERNEL_TESTS))
 
 # A real vLLM on the CPU, in a venv of its own: its torch is not the tests'.
 test-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed

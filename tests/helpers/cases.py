@@ -24,7 +24,7 @@ HALF = (torch.bfloat16, torch.float16)
 def device_named(name: str | None) -> torch.device:
     """Return the device that a value of FUSED_DISTILL_TEST_DEVICE names, the CPU for None."""
     if name not in (None, "cpu", "cuda"):
-        raise ValueError(f"FUSED_DISTILL_TEST_DEVICE must be cpu or cuda, got {name}")
+        raise ValueError(f"FUSED_DISTILL_TEST_DEVICE must be cpu or cuda, got {name!r}")
     return torch.device(name or "cpu")
 
 

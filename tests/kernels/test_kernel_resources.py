@@ -1,4 +1,4 @@
-"""The kernels compile for every GPU target without a GPU, and keep everything in registers."""
+"""Kernels compiled for each GPU target, without a GPU, keep everything in registers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-REGISTERS_OF_A_THREAD = 255
+MAX_REGISTERS_PER_THREAD = 255
 SHARED_BYTES = 48 << 10
 FLAGS = ("HAS_STUDENT_BIAS", "HAS_TEACHER_BIAS", "HAS_STUDENT_SOFTCAP", "HAS_TEACHER_SOFTCAP", "HAS_LABELS")
 PASSES = {
@@ -66,21 +66,21 @@ def compile_kernel(
 
 
 def resources(compiled, target: GPUTarget, tmp_path: Path) -> dict[str, int]:
-    """Registers, spilled bytes and shared bytes, read from the binary."""
+    """Return registers, spilled bytes and shared bytes, read from the binary."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        read = {name: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for name, key in HIP_KEYS.items()}  # pyright: ignore[reportOptionalSubscript]
-        read["spilled"] += int(re.search(r"\.sgpr_spill_count:\s+(\d+)", text)[1])  # pyright: ignore[reportOptionalSubscript]
-        return read
+        used = {name: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for name, key in HIP_KEYS.items()}  # pyright: ignore[reportOptionalSubscript]
+        used["spilled"] += int(re.search(r"\.sgpr_spill_count:\s+(\d+)", text)[1])  # pyright: ignore[reportOptionalSubscript]
+        return used
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    usage_by_name = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
     return {
-        "registers": int(found["REG"]),
-        "spilled": int(found["STACK"]) + int(found["LOCAL"]),
-        "shared": int(found["SHARED"]),
+        "registers": int(usage_by_name["REG"]),
+        "spilled": int(usage_by_name["STACK"]) + int(usage_by_name["LOCAL"]),
+        "shared": int(usage_by_name["SHARED"]),
     }
 
 
@@ -90,7 +90,7 @@ HIP_KEYS = {"registers": "vgpr_count", "spilled": "vgpr_spill_count", "shared": 
 def assert_fits(compiled, target: GPUTarget, tmp_path: Path) -> None:
     used = resources(compiled, target, tmp_path)
     assert used["spilled"] == 0, used
-    assert used["registers"] <= REGISTERS_OF_A_THREAD, used
+    assert used["registers"] <= MAX_REGISTERS_PER_THREAD, used
     assert used["shared"] + compiled.metadata.shared <= SHARED_BYTES, used
 
 
@@ -129,7 +129,7 @@ def test_divergence_kernel_does_not_spill(target: GPUTarget, divergence, name: s
 @pytest.mark.parametrize(
     "kernel", [rest_statistics_kernel, rest_gradient_kernel], ids=["statistics", "gradient"]
 )
-def test_rest_kernels_do_not_spill(target: GPUTarget, kernel, tmp_path: Path) -> None:
+def test_tail_kernels_do_not_spill(target: GPUTarget, kernel, tmp_path: Path) -> None:
     for every_option in (False, True):
         flags = dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", "WANT_Y"), every_option)
         compiled = compile_kernel(kernel, target, warps=NUM_WARPS, BLOCK=BLOCK, **flags)
