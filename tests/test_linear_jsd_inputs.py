@@ -195,10 +195,12 @@ def test_module_passes_every_argument_on(reduction: str) -> None:
     tensors = {**valid(), **OPTIONAL, "mask": torch.tensor([True, False, True])}
     options: dict[str, Any] = {"reduction": reduction, "hard_weight": 0.3, "student_softcap": 5.0}
     normalizer = 7.0 if reduction == "mean" else None
-    got, stats = FusedLinearJSDLoss(return_stats=True, **options)(**tensors, normalizer=normalizer)
-    want, want_stats = fused_linear_jsd(**tensors, normalizer=normalizer, return_stats=True, **options)
-    assert torch.equal(got, want)
-    assert all(torch.equal(a, b) for a, b in zip(stats[:5], want_stats[:5], strict=True))
+    actual, stats = FusedLinearJSDLoss(return_stats=True, **options)(**tensors, normalizer=normalizer)
+    expected, expected_stats = fused_linear_jsd(
+        **tensors, normalizer=normalizer, return_stats=True, **options
+    )
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(a, b) for a, b in zip(stats[:5], expected_stats[:5], strict=True))
 
 
 def test_import_loads_neither_triton_nor_transformers() -> None:
@@ -208,8 +210,8 @@ import sys, torch
 before = set(sys.modules)
 import fused_distill
 added = {name.split(".")[0] for name in set(sys.modules) - before}
-found = added & {"triton", "transformers", "fused_distill_kernels", "fastapi"}
-assert not found, found
+unexpected = added & {"triton", "transformers", "fused_distill_kernels", "fastapi"}
+assert not unexpected, unexpected
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

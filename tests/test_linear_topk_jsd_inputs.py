@@ -90,10 +90,10 @@ def test_module_passes_every_argument_on() -> None:
         "normalizer": 7.0,
     }
     options: dict[str, Any] = {"tail": "truncate", "beta": 0.2, "hard_weight": 0.3, "return_stats": True}
-    got, stats = FusedLinearTopKJSDLoss(**options)(**tensors)
-    want, want_stats = fused_linear_topk_jsd(**tensors, **options)
-    assert torch.equal(got, want)
-    assert all(torch.equal(a, b) for a, b in zip(stats, want_stats, strict=True))
+    actual, stats = FusedLinearTopKJSDLoss(**options)(**tensors)
+    expected, expected_stats = fused_linear_topk_jsd(**tensors, **options)
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(a, b) for a, b in zip(stats, expected_stats, strict=True))
     assert "tail='truncate'" in repr(FusedLinearTopKJSDLoss(**options))
 
 
@@ -127,7 +127,7 @@ def test_renormalize_with_labels_projects_the_vocabulary() -> None:
 @pytest.mark.parametrize("context", ["checkpoint", "compile", "autocast", "none, twice"])
 def test_training_contexts_give_the_same_gradients(tail: str, context: str) -> None:
     arguments = trainable()
-    want = grads(fused_linear_topk_jsd(**arguments, tail=tail), arguments)
+    expected = grads(fused_linear_topk_jsd(**arguments, tail=tail), arguments)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         both = {"student_hidden": hidden * 1.0, "student_weight": weight}
@@ -145,7 +145,7 @@ def test_training_contexts_give_the_same_gradients(tail: str, context: str) -> N
         result = fused_linear_topk_jsd(**arguments, tail=tail, reduction="none")
         torch.autograd.grad(result.mean(), inputs, retain_graph=True)
         result = result.mean()
-    torch.testing.assert_close(grads(result, arguments), want)
+    torch.testing.assert_close(grads(result, arguments), expected)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -168,5 +168,5 @@ def test_teacher_tensors_of_inference_mode_give_the_same_gradients() -> None:
 
 def test_int32_ids_equal_int64_ones() -> None:
     arguments = valid()
-    want = fused_linear_topk_jsd(**arguments)
-    assert fused_linear_topk_jsd(**{**arguments, "teacher_ids": arguments["teacher_ids"].int()}) == want
+    expected = fused_linear_topk_jsd(**arguments)
+    assert fused_linear_topk_jsd(**{**arguments, "teacher_ids": arguments["teacher_ids"].int()}) == expected

@@ -43,30 +43,34 @@ def test_logprobs_equal_log_softmax(
 ) -> None:
     hidden, weight = inputs(dtype)
     ids = torch.randint(33, (2, 7, 4))
-    given_options: dict[str, Any] = {
+    converted_options: dict[str, Any] = {
         k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()
     }
-    got = topk_logprobs(hidden, weight, 5, ids, workspace_bytes=workspace_bytes, **given_options)
+    result = topk_logprobs(hidden, weight, 5, ids, workspace_bytes=workspace_bytes, **converted_options)
 
-    logits = hidden.double() @ weight.double().T + given_options.get("bias", torch.zeros(50)).double()
+    logits = hidden.double() @ weight.double().T + converted_options.get("bias", torch.zeros(50)).double()
     logits = logits[..., : options.get("vocab_size", 50)] * options.get("logit_scale", 1.0)
     if "softcap" in options:
         logits = options["softcap"] * torch.tanh(logits / options["softcap"])
-    want = torch.log_softmax(logits / options.get("temperature", 1.0), -1)
-    assert got.logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(got.logprobs.double(), want.topk(5).values, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got.logprobs.double(), want.gather(-1, got.ids), rtol=1e-6, atol=1e-6)
-    assert got.actual_logprobs is not None
-    torch.testing.assert_close(got.actual_logprobs.double(), want.gather(-1, ids), rtol=1e-6, atol=1e-6)
+    expected = torch.log_softmax(logits / options.get("temperature", 1.0), -1)
+    assert result.logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(result.logprobs.double(), expected.topk(5).values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        result.logprobs.double(), expected.gather(-1, result.ids), rtol=1e-6, atol=1e-6
+    )
+    assert result.actual_logprobs is not None
+    torch.testing.assert_close(
+        result.actual_logprobs.double(), expected.gather(-1, ids), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_one_actual_token_per_position_gives_the_shape_of_the_tokens() -> None:
     hidden, weight = inputs()
     ids = torch.randint(50, (2, 7))
-    got = topk_logprobs(hidden, weight, 0, ids)
-    want = torch.log_softmax(hidden @ weight.T, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    assert got.logprobs.shape == (2, 7, 0)
-    torch.testing.assert_close(got.actual_logprobs, want)
+    result = topk_logprobs(hidden, weight, 0, ids)
+    expected = torch.log_softmax(hidden @ weight.T, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    assert result.logprobs.shape == (2, 7, 0)
+    torch.testing.assert_close(result.actual_logprobs, expected)
 
 
 def test_head_is_projected_in_autocasts_dtype() -> None:
@@ -85,24 +89,24 @@ def test_masked_positions_give_absent_entries() -> None:
     ids = torch.full((2, 7), -1).masked_fill(mask, 3)
     plain = topk_logprobs(hidden, weight, 3, ids.clamp_min(0))
     hidden[~mask] = torch.nan
-    got = topk_logprobs(hidden, weight, 3, ids, mask=mask)
-    torch.testing.assert_close(got.logprobs[mask], plain.logprobs[mask])
-    assert (got.logprobs[~mask] == -torch.inf).all()
-    assert got.actual_logprobs is not None
-    assert (got.actual_logprobs[~mask] == -torch.inf).all()
+    result = topk_logprobs(hidden, weight, 3, ids, mask=mask)
+    torch.testing.assert_close(result.logprobs[mask], plain.logprobs[mask])
+    assert (result.logprobs[~mask] == -torch.inf).all()
+    assert result.actual_logprobs is not None
+    assert (result.actual_logprobs[~mask] == -torch.inf).all()
 
 
 def test_no_token_gives_empty_results() -> None:
-    got = topk_logprobs(torch.randn(0, 8), torch.randn(50, 8), 3)
-    assert got.logprobs.shape == got.ids.shape == (0, 3)
+    result = topk_logprobs(torch.randn(0, 8), torch.randn(50, 8), 3)
+    assert result.logprobs.shape == result.ids.shape == (0, 3)
 
 
 def test_logprob_of_a_nearly_certain_token_keeps_its_digits() -> None:
     # log p of the likely token is -1.4e-6: a float32 log-sum-exp of size 30 would give 0 or -2e-6.
     hidden = torch.tensor([[30.0, 16.5]])
-    got = topk_logprobs(hidden, torch.eye(2), 1).logprobs.item()
-    want = torch.log_softmax(hidden.double(), -1)[0, 0].item()
-    assert got == pytest.approx(want, rel=1e-5)
+    result = topk_logprobs(hidden, torch.eye(2), 1).logprobs.item()
+    expected = torch.log_softmax(hidden.double(), -1)[0, 0].item()
+    assert result == pytest.approx(expected, rel=1e-5)
 
 
 INVALID = [

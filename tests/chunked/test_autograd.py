@@ -68,25 +68,25 @@ def test_scaled_loss_scales_the_gradients() -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_loss_without_gradients_is_the_same(mode: Any) -> None:
     hs, ws, ht, wt = tensors()
-    want = fused_linear_jsd(hs, ws, ht, wt)
+    expected = fused_linear_jsd(hs, ws, ht, wt)
     with mode():
-        got = fused_linear_jsd(hs, ws, ht, wt)
-    assert not got.requires_grad
-    assert torch.equal(got, want.detach())
+        actual = fused_linear_jsd(hs, ws, ht, wt)
+    assert not actual.requires_grad
+    assert torch.equal(actual, expected.detach())
 
 
 def test_loss_and_gradients_under_autocast_are_float32() -> None:
     hs, ws, ht, wt = tensors()
-    want = fused_linear_jsd(hs, ws, ht, wt)
+    expected = fused_linear_jsd(hs, ws, ht, wt)
     with torch.autocast("cpu", torch.bfloat16):
-        got = fused_linear_jsd(hs, ws, ht, wt)
-    assert got.dtype == torch.float32
-    assert got.item() == pytest.approx(want.item(), rel=1e-2)
-    assert all(g.dtype == torch.float32 for g in gradients(got, hs, ws))
+        actual = fused_linear_jsd(hs, ws, ht, wt)
+    assert actual.dtype == torch.float32
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-2)
+    assert all(g.dtype == torch.float32 for g in gradients(actual, hs, ws))
 
 
 def test_bfloat16_hidden_states_with_a_float32_head_equal_float32() -> None:
     hs, ws, ht, wt = tensors()
     rounded = hs.detach().bfloat16()
-    want = fused_linear_jsd(rounded.float(), ws, ht, wt)
-    assert fused_linear_jsd(rounded, ws, ht, wt).item() == pytest.approx(want.item(), rel=1e-6)
+    expected = fused_linear_jsd(rounded.float(), ws, ht, wt)
+    assert fused_linear_jsd(rounded, ws, ht, wt).item() == pytest.approx(expected.item(), rel=1e-6)

@@ -116,10 +116,12 @@ def test_teacher_gets_no_gradient() -> None:
 
 def test_teacher_tensors_of_inference_mode_give_the_same_gradients() -> None:
     hs, ws, ht, wt = tensors()
-    want = torch.autograd.grad(fused_linear_jsd(hs, ws, ht, wt), (hs, ws))
+    expected = torch.autograd.grad(fused_linear_jsd(hs, ws, ht, wt), (hs, ws))
     with torch.inference_mode():
         inferred = ht * 1.0
-    torch.testing.assert_close(torch.autograd.grad(fused_linear_jsd(hs, ws, inferred, wt), (hs, ws)), want)
+    torch.testing.assert_close(
+        torch.autograd.grad(fused_linear_jsd(hs, ws, inferred, wt), (hs, ws)), expected
+    )
 
 
 def test_second_backward_pass_after_an_optimizer_step_is_refused() -> None:
@@ -156,9 +158,14 @@ def test_mixed_dtypes_equal_the_float64_reference(dtypes: tuple[torch.dtype, ...
     for group in (mixed, exact):
         for leaf in group[:2]:
             leaf.requires_grad_()
-    got, want = fused_linear_jsd(*mixed, beta=0.3), fused_linear_jsd(*exact, beta=0.3, backend="reference")
-    assert got.item() == pytest.approx(want.item(), rel=1e-5)
-    for g, w in zip(torch.autograd.grad(got, mixed[:2]), torch.autograd.grad(want, exact[:2]), strict=True):
+    actual, expected = (
+        fused_linear_jsd(*mixed, beta=0.3),
+        fused_linear_jsd(*exact, beta=0.3, backend="reference"),
+    )
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    for g, w in zip(
+        torch.autograd.grad(actual, mixed[:2]), torch.autograd.grad(expected, exact[:2]), strict=True
+    ):
         torch.testing.assert_close(
             g, w.to(g.dtype), rtol=2**-7 if g.dtype == torch.bfloat16 else 1e-4, atol=1e-6
         )
@@ -174,11 +181,11 @@ def test_loss_under_autocast_equals_that_of_bfloat16_inputs() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_pass_may_be_outside_autocast(reduction: str) -> None:
     hs, ws, ht, wt = tensors()
-    want = torch.autograd.grad(fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum(), (hs, ws))
+    expected = torch.autograd.grad(fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum(), (hs, ws))
     with torch.autocast("cpu", torch.bfloat16):
         loss = fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum()
-    for got, true in zip(torch.autograd.grad(loss, (hs, ws)), want, strict=True):
-        assert (got - true).norm() < 0.03 * true.norm()
+    for actual, true in zip(torch.autograd.grad(loss, (hs, ws)), expected, strict=True):
+        assert (actual - true).norm() < 0.03 * true.norm()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -192,13 +199,13 @@ def test_checkpointed_body_and_loss_give_the_same_gradients(use_reentrant: bool)
 
     parameters = [*body.parameters(), *head.parameters()]
     step(hs).backward()
-    want = [p.grad for p in parameters]
+    expected = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
     loss = checkpoint(step, hs, use_reentrant=use_reentrant)
     assert isinstance(loss, Tensor)
     loss.backward()
-    torch.testing.assert_close([p.grad for p in parameters], want)
+    torch.testing.assert_close([p.grad for p in parameters], expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -209,12 +216,14 @@ def test_caller_compiled_with_inductor_gets_the_same_results(reduction: str) -> 
         loss, stats = fused_linear_jsd(hidden * 1.5, ws, ht, wt, reduction=reduction, return_stats=True)
         return (2 * loss).sum(), stats.reverse_kl + 1
 
-    want_loss, want_stats = caller(hs)
+    expected_loss, expected_stats = caller(hs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loss, stats = torch.compile(caller)(hs)
-    torch.testing.assert_close((loss, stats), (want_loss, want_stats))
-    torch.testing.assert_close(torch.autograd.grad(loss, (hs, ws)), torch.autograd.grad(want_loss, (hs, ws)))
+    torch.testing.assert_close((loss, stats), (expected_loss, expected_stats))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (hs, ws)), torch.autograd.grad(expected_loss, (hs, ws))
+    )
 
 
 def test_failing_compiler_warns_once_and_leaves_the_result_unchanged(
@@ -224,7 +233,7 @@ def test_failing_compiler_warns_once_and_leaves_the_result_unchanged(
         raise RuntimeError("no C++ compiler")
 
     hs, ws, ht, wt = tensors()
-    want = fused_linear_jsd(hs, ws, ht, wt)
+    expected = fused_linear_jsd(hs, ws, ht, wt)
     monkeypatch.setattr(rows_compiled, "compiled_stage", lambda stage: broken)
     monkeypatch.setattr(rows_backend, "_COMPILE_MIN_LOGITS", 1)
     monkeypatch.setattr(rows_compiled.Compiler, "works", True)
@@ -232,7 +241,7 @@ def test_failing_compiler_warns_once_and_leaves_the_result_unchanged(
         warnings.simplefilter("always")
         results = [fused_linear_jsd(hs, ws, ht, wt) for _ in range(3)]
     assert [w.category for w in caught if "torch.compile failed" in str(w.message)] == [RuntimeWarning]
-    assert all(torch.equal(result, want) for result in results)
+    assert all(torch.equal(result, expected) for result in results)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

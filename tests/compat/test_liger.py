@@ -197,11 +197,11 @@ def triton_results(
 def test_triton_loss_and_gradients_equal_ligers(
     triton_calls: list[tuple[dict[str, Any], Tensor | None]], triton_results: list[list[Tensor]]
 ) -> None:
-    for (options, labels), theirs in zip(triton_calls, triton_results, strict=True):
+    for (options, labels), peer in zip(triton_calls, triton_results, strict=True):
         tensors = Numbers.random()[:4]
         loss = LigerFusedLinearJSD(**options)(*tensors, labels)
         ours = [loss.detach(), *torch.autograd.grad(loss, tensors[:2])]
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, peer, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

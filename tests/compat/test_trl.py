@@ -48,14 +48,14 @@ def make_trainer(tiny_model: Path, tmp_path: Path) -> Callable[..., Any]:
 
 
 def assert_trains_as_trl(make: Callable[[], Any], tolerance: float) -> None:
-    theirs = train(make())
+    peer = train(make())
     with patch_trl():
         ours = train(make())
-    assert theirs.losses[-1] != pytest.approx(theirs.losses[0], rel=0.01)  # it did train
-    assert_equal_runs(ours, theirs, tolerance)
+    assert peer.losses[-1] != pytest.approx(peer.losses[0], rel=0.01)  # it did train
+    assert_equal_runs(ours, peer, tolerance)
     again = train(make())  # unpatched
-    assert (again.losses, again.entropies) == (theirs.losses, theirs.entropies)
-    assert all(map(torch.equal, again.parameters, theirs.parameters))
+    assert (again.losses, again.entropies) == (peer.losses, peer.entropies)
+    assert all(map(torch.equal, again.parameters, peer.parameters))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
@@ -99,9 +99,9 @@ def test_evaluation_equals_trls(make_trainer: Callable[..., Any], options: Any) 
     inputs = training_inputs(trainer)
     trainer.model.eval()
     with torch.no_grad():
-        theirs = trainer.compute_loss(trainer.model, inputs)
+        peer = trainer.compute_loss(trainer.model, inputs)
         patch_trl()
-        torch.testing.assert_close(trainer.compute_loss(trainer.model, inputs), theirs)
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, inputs), peer)
 
 
 @BOTH

@@ -172,12 +172,12 @@ def train(trainer: Any) -> Run:
     return Run([entry["loss"] for entry in steps], entropies, parameters, gradients.steps)
 
 
-def assert_equal_runs(ours: Run, theirs: Run, tolerance: float) -> None:
+def assert_equal_runs(ours: Run, peer: Run, tolerance: float) -> None:
     """Compare losses and entropies, logged in float32, and gradients relative to their largest entry."""
-    assert ours.losses == pytest.approx(theirs.losses, rel=1e-6)
-    assert ours.entropies == pytest.approx(theirs.entropies, rel=1e-6)
-    torch.testing.assert_close(ours.parameters, theirs.parameters, rtol=tolerance, atol=tolerance)
-    for step, expected in zip(ours.gradients, theirs.gradients, strict=True):
+    assert ours.losses == pytest.approx(peer.losses, rel=1e-6)
+    assert ours.entropies == pytest.approx(peer.entropies, rel=1e-6)
+    torch.testing.assert_close(ours.parameters, peer.parameters, rtol=tolerance, atol=tolerance)
+    for step, expected in zip(ours.gradients, peer.gradients, strict=True):
         assert step.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(

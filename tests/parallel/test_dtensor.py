@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,13 +15,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what happens before any kernel")
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def sharded_head(rows: int, columns: int) -> nn.Linear:
@@ -73,8 +65,8 @@ def fsdp_step_of_rank(rank: int, ours: bool, reduction: str) -> tuple[Tensor, li
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_of_fsdp_heads_equal_those_of_the_heads_forward(two: Ranks, reduction: str) -> None:
     fused, plain = (two(fsdp_step_of_rank, ours, reduction) for ours in (True, False))
-    for (loss, grads, gathers), (want_loss, want_grads, _) in zip(fused, plain, strict=True):
-        torch.testing.assert_close((loss, grads), (want_loss, want_grads))
+    for (loss, grads, gathers), (expected_loss, expected_grads, _) in zip(fused, plain, strict=True):
+        torch.testing.assert_close((loss, grads), (expected_loss, expected_grads))
         assert gathers == 4  # two weights and two biases, however many chunks
 
 

@@ -6,7 +6,6 @@ backend on unsharded heads too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -48,20 +47,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 with_examples = settings(max_examples=6 if INTERPRETED else 50)
 with_few_examples = settings(max_examples=2 if INTERPRETED else 25)
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, Ranks]]:
-    sizes = [2] if INTERPRETED else [2, 4]
-    pools = {size: Ranks(size) for size in sizes}
-    yield pools
-    for pool in pools.values():
-        pool.close()
-
-
-@pytest.fixture
-def two(pools: dict[int, Ranks]) -> Ranks:
-    return pools[2]
 
 
 def shard_of(case: Case, rank: int, cuts: list[int]) -> Case:
