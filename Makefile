@@ -1,6 +1,7 @@
 # make test           all tests, without a GPU (creates .venv and .venv-vllm)
 # make test-library   all tests but those against a real vLLM
 # make test-vllm      tests against a real vLLM on the CPU
+# make test-gpu       tests of the losses and kernels on a GPU
 # make lint           ruff and pyright
 # make fuzz           fuzz the parsers of the teacher server for five minutes
 # make demo           on-policy distillation of Gemma 3 270M on the CPU
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py tests/rows/test_close_models.py tests/parallel
 
-.PHONY: help demo test test-library test-vllm lint fuzz bench bench-gpu bench-serving report docs clean
+.PHONY: help demo test test-library test-vllm test-gpu lint fuzz bench bench-gpu bench-serving report docs clean
 
 help:
 	@sed -n '/^[^#]/q;s/^# //p' Makefile
@@ -30,6 +31,10 @@ test: test-library test-vllm
 test-library: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNEL_TESTS)
+
+# The losses on a CUDA or ROCm device. The ranks of tests/parallel are processes on the CPU.
+test-gpu: $(VENV)/installed-dev
+	FUSED_DISTILL_TEST_DEVICE=cuda $(BIN)/python -m pytest $(filter-out tests/parallel,$(KERNEL_TESTS))
 
 # vLLM needs another torch than the tests, so that it has its own virtual environment.
 test-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from fused_distill.config import Backend, Tail
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,7 +67,7 @@ def make_inputs(case: Case) -> Inputs:
     return Inputs(*student, logprobs, ids + stride * torch.arange(case.k, device=case.device))
 
 
-def ours(beta: float, backend: str) -> Loss:
+def ours(beta: float, backend: Backend) -> Loss:
     from fused_distill import fused_linear_jsd
 
     return lambda *inputs: fused_linear_jsd(*inputs, beta=beta, backend=backend)
@@ -124,7 +125,7 @@ def trl(beta: float) -> Loss:
     return loss
 
 
-def ours_topk(beta: float, tail: str) -> Loss:
+def ours_topk(beta: float, tail: Tail) -> Loss:
     from fused_distill import fused_linear_topk_jsd
 
     return lambda *inputs: fused_linear_topk_jsd(*inputs, beta=beta, tail=tail)

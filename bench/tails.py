@@ -68,7 +68,7 @@ def rows(teacher: Any, student: Any, batches: list[Batch]) -> list[dict[str, Any
                         return_stats=True,
                     )
                     row = {"k": k, "support": support, "tail": tail, "beta": beta, "loss": loss.item()}
-                    if stats.student_mass is not None:
+                    if stats.student_mass is not None and stats.teacher_mass is not None:
                         row["student_rest"] = (1 - stats.student_mass).mean().item()
                         row["teacher_rest"] = (1 - stats.teacher_mass).mean().item()
                     found.append(row)

@@ -1,4 +1,4 @@
-"""The top-k loss on TRL's own numbers: its server trainer's losses, with and without the tail bucket."""
+"""`fused_linear_topk_jsd` equals the losses of TRL's server trainer and verl."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import INTERPRETED
 from fused_distill import fused_linear_topk_jsd
+from fused_distill.config import Tail
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend")
@@ -17,7 +18,7 @@ BATCH, TOKENS, VOCAB = 2, 5, 40
 
 
 def trl_trainer(beta: float, add_tail: bool) -> Any:
-    """As much of TRL's trainer as its losses use."""
+    """Return as much of TRL's trainer as its losses use."""
     trl = pytest.importorskip("trl.experimental.server_distillation.server_distillation_trainer")
     trainer: Any = SimpleNamespace(beta=beta, loss_add_tail=add_tail)
     for name in ("_compute_sparse_top_1_divergence_loss", "_compute_server_forward_kl_loss"):
@@ -35,30 +36,30 @@ class Numbers:
         self.student = (2 * torch.randn(size, generator=generator)).double().requires_grad_()
         self.teacher = torch.log_softmax(2 * torch.randn(size, generator=generator).double(), -1)
         self.tokens = torch.randint(VOCAB, (BATCH, TOKENS), generator=generator)
-        # In some places the completion's token is the teacher's likeliest.
+        # At every other position the completion's token is the teacher's most likely one.
         self.tokens[:, ::2] = self.teacher.argmax(-1)[:, ::2]
         self.labels = self.tokens.clone()
         self.labels[1, -2:] = -100
         self.mask = self.labels != -100
 
-    def ours(self, ids: Tensor, beta: float, tail: str) -> Tensor:
-        """Our loss at these ids, logits by an identity head."""
+    def ours(self, ids: Tensor, beta: float, tail: Tail) -> Tensor:
+        """Return our loss at these ids; the logits go through an identity head."""
         head = torch.eye(VOCAB, dtype=torch.float64)
         return fused_linear_topk_jsd(
             self.student, head, self.teacher.gather(-1, ids), ids, beta=beta, tail=tail, mask=self.mask
         )
 
 
-def assert_same(ours: Tensor, trl: Tensor, student: Tensor) -> None:
-    torch.testing.assert_close(ours, trl, rtol=1e-6, atol=1e-9)
-    mine, theirs = (torch.autograd.grad(loss, student)[0] for loss in (ours, trl))
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-9)
+def assert_same(ours: Tensor, peer: Tensor, student: Tensor) -> None:
+    torch.testing.assert_close(ours, peer, rtol=1e-6, atol=1e-9)
+    our_grad, peer_grad = (torch.autograd.grad(loss, student)[0] for loss in (ours, peer))
+    torch.testing.assert_close(our_grad, peer_grad, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("add_tail", [True, False])
 def test_sampled_token_support_equals_trl(beta: float, add_tail: bool) -> None:
-    # beta 1: the completion's own token. Else the teacher's likeliest and that token, which may be the same.
+    # The support is the completion's token, and for beta < 1 the teacher's most likely token too.
     numbers = Numbers()
     top = numbers.teacher.argmax(-1, keepdim=True)
     actual = numbers.tokens.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""The wheel holds both packages and needs torch alone."""
+"""The wheel contains both packages and needs torch alone."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def torch_and_what_it_needs() -> set[str]:
-    """Distributions that `pip install torch` brings, but for Triton and the vendors' libraries."""
-    found, queue = set(), ["torch"]
+def torch_and_its_requirements() -> set[str]:
+    """Return the distributions that torch requires, except Triton and the vendors' libraries."""
+    names, queue = set(), ["torch"]
     while queue:
         name = re.split(r"[^\w.-]", queue.pop())[0]
-        if name in found or re.match("triton|nvidia|cuda", name):
+        if name in names or re.match("triton|nvidia|cuda", name):
             continue
         try:
             distribution = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue
-        found.add(name)
+        names.add(name)
         queue += [r for r in distribution.requires or [] if "extra ==" not in r]
-    return found
+    return names
 
 
 def link_packages(names: set[str], site_packages: Path) -> None:
@@ -55,7 +55,7 @@ def link_packages(names: set[str], site_packages: Path) -> None:
                 link.symlink_to(target)
 
 
-def test_wheel_holds_both_packages_and_their_type_markers(wheel: Path) -> None:
+def test_wheel_contains_both_packages_and_their_type_markers(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for package in ("fused_distill", "fused_distill_kernels"):
         assert f"{package}/__init__.py" in names
@@ -67,7 +67,7 @@ def test_wheel_works_in_an_empty_venv_with_only_torch(wheel: Path, tmp_path: Pat
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv/bin/python"
     site_packages = next((tmp_path / "venv/lib").glob("python*/site-packages"))
-    link_packages(torch_and_what_it_needs(), site_packages)
+    link_packages(torch_and_its_requirements(), site_packages)
     zipfile.ZipFile(wheel).extractall(site_packages)
     code = """
 import sys, torch

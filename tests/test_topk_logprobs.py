@@ -1,4 +1,4 @@
-"""topk_logprobs against log_softmax of all logits, and the supports that are made of it."""
+"""`topk_logprobs` equals log_softmax of all logits, and gives supports for `fused_linear_topk_jsd`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import INTERPRETED
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
-from fused_distill.chunked.lm_head import Head
+from fused_distill.chunked.lm_head import LMHead
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -38,72 +38,82 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("workspace_bytes", [None, 8000])
-def test_equals_log_softmax(options: dict[str, Any], dtype: torch.dtype, workspace_bytes: int | None) -> None:
+def test_logprobs_equal_log_softmax(
+    options: dict[str, Any], dtype: torch.dtype, workspace_bytes: int | None
+) -> None:
     hidden, weight = inputs(dtype)
     ids = torch.randint(33, (2, 7, 4))
-    given_options: dict[str, Any] = {
+    converted_options: dict[str, Any] = {
         k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()
     }
-    got = topk_logprobs(hidden, weight, 5, ids, workspace_bytes=workspace_bytes, **given_options)
+    result = topk_logprobs(hidden, weight, 5, ids, workspace_bytes=workspace_bytes, **converted_options)
 
-    logits = hidden.double() @ weight.double().T + given_options.get("bias", torch.zeros(50)).double()
+    logits = hidden.double() @ weight.double().T + converted_options.get("bias", torch.zeros(50)).double()
     logits = logits[..., : options.get("vocab_size", 50)] * options.get("logit_scale", 1.0)
     if "softcap" in options:
         logits = options["softcap"] * torch.tanh(logits / options["softcap"])
-    want = torch.log_softmax(logits / options.get("temperature", 1.0), -1)
-    assert got.logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(got.logprobs.double(), want.topk(5).values, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got.logprobs.double(), want.gather(-1, got.ids), rtol=1e-6, atol=1e-6)
-    assert got.actual_logprobs is not None
-    torch.testing.assert_close(got.actual_logprobs.double(), want.gather(-1, ids), rtol=1e-6, atol=1e-6)
+    expected = torch.log_softmax(logits / options.get("temperature", 1.0), -1)
+    assert result.logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(result.logprobs.double(), expected.topk(5).values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        result.logprobs.double(), expected.gather(-1, result.ids), rtol=1e-6, atol=1e-6
+    )
+    assert result.actual_logprobs is not None
+    torch.testing.assert_close(
+        result.actual_logprobs.double(), expected.gather(-1, ids), rtol=1e-6, atol=1e-6
+    )
 
 
-def test_one_actual_token_per_position_keeps_its_shape() -> None:
+def test_one_actual_token_per_position_gives_the_shape_of_the_tokens() -> None:
     hidden, weight = inputs()
     ids = torch.randint(50, (2, 7))
-    got = topk_logprobs(hidden, weight, 0, ids)
-    want = torch.log_softmax(hidden @ weight.T, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    assert got.logprobs.shape == (2, 7, 0)
-    torch.testing.assert_close(got.actual_logprobs, want)
+    result = topk_logprobs(hidden, weight, 0, ids)
+    expected = torch.log_softmax(hidden @ weight.T, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    assert result.logprobs.shape == (2, 7, 0)
+    torch.testing.assert_close(result.actual_logprobs, expected)
 
 
-def test_autocast_reaches_the_head() -> None:
-    with mock.patch.object(Head, "of", wraps=Head.of) as head, torch.autocast("cpu", torch.bfloat16):
+def test_head_is_projected_in_autocasts_dtype() -> None:
+    spy = mock.patch.object(LMHead, "for_inputs", wraps=LMHead.for_inputs)
+    with spy as head, torch.autocast("cpu", torch.bfloat16):
+        mock.patch.object(LMHead, "for_inputs", wraps=LMHead.for_inputs) as head,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         topk_logprobs(*inputs(), 3)
     assert head.call_args.args[-1] == torch.bfloat16
 
 
-def test_without_actual_ids_there_are_no_actual_logprobs() -> None:
+def test_actual_logprobs_are_none_without_actual_ids() -> None:
     assert topk_logprobs(*inputs(), 3).actual_logprobs is None
 
 
-def test_masked_positions_are_absent_entries() -> None:
+def test_masked_positions_give_absent_entries() -> None:
     hidden, weight = inputs()
     mask = torch.rand(2, 7, generator=torch.Generator().manual_seed(1)) < 0.5
     ids = torch.full((2, 7), -1).masked_fill(mask, 3)
     plain = topk_logprobs(hidden, weight, 3, ids.clamp_min(0))
     hidden[~mask] = torch.nan
-    got = topk_logprobs(hidden, weight, 3, ids, mask=mask)
-    torch.testing.assert_close(got.logprobs[mask], plain.logprobs[mask])
-    assert (got.logprobs[~mask] == -torch.inf).all()
-    assert got.actual_logprobs is not None
-    assert (got.actual_logprobs[~mask] == -torch.inf).all()
+    result = topk_logprobs(hidden, weight, 3, ids, mask=mask)
+    torch.testing.assert_close(result.logprobs[mask], plain.logprobs[mask])
+    assert (result.logprobs[~mask] == -torch.inf).all()
+    assert result.actual_logprobs is not None
+    assert (result.actual_logprobs[~mask] == -torch.inf).all()
 
 
-def test_no_token_at_all_gives_empty_results() -> None:
-    got = topk_logprobs(torch.randn(0, 8), torch.randn(50, 8), 3)
-    assert got.logprobs.shape == got.ids.shape == (0, 3)
+def test_no_token_gives_empty_results() -> None:
+    result = topk_logprobs(torch.randn(0, 8), torch.randn(50, 8), 3)
+    assert result.logprobs.shape == result.ids.shape == (0, 3)
 
 
-def test_log_probabilities_keep_digits_where_the_models_are_sure() -> None:
+def test_logprob_of_a_nearly_certain_token_keeps_its_digits() -> None:
     # log p of the likely token is -1.4e-6: a float32 log-sum-exp of size 30 would give 0 or -2e-6.
     hidden = torch.tensor([[30.0, 16.5]])
-    got = topk_logprobs(hidden, torch.eye(2), 1).logprobs.item()
-    want = torch.log_softmax(hidden.double(), -1)[0, 0].item()
-    assert got == pytest.approx(want, rel=1e-5)
+    result = topk_logprobs(hidden, torch.eye(2), 1).logprobs.item()
+    expected = torch.log_softmax(hidden.double(), -1)[0, 0].item()
+    assert result == pytest.approx(expected, rel=1e-5)
 
 
-BAD = [
+INVALID = [
     ("k", ValueError, {"k": 51}),
     ("k", ValueError, {"k": -1}),
     ("k", TypeError, {"k": 2.0}),
@@ -123,8 +133,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "error", "change"), BAD, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(BAD)])
-def test_a_bad_argument_is_named(name: str, error: type[Exception], change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "error", "change"), INVALID, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(INVALID)]
+)
+def test_invalid_argument_is_named(name: str, error: type[Exception], change: dict[str, Any]) -> None:
     hidden, weight = inputs()
     arguments: dict[str, Any] = {"hidden": hidden, "weight": weight, "k": 3, **change}
     with pytest.raises(error, match=f"^{name} "):
@@ -133,10 +145,10 @@ def test_a_bad_argument_is_named(name: str, error: type[Exception], change: dict
 
 @settings(max_examples=20)
 @given(st.integers(0, 1000), st.integers(1, 12), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
-def test_the_union_of_both_supports_lies_between_either_and_the_full_loss(
+def test_loss_of_both_supports_lies_between_that_of_either_and_the_full_loss(
     seed: int, k: int, beta: float
 ) -> None:
-    # A finer partition of the vocabulary tells more (data processing inequality).
+    # Data processing inequality: merging outcomes loses information.
     hs, ws = inputs(seed=seed)
     ht, wt = inputs(seed=seed + 1)
     student_ids, teacher_ids = topk_logprobs(hs, ws, k).ids, topk_logprobs(ht, wt, k).ids
@@ -153,16 +165,16 @@ def test_the_union_of_both_supports_lies_between_either_and_the_full_loss(
     assert (union <= fused_linear_jsd(hs, ws, ht, wt, beta=beta, reduction="none") + slack).all()
 
 
-def test_the_example_of_the_students_support_shows_the_smaller_error() -> None:
+def test_example_of_the_students_support_shows_its_smaller_error() -> None:
     script = Path(__file__).parent.parent / "examples" / "students_support.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     errors = {line[:18].strip(): float(line.split()[-1]) for line in done.stdout.splitlines()[1:4]}
     assert errors["union of both"] < errors["student's top k"] < 0.5 * errors["teacher's top k"]
 
 
-def test_the_students_support_gives_reverse_kl_where_the_teachers_misses_it() -> None:
-    # The student is sure of a token that the teacher hardly knows: its own support shows that, the teacher's
-    # sees only "the rest".
+def test_students_support_gives_the_reverse_kl_that_the_teachers_misses() -> None:
+    # The student is sure of a token that is unlikely for the teacher. The token is in the student's support,
+    # and in the tail of the teacher's.
     student = torch.full((1, 100), 0.0)
     student[0, 7] = 12.0
     teacher = torch.linspace(4, 0, 100).unsqueeze(0)
@@ -175,6 +187,5 @@ def test_the_students_support_gives_reverse_kl_where_the_teachers_misses_it() ->
         assert logprobs is not None
         return fused_linear_topk_jsd(student, head, logprobs, ids, beta=1.0)
 
-    own, others = support(topk_logprobs(student, head, 2).ids), support(topk_logprobs(teacher, head, 2).ids)
-    assert own > 0.99 * full
-    assert others < 0.1 * full
+    assert support(topk_logprobs(student, head, 2).ids) > 0.99 * full
+    assert support(topk_logprobs(teacher, head, 2).ids) < 0.1 * full

@@ -1,4 +1,4 @@
-"""The loss as an autograd function: gradcheck, repeated and scaled backward, values alone, autocast."""
+"""The loss as an autograd function: gradcheck, repeated and scaled backward passes, autocast."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fused_distill import fused_linear_jsd
+from fused_distill.config import Reduction
 from torch import Tensor
 
 
@@ -25,7 +26,7 @@ def gradients(loss: Tensor, *leaves: Tensor, **options: Any) -> tuple[Tensor, ..
     return torch.autograd.grad(loss, leaves, **options)
 
 
-def assert_same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
+def assert_close(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8)
 
@@ -33,7 +34,7 @@ def assert_same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("extras", [False, True])
-def test_gradcheck(beta: float, reduction: str, extras: bool) -> None:
+def test_gradients_pass_gradcheck(beta: float, reduction: Reduction, extras: bool) -> None:
     hs, ws, ht, wt = tensors(torch.float64, n=3, vocab=7)
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
     options: dict[str, Any] = {"beta": beta, "reduction": reduction}
@@ -52,41 +53,41 @@ def test_gradcheck(beta: float, reduction: str, extras: bool) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_backward_pass_through_a_retained_graph_gives_the_same(reduction: str) -> None:
+def test_second_backward_pass_gives_the_same_gradients(reduction: Reduction) -> None:
     hs, ws, ht, wt = tensors()
     loss = fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum()
-    assert_same(gradients(loss, hs, ws, retain_graph=True), gradients(loss, hs, ws))
+    assert_close(gradients(loss, hs, ws, retain_graph=True), gradients(loss, hs, ws))
 
 
 def test_scaled_loss_scales_the_gradients() -> None:
     hs, ws, ht, wt = tensors()
     plain = gradients(fused_linear_jsd(hs, ws, ht, wt), hs, ws)
     scaled = gradients(1024 * fused_linear_jsd(hs, ws, ht, wt), hs, ws)
-    assert_same(scaled, tuple(1024 * g for g in plain))
+    assert_close(scaled, tuple(1024 * g for g in plain))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_value_without_gradients(mode: Any) -> None:
+def test_loss_without_gradients_is_the_same(mode: Any) -> None:
     hs, ws, ht, wt = tensors()
-    want = fused_linear_jsd(hs, ws, ht, wt)
+    expected = fused_linear_jsd(hs, ws, ht, wt)
     with mode():
-        got = fused_linear_jsd(hs, ws, ht, wt)
-    assert not got.requires_grad
-    assert torch.equal(got, want.detach())
+        actual = fused_linear_jsd(hs, ws, ht, wt)
+    assert not actual.requires_grad
+    assert torch.equal(actual, expected.detach())
 
 
-def test_autocast_keeps_dtypes_and_stays_close() -> None:
+def test_loss_and_gradients_under_autocast_are_float32() -> None:
     hs, ws, ht, wt = tensors()
-    want = fused_linear_jsd(hs, ws, ht, wt)
+    expected = fused_linear_jsd(hs, ws, ht, wt)
     with torch.autocast("cpu", torch.bfloat16):
-        got = fused_linear_jsd(hs, ws, ht, wt)
-    assert got.dtype == torch.float32
-    assert got.item() == pytest.approx(want.item(), rel=1e-2)
-    assert all(g.dtype == torch.float32 for g in gradients(got, hs, ws))
+        actual = fused_linear_jsd(hs, ws, ht, wt)
+    assert actual.dtype == torch.float32
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-2)
+    assert all(g.dtype == torch.float32 for g in gradients(actual, hs, ws))
 
 
 def test_bfloat16_hidden_states_with_a_float32_head_equal_float32() -> None:
     hs, ws, ht, wt = tensors()
     rounded = hs.detach().bfloat16()
-    want = fused_linear_jsd(rounded.float(), ws, ht, wt)
-    assert fused_linear_jsd(rounded, ws, ht, wt).item() == pytest.approx(want.item(), rel=1e-6)
+    expected = fused_linear_jsd(rounded.float(), ws, ht, wt)
+    assert fused_linear_jsd(rounded, ws, ht, wt).item() == pytest.approx(expected.item(), rel=1e-6)

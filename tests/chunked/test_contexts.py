@@ -1,4 +1,4 @@
-"""The loss in other people's training steps: accumulation, frozen parts, mixed dtypes, what is computed."""
+"""The loss in training code: accumulation, frozen parts, mixed dtypes, torch.compile, number of products."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 from fused_distill import FusedLinearJSDLoss, fused_linear_jsd
-from fused_distill.chunked.gemm import onednn_multiplies
-from fused_distill.rows import backend as _backends
-from fused_distill.rows import compiled as _stages
+from fused_distill.chunked.gemm import use_onednn
+from fused_distill.config import Reduction
+from fused_distill.rows import backend as rows_backend
+from fused_distill.rows import compiled as rows_compiled
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 DS, DT, V = 8, 5, 40
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
-onednn_multiplies(torch.device("cpu"), torch.float32)  # tries a small product once
+use_onednn(torch.device("cpu"), torch.float32)  # its trial product, made once, must not be counted
 
 
 def tensors(dtype: torch.dtype = torch.float32, n: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,7 +33,7 @@ def tensors(dtype: torch.dtype = torch.float32, n: int = 6) -> tuple[Tensor, Ten
 
 
 class Products(TorchDispatchMode):
-    """The shapes (m, k, n) of the matrix products made under this mode."""
+    """Records the shapes (m, k, n) of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +48,9 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def products(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, **options: Any) -> list[tuple[int, int, int]]:
+def product_shapes(
+    hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, **options: Any
+) -> list[tuple[int, int, int]]:
     with Products() as seen:
         loss = fused_linear_jsd(hs, ws, ht, wt, backend="torch", **options)
         if loss.requires_grad:
@@ -55,46 +58,46 @@ def products(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, **options: Any) -> 
     return sorted(seen.shapes)
 
 
-def test_training_costs_four_products() -> None:
-    assert products(*tensors()) == sorted([(6, DS, V), (6, DT, V), (6, V, DS), (V, 6, DS)])
+def test_training_takes_four_products() -> None:
+    assert product_shapes(*tensors()) == sorted([(6, DS, V), (6, DT, V), (6, V, DS), (V, 6, DS)])
 
 
-def test_a_frozen_head_costs_no_weight_product() -> None:
+def test_frozen_head_takes_no_weight_product() -> None:
     hs, ws, ht, wt = tensors()
-    assert products(hs, ws.detach(), ht, wt) == sorted([(6, DS, V), (6, DT, V), (6, V, DS)])
+    assert product_shapes(hs, ws.detach(), ht, wt) == sorted([(6, DS, V), (6, DT, V), (6, V, DS)])
 
 
-def test_detached_hidden_states_cost_no_hidden_product() -> None:
+def test_detached_hidden_states_take_no_hidden_product() -> None:
     hs, ws, ht, wt = tensors()
-    assert products(hs.detach(), ws, ht, wt) == sorted([(6, DS, V), (6, DT, V), (V, 6, DS)])
+    assert product_shapes(hs.detach(), ws, ht, wt) == sorted([(6, DS, V), (6, DT, V), (V, 6, DS)])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_evaluation_costs_the_two_projections(mode: Any) -> None:
+def test_evaluation_takes_the_two_projections(mode: Any) -> None:
     with mode():
-        assert products(*tensors()) == sorted([(6, DS, V), (6, DT, V)])
+        assert product_shapes(*tensors()) == sorted([(6, DS, V), (6, DT, V)])
 
 
-def test_masked_tokens_cost_no_product() -> None:
+def test_masked_tokens_take_no_product() -> None:
     mask = torch.tensor([False, True, False, False, True, False])
-    assert {min(shape) for shape in products(*tensors(), mask=mask)} == {2}
+    assert {min(shape) for shape in product_shapes(*tensors(), mask=mask)} == {2}
 
 
-def test_columns_beyond_vocab_size_cost_no_product() -> None:
-    shapes = products(*tensors(), vocab_size=30)
+def test_columns_beyond_vocab_size_take_no_product() -> None:
+    shapes = product_shapes(*tensors(), vocab_size=30)
     assert shapes == sorted([(6, DS, 30), (6, DT, 30), (6, 30, DS), (30, 6, DS)])
 
 
-def test_micro_batches_accumulate_the_gradient_of_the_whole_batch() -> None:
+def test_micro_batches_accumulate_the_gradient_of_the_batch() -> None:
     hs, ws, ht, wt = tensors(n=7)
     fused_linear_jsd(hs, ws, ht, wt).backward()
-    whole, ws.grad, hs.grad = (hs.grad, ws.grad), None, None
+    batch_grads, ws.grad, hs.grad = (hs.grad, ws.grad), None, None
     for rows in (slice(0, 3), slice(3, 7)):
         fused_linear_jsd(hs[rows], ws, ht[rows], wt, normalizer=torch.tensor(7)).backward()
-    torch.testing.assert_close((hs.grad, ws.grad), whole)
+    torch.testing.assert_close((hs.grad, ws.grad), batch_grads)
 
 
-def test_a_head_tied_to_the_embedding_gets_both_gradients() -> None:
+def test_head_tied_to_the_embedding_gets_both_gradients() -> None:
     _, ws, ht, wt = tensors()
     ids = torch.tensor([3, 1, 3, 0, 39, 7])
     fused_linear_jsd(torch.tanh(ws[ids]), ws, ht, wt, backend="torch").backward()
@@ -103,7 +106,7 @@ def test_a_head_tied_to_the_embedding_gets_both_gradients() -> None:
     torch.testing.assert_close(fused, ws.grad)
 
 
-def test_the_teacher_gets_no_gradient() -> None:
+def test_teacher_gets_no_gradient() -> None:
     hs, ws, ht, wt = tensors()
     ht.requires_grad_()
     wt.requires_grad_()
@@ -112,15 +115,17 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert wt.grad is None
 
 
-def test_a_teacher_run_in_inference_mode_serves_training() -> None:
+def test_teacher_tensors_of_inference_mode_give_the_same_gradients() -> None:
     hs, ws, ht, wt = tensors()
-    want = torch.autograd.grad(fused_linear_jsd(hs, ws, ht, wt), (hs, ws))
+    expected = torch.autograd.grad(fused_linear_jsd(hs, ws, ht, wt), (hs, ws))
     with torch.inference_mode():
         inferred = ht * 1.0
-    torch.testing.assert_close(torch.autograd.grad(fused_linear_jsd(hs, ws, inferred, wt), (hs, ws)), want)
+    torch.testing.assert_close(
+        torch.autograd.grad(fused_linear_jsd(hs, ws, inferred, wt), (hs, ws)), expected
+    )
 
 
-def test_an_optimizer_step_after_the_loss_is_noticed_by_a_second_backward_pass() -> None:
+def test_second_backward_pass_after_an_optimizer_step_is_refused() -> None:
     hs, ws, ht, wt = tensors()
     loss = fused_linear_jsd(hs, ws, ht, wt)
     loss.backward(retain_graph=True)
@@ -131,7 +136,7 @@ def test_an_optimizer_step_after_the_loss_is_noticed_by_a_second_backward_pass()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_gradients_have_their_inputs_dtype_and_the_loss_has_more(dtype: torch.dtype) -> None:
+def test_gradients_have_the_inputs_dtype_and_the_loss_at_least_float32(dtype: torch.dtype) -> None:
     hs, ws, ht, wt = tensors(dtype)
     loss = fused_linear_jsd(hs, ws, ht, wt)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -148,21 +153,26 @@ def test_gradients_have_their_inputs_dtype_and_the_loss_has_more(dtype: torch.dt
     ],
     ids=["hidden below head", "head below hidden", "teacher below student", "teacher above student"],
 )
-def test_mixed_dtypes_equal_the_same_numbers_in_float64(dtypes: tuple[torch.dtype, ...]) -> None:
+def test_mixed_dtypes_equal_the_float64_reference(dtypes: tuple[torch.dtype, ...]) -> None:
     mixed = [t.detach().to(dtype) for t, dtype in zip(tensors(), dtypes, strict=True)]
     exact = [t.double() for t in mixed]
     for group in (mixed, exact):
         for leaf in group[:2]:
             leaf.requires_grad_()
-    got, want = (fused_linear_jsd(*group, beta=0.3) for group in (mixed, exact))
-    assert got.item() == pytest.approx(want.item(), rel=1e-5)
-    for g, w in zip(torch.autograd.grad(got, mixed[:2]), torch.autograd.grad(want, exact[:2]), strict=True):
+    actual, expected = (
+        fused_linear_jsd(*mixed, beta=0.3),
+        fused_linear_jsd(*exact, beta=0.3, backend="reference"),
+    )
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    for g, w in zip(
+        torch.autograd.grad(actual, mixed[:2]), torch.autograd.grad(expected, exact[:2]), strict=True
+    ):
         torch.testing.assert_close(
             g, w.to(g.dtype), rtol=2**-7 if g.dtype == torch.bfloat16 else 1e-4, atol=1e-6
         )
 
 
-def test_autocast_gives_what_bfloat16_inputs_give() -> None:
+def test_loss_under_autocast_equals_that_of_bfloat16_inputs() -> None:
     hs, ws, ht, wt = tensors()
     low = fused_linear_jsd(hs.bfloat16(), ws.bfloat16(), ht.bfloat16(), wt.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
@@ -170,17 +180,17 @@ def test_autocast_gives_what_bfloat16_inputs_give() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_backward_pass_outside_autocast_serves_a_forward_pass_inside(reduction: str) -> None:
+def test_backward_pass_may_be_outside_autocast(reduction: Reduction) -> None:
     hs, ws, ht, wt = tensors()
-    want = torch.autograd.grad(fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum(), (hs, ws))
+    expected = torch.autograd.grad(fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum(), (hs, ws))
     with torch.autocast("cpu", torch.bfloat16):
         loss = fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum()
-    for got, true in zip(torch.autograd.grad(loss, (hs, ws)), want, strict=True):
-        assert (got - true).norm() < 0.03 * true.norm()
+    for actual, true in zip(torch.autograd.grad(loss, (hs, ws)), expected, strict=True):
+        assert (actual - true).norm() < 0.03 * true.norm()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_checkpointed_body_and_loss_train_every_parameter_alike(use_reentrant: bool) -> None:
+def test_checkpointed_body_and_loss_give_the_same_gradients(use_reentrant: bool) -> None:
     hs, _, ht, wt = tensors()
     torch.manual_seed(0)
     body, head = nn.Linear(DS, DS), nn.Linear(DS, V)
@@ -190,51 +200,53 @@ def test_a_checkpointed_body_and_loss_train_every_parameter_alike(use_reentrant:
 
     parameters = [*body.parameters(), *head.parameters()]
     step(hs).backward()
-    want = [p.grad for p in parameters]
+    expected = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
     loss = checkpoint(step, hs, use_reentrant=use_reentrant)
     assert isinstance(loss, Tensor)
     loss.backward()
-    torch.testing.assert_close([p.grad for p in parameters], want)
+    torch.testing.assert_close([p.grad for p in parameters], expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_caller_compiled_with_inductor_gets_loss_statistics_and_gradients(reduction: str) -> None:
+def test_caller_compiled_with_inductor_gets_the_same_results(reduction: Reduction) -> None:
     hs, ws, ht, wt = tensors()
 
     def caller(hidden: Tensor) -> tuple[Tensor, Tensor]:
         loss, stats = fused_linear_jsd(hidden * 1.5, ws, ht, wt, reduction=reduction, return_stats=True)
         return (2 * loss).sum(), stats.reverse_kl + 1
 
-    want_loss, want_stats = caller(hs)
+    expected_loss, expected_stats = caller(hs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loss, stats = torch.compile(caller)(hs)
-    torch.testing.assert_close((loss, stats), (want_loss, want_stats))
-    torch.testing.assert_close(torch.autograd.grad(loss, (hs, ws)), torch.autograd.grad(want_loss, (hs, ws)))
+    torch.testing.assert_close((loss, stats), (expected_loss, expected_stats))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (hs, ws)), torch.autograd.grad(expected_loss, (hs, ws))
+    )
 
 
-def test_a_compiler_that_fails_in_its_first_call_leaves_the_result_right(
+def test_failing_compiler_warns_once_and_leaves_the_result_unchanged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*args: Any) -> Any:
         raise RuntimeError("no C++ compiler")
 
     hs, ws, ht, wt = tensors()
-    want = fused_linear_jsd(hs, ws, ht, wt)
-    monkeypatch.setattr(_stages, "compiled_stage", lambda stage: broken)
-    monkeypatch.setattr(_backends, "_COMPILE_MIN_LOGITS", 1)
-    monkeypatch.setattr(_stages.Compiler, "works", True)
+    expected = fused_linear_jsd(hs, ws, ht, wt)
+    monkeypatch.setattr(rows_compiled, "compiled_stage", lambda stage: broken)
+    monkeypatch.setattr(rows_backend, "_COMPILE_MIN_LOGITS", 1)
+    monkeypatch.setattr(rows_compiled.Compiler, "works", True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         results = [fused_linear_jsd(hs, ws, ht, wt) for _ in range(3)]
     assert [w.category for w in caught if "torch.compile failed" in str(w.message)] == [RuntimeWarning]
-    assert all(torch.equal(result, want) for result in results)
+    assert all(torch.equal(result, expected) for result in results)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_differentiating_twice_is_refused_for_every_reduction(reduction: str) -> None:
+def test_differentiating_twice_is_refused(reduction: Reduction) -> None:
     hs, ws, ht, wt = tensors()
     loss = fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum()
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
@@ -250,14 +262,14 @@ def test_statistics_are_the_same_with_and_without_gradients() -> None:
     assert all(column.grad_fn is None for column in stats[:5])
 
 
-def test_inputs_are_left_as_they_were() -> None:
-    given = tensors()
-    before = [t.detach().clone() for t in given]
-    fused_linear_jsd(*given).backward()
-    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+def test_inputs_are_not_modified() -> None:
+    inputs = tensors()
+    before = [t.detach().clone() for t in inputs]
+    fused_linear_jsd(*inputs).backward()
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_the_module_is_copied_and_pickled(copied: Any) -> None:
+def test_module_can_be_copied_and_pickled(copied: Any) -> None:
     module = FusedLinearJSDLoss(beta=0.3, student_softcap=4.0)
     assert torch.equal(copied(module)(*tensors()), module(*tensors()))

@@ -1,4 +1,4 @@
-"""The drop-ins for Liger's losses give liger-kernel's own results, and say where they cannot."""
+"""Replacements of Liger's losses give liger-kernel's results, and refuse what they cannot do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import INTERPRETED
 from fused_distill.compat.liger import LigerFusedLinearJSD, LigerFusedLinearJSDLoss
+from long_double import jsd_rows
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend")
@@ -22,7 +23,7 @@ SOFT_ONLY: dict[str, Any] = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
 
 
 class Numbers(NamedTuple):
-    """One call's tensors, the student's with gradients."""
+    """The tensors of one call; the student's require gradients."""
 
     student_input: Tensor
     student_weight: Tensor
@@ -51,8 +52,8 @@ class Numbers(NamedTuple):
             randn(teacher_rows),
         )
 
-    def answer(self, loss_fn: Any, bias: bool = True) -> list[Tensor]:
-        """The losses, then the gradients of 3 * loss, so that the incoming gradient is not 1."""
+    def run(self, loss_fn: Any, bias: bool = True) -> list[Tensor]:
+        """Return the losses, then the gradients of 3 * loss, so that the incoming gradient is not 1."""
         result = loss_fn(*(self if bias else self[:5]))
         losses = result if isinstance(result, tuple) else (result,)
         students = [self.student_input, self.student_weight, *([self.student_bias] if bias else [])]
@@ -60,7 +61,7 @@ class Numbers(NamedTuple):
 
 
 def chunked(**options: Any) -> Any:
-    """Liger's own, uncompiled, several chunks."""
+    """Return Liger's chunked loss, uncompiled, with several chunks."""
     liger = pytest.importorskip("liger_kernel.chunked_loss")
     return liger.LigerFusedLinearJSDLoss(compiled=False, chunk_size=4, **options)
 
@@ -76,8 +77,8 @@ def test_chunked_loss_and_gradients_equal_ligers(beta: float, bias: bool, hard: 
         "temperature": 1.7,
     }
     numbers = Numbers.random()
-    ours = numbers.answer(LigerFusedLinearJSDLoss(**options), bias)
-    torch.testing.assert_close(ours, numbers.answer(chunked(**options), bias), rtol=1e-5, atol=1e-6)
+    ours = numbers.run(LigerFusedLinearJSDLoss(**options), bias)
+    torch.testing.assert_close(ours, numbers.run(chunked(**options), bias), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.0, 1.0), (1.0, 0.0)])
@@ -88,22 +89,20 @@ def test_soft_and_hard_losses_equal_ligers(weights: tuple[float, float]) -> None
         "return_soft_hard_loss": True,
     }
     numbers = Numbers.random()
-    ours = numbers.answer(LigerFusedLinearJSDLoss(temperature=0.6, **options))
-    torch.testing.assert_close(
-        ours, numbers.answer(chunked(temperature=0.6, **options)), rtol=1e-5, atol=1e-6
-    )
+    ours = numbers.run(LigerFusedLinearJSDLoss(temperature=0.6, **options))
+    torch.testing.assert_close(ours, numbers.run(chunked(temperature=0.6, **options)), rtol=1e-5, atol=1e-6)
 
 
-def test_ignore_index_is_any_token() -> None:
+def test_ignore_index_may_be_any_token() -> None:
     numbers = Numbers.random(ignore_index=7)
-    ours = numbers.answer(LigerFusedLinearJSDLoss(ignore_index=7))
-    torch.testing.assert_close(ours, numbers.answer(chunked(ignore_index=7)), rtol=1e-5, atol=1e-6)
+    ours = numbers.run(LigerFusedLinearJSDLoss(ignore_index=7))
+    torch.testing.assert_close(ours, numbers.run(chunked(ignore_index=7)), rtol=1e-5, atol=1e-6)
 
 
-def test_all_tokens_ignored_give_zeros() -> None:
+def test_no_valid_token_gives_zero_losses_and_gradients() -> None:
     numbers = Numbers.random()
     numbers.labels.fill_(-100)
-    for value in numbers.answer(LigerFusedLinearJSDLoss(return_soft_hard_loss=True)):
+    for value in numbers.run(LigerFusedLinearJSDLoss(return_soft_hard_loss=True)):
         assert value.count_nonzero() == 0
 
 
@@ -112,7 +111,7 @@ def test_options_may_change_between_calls() -> None:
     numbers = Numbers.random()
     changed = LigerFusedLinearJSDLoss(beta=0.1)
     changed.beta = 0.8
-    torch.testing.assert_close(numbers.answer(changed), numbers.answer(LigerFusedLinearJSDLoss(beta=0.8)))
+    torch.testing.assert_close(numbers.run(changed), numbers.run(LigerFusedLinearJSDLoss(beta=0.8)))
 
 
 def test_padded_teacher_head_equals_ligers_where_padding_has_no_probability() -> None:
@@ -120,8 +119,8 @@ def test_padded_teacher_head_equals_ligers_where_padding_has_no_probability() ->
     numbers = Numbers.random(teacher_rows=VOCAB + 6)
     numbers.teacher_bias[VOCAB:] = -60
     numbers.student_bias.data += 40
-    ours = numbers.answer(LigerFusedLinearJSDLoss())
-    torch.testing.assert_close(ours, numbers.answer(chunked()), rtol=1e-5, atol=2e-6)
+    ours = numbers.run(LigerFusedLinearJSDLoss())
+    torch.testing.assert_close(ours, numbers.run(chunked()), rtol=1e-5, atol=2e-6)
 
 
 def test_padded_teacher_head_leaves_equal_models_without_loss() -> None:
@@ -144,13 +143,15 @@ def test_nearly_equal_models_keep_their_digits() -> None:
     numbers = Numbers.random()
     close = numbers.student_weight.detach() * (1 + 1e-5)
     tensors = (numbers.student_input, numbers.student_weight, numbers.student_input.detach(), close)
-    ours = LigerFusedLinearJSDLoss(**SOFT_ONLY)
-    exact = ours(*(t.double() for t in tensors), numbers.labels).item()
-    assert ours(*tensors, numbers.labels).item() == pytest.approx(exact, rel=0.01)
+    hs, ws, ht, wt = (t.detach().double() for t in tensors)
+    exact = jsd_rows(hs @ ws.T, ht @ wt.T, 0.5)[0][numbers.labels != -100].mean().item()
+    ours = LigerFusedLinearJSDLoss(**SOFT_ONLY)(*tensors, numbers.labels).item()
+    assert ours == pytest.approx(exact, rel=0.01)
     assert chunked(**SOFT_ONLY)(*tensors, numbers.labels).item() != pytest.approx(exact, rel=1)
 
 
-# Liger's Triton loss needs a GPU or, set before Triton is imported, the interpreter: hence its own process.
+# Liger's Triton loss needs a GPU or the interpreter, which must be set before Triton is imported: hence a
+# process of its own.
 LIGER_TRITON = """
 import sys
 import torch
@@ -180,7 +181,7 @@ def triton_calls() -> list[tuple[dict[str, Any], Tensor | None]]:
 
 
 @pytest.fixture(scope="module")
-def triton_answers(
+def triton_results(
     triton_calls: list[tuple[dict[str, Any], Tensor | None]], tmp_path_factory: pytest.TempPathFactory
 ) -> list[list[Tensor]]:
     pytest.importorskip("liger_kernel")
@@ -194,13 +195,13 @@ def triton_answers(
 
 
 def test_triton_loss_and_gradients_equal_ligers(
-    triton_calls: list[tuple[dict[str, Any], Tensor | None]], triton_answers: list[list[Tensor]]
+    triton_calls: list[tuple[dict[str, Any], Tensor | None]], triton_results: list[list[Tensor]]
 ) -> None:
-    for (options, labels), theirs in zip(triton_calls, triton_answers, strict=True):
+    for (options, labels), peer in zip(triton_calls, triton_results, strict=True):
         tensors = Numbers.random()[:4]
         loss = LigerFusedLinearJSD(**options)(*tensors, labels)
         ours = [loss.detach(), *torch.autograd.grad(loss, tensors[:2])]
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, peer, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_triton_loss_and_gradients_equal_ligers(
         (lambda: LigerFusedLinearJSD(accum_dtype=torch.float64), "accum_dtype must be None or torch.float32"),
     ],
 )
-def test_what_cannot_be_honoured_is_named(make: Any, match: str) -> None:
+def test_option_without_an_equivalent_is_named(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
 

@@ -1,4 +1,4 @@
-"""TRL's distillation trainers train as before with our losses under them, and make no logits of prompts."""
+"""TRL's distillation trainers train the same under `patch_trl`, without the logits of prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cases import INTERPRETED
 from fused_distill.compat import trl as compat
 from fused_distill.compat.trl import patch_trl, unpatch_trl
 from torch import Tensor
-from trl_cases import PROMPTS, SERVED, PlayedClient, assert_equal_runs, local, lora, server, train, trl
+from trl_cases import PROMPTS, SERVED, FakeClient, assert_equal_runs, local, lora, server, train, trl
 from trl_cases import make_trainer as make_trainer_in
 
 pytestmark = [
@@ -48,14 +48,14 @@ def make_trainer(tiny_model: Path, tmp_path: Path) -> Callable[..., Any]:
 
 
 def assert_trains_as_trl(make: Callable[[], Any], tolerance: float) -> None:
-    theirs = train(make())
+    peer = train(make())
     with patch_trl():
         ours = train(make())
-    assert theirs.losses[-1] != pytest.approx(theirs.losses[0], rel=0.01)  # it did train
-    assert_equal_runs(ours, theirs, tolerance)
-    again = train(make())  # by TRL's own
-    assert (again.losses, again.entropies) == (theirs.losses, theirs.entropies)
-    assert all(map(torch.equal, again.parameters, theirs.parameters))
+    assert peer.losses[-1] != pytest.approx(peer.losses[0], rel=0.01)  # it did train
+    assert_equal_runs(ours, peer, tolerance)
+    again = train(make())  # unpatched
+    assert (again.losses, again.entropies) == (peer.losses, peer.entropies)
+    assert all(map(torch.equal, again.parameters, peer.parameters))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
@@ -80,7 +80,7 @@ def test_training_of_adapters_equals_trls(
 
 
 @BOTH
-def test_training_of_adapters_and_a_whole_head_equals_trls(
+def test_training_of_adapters_and_a_full_head_equals_trls(
     make_trainer: Callable[..., Any], options: dict[str, int]
 ) -> None:
     assert_trains_as_trl(
@@ -88,7 +88,7 @@ def test_training_of_adapters_and_a_whole_head_equals_trls(
     )
 
 
-def test_training_of_adapters_that_wait_for_a_token_equals_trls(make_trainer: Callable[..., Any]) -> None:
+def test_training_of_activated_lora_equals_trls(make_trainer: Callable[..., Any]) -> None:
     # aLoRA begins where PeftModel.forward finds the tokens; TRL's local trainer does not call that.
     assert_trains_as_trl(lambda: make_trainer(peft=lora(alora_invocation_tokens=[3]), **SERVED), 1e-10)
 
@@ -99,13 +99,13 @@ def test_evaluation_equals_trls(make_trainer: Callable[..., Any], options: Any) 
     inputs = training_inputs(trainer)
     trainer.model.eval()
     with torch.no_grad():
-        theirs = trainer.compute_loss(trainer.model, inputs)
+        peer = trainer.compute_loss(trainer.model, inputs)
         patch_trl()
-        torch.testing.assert_close(trainer.compute_loss(trainer.model, inputs), theirs)
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, inputs), peer)
 
 
 @BOTH
-def test_a_trainer_that_was_patched_computes_as_before(
+def test_trainer_computes_as_before_after_the_patch(
     make_trainer: Callable[..., Any], options: dict[str, int]
 ) -> None:
     trainer = make_trainer(0.5, **options)
@@ -117,12 +117,12 @@ def test_a_trainer_that_was_patched_computes_as_before(
 
 
 @BOTH
-def test_no_logits_are_made_by_the_models(make_trainer: Callable[..., Any], options: Any) -> None:
+def test_models_compute_no_logits(make_trainer: Callable[..., Any], options: Any) -> None:
     trainer = make_trainer(0.5, **options)
     inputs = training_inputs(trainer)
 
     def refuse(_module: Any, _inputs: Any, output: Tensor) -> None:
-        assert output.ndim == 0, "the output layer gave logits"  # not the loss
+        assert output.ndim == 0, "the output layer gave logits"
 
     trainer.model.lm_head.register_forward_hook(refuse)
     if trainer.teacher_model is not None:
@@ -147,7 +147,7 @@ def test_mixed_precision_covers_the_students_backbone(make_trainer: Callable[...
 
 
 def training_inputs(trainer: Any) -> dict[str, Any]:
-    """What a training step gets: completions of different lengths."""
+    """Return the inputs of a training step: completions of different lengths."""
     trainer.current_gradient_accumulation_steps = 2
     trainer.model.train()
     inputs = trainer._prepare_inputs([{"prompt": prompt} for prompt in PROMPTS[:4]])
@@ -156,26 +156,26 @@ def training_inputs(trainer: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_log_probabilities_that_the_server_leaves_out_are_an_error(
+def test_missing_log_probability_of_the_server_is_an_error(
     make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, beta: float
 ) -> None:
     trainer = make_trainer(beta, loss_top_k=1)
     inputs = training_inputs(trainer)
-    answer = PlayedClient.get_sequence_logprobs
+    answer = FakeClient.get_sequence_logprobs
 
     def incomplete(*args: Any, **kwargs: Any) -> Any:
         result = answer(*args, **kwargs)
         result["actual_logprobs"][1][0] = [-torch.inf]
         return result
 
-    monkeypatch.setattr(PlayedClient, "get_sequence_logprobs", incomplete)
+    monkeypatch.setattr(FakeClient, "get_sequence_logprobs", incomplete)
     patch_trl()
     with pytest.raises(ValueError, match=r"no log-probability .* at 1 of 4 completion tokens"):
         trainer.compute_loss(trainer.model, inputs)
 
 
 def test_sharded_heads_are_gathered() -> None:
-    # FSDP2's parameters are DTensors; one process suffices to see that both directions work.
+    # FSDP2's parameters are DTensors. One process suffices to test both directions.
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -191,19 +191,19 @@ def test_sharded_heads_are_gathered() -> None:
         sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
         loss, entropy, n_tokens = compat._divergence_loss(hidden, hidden + 1, sharded, sharded, mask, 0.5)
         (gradient,) = torch.autograd.grad(loss, sharded)
-        whole = weight.requires_grad_()
-        expected = local._chunked_divergence_loss(hidden, hidden + 1, whole, whole, mask, 0.5)
+        full = weight.requires_grad_()
+        expected = local._chunked_divergence_loss(hidden, hidden + 1, full, full, mask, 0.5)
         torch.testing.assert_close((loss, entropy, n_tokens), expected)
         assert isinstance(gradient, DTensor)
-        torch.testing.assert_close(gradient.full_tensor(), torch.autograd.grad(expected[0], whole)[0])
+        torch.testing.assert_close(gradient.full_tensor(), torch.autograd.grad(expected[0], full)[0])
     finally:
         distributed.destroy_process_group()
 
 
 def test_shards_that_cannot_be_gathered_are_refused() -> None:
     hidden, weight, mask = torch.randn(2, 3, 8), torch.randn(40, 8), torch.ones(2, 3)
-    flat = weight.flatten()[:160]  # FSDP1's, outside the forward of the unit that holds it
-    freed = weight.clone()  # the same with use_orig_params=False
+    flat = weight.flatten()[:160]  # as under FSDP1 outside the forward of the unit that holds the weight
+    freed = weight.clone()  # as under FSDP1 with use_orig_params=False
     freed.untyped_storage().resize_(0)
     for heads in ((flat, weight), (freed, weight), (weight, flat)):
         with pytest.raises(RuntimeError, match=r"output layer's weight is sharded .* use FSDP2"):
@@ -214,7 +214,7 @@ def state() -> tuple[Any, Any]:
     return local._chunked_divergence_loss, server.ServerDistillationTrainer.compute_loss
 
 
-def test_patching_twice_is_patching_once() -> None:
+def test_second_patch_changes_nothing() -> None:
     before = state()
     patch_trl()
     patch_trl()
@@ -225,7 +225,7 @@ def test_patching_twice_is_patching_once() -> None:
     assert state() == before
 
 
-def test_as_a_context_manager_it_ends_what_it_began() -> None:
+def test_context_manager_removes_the_patch_that_it_made() -> None:
     before = state()
     with patch_trl():
         with patch_trl():
@@ -234,7 +234,7 @@ def test_as_a_context_manager_it_ends_what_it_began() -> None:
     assert state() == before
 
 
-def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_version_of_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     before = state()
     monkeypatch.setattr(trl, "__version__", "1.160.0")
     with pytest.raises(ImportError, match=r"supports TRL 1\.16, found 1\.160\.0: pip install 'trl=="):
@@ -252,7 +252,7 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_another_structure_is_refused(
+def test_changed_function_of_trl_is_refused(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None], match: str
 ) -> None:
     change(monkeypatch)
@@ -263,7 +263,7 @@ def test_another_structure_is_refused(
     assert after == before
 
 
-def test_without_trl_it_says_what_to_install() -> None:
+def test_missing_trl_is_an_error_that_names_the_package() -> None:
     code = """
 import sys
 sys.modules["trl"] = None

@@ -1,4 +1,4 @@
-"""Two processes on the CPU train with patch_trl as TRL's own losses train them."""
+"""Training in two processes on the CPU gives the same with `patch_trl` as with TRL's own losses."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ pytest.importorskip("peft")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend")
 
 Results = dict[str, dict[tuple[str, str], Run]]
-OF_EACH_TEACHER = pytest.mark.parametrize("teacher", TEACHERS)
+EACH_TEACHER = pytest.mark.parametrize("teacher", TEACHERS)
 TOLERANCE = {"local": 1e-5, "server": 1e-10}
 
 
 @pytest.fixture(scope="module")
 def ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    """What each process of trl_worker.py trained."""
+    """Return what each process of trl_worker.py trained."""
     folder = tmp_path_factory.mktemp("trl")
     worker = Path(__file__).parents[1] / "helpers/trl_worker.py"
     process = launched("ddp", str(worker), str(tiny_model), str(folder))
@@ -30,23 +30,23 @@ def ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Re
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@OF_EACH_TEACHER
+@EACH_TEACHER
 @pytest.mark.parametrize("student", STUDENTS)
 def test_training_under_ddp_equals_trls(ranks: list[Results], teacher: str, student: str) -> None:
     for runs in ranks:
         assert_equal_runs(runs["ddp"][teacher, student], runs["trl"][teacher, student], TOLERANCE[teacher])
 
 
-@OF_EACH_TEACHER
+@EACH_TEACHER
 @pytest.mark.parametrize("student", SHARDED)
-def test_shards_train_as_whole_models(ranks: list[Results], teacher: str, student: str) -> None:
-    # Not compared with TRL, which gives a head's shard the gradient of one rank's tokens alone.
+def test_training_under_fsdp2_equals_ddp(ranks: list[Results], teacher: str, student: str) -> None:
+    # TRL itself gives a head's shard the gradient of one rank's tokens alone.
     for runs in ranks:
         assert_equal_runs(runs["fsdp2"][teacher, student], runs["ddp"][teacher, student], TOLERANCE[teacher])
 
 
-@OF_EACH_TEACHER
+@EACH_TEACHER
 @pytest.mark.parametrize("student", STUDENTS)
-def test_ranks_stay_the_same(ranks: list[Results], teacher: str, student: str) -> None:
+def test_parameters_are_equal_on_both_ranks(ranks: list[Results], teacher: str, student: str) -> None:
     one, two = (runs["ddp"][teacher, student] for runs in ranks)
     assert all(map(torch.equal, one.parameters, two.parameters))

@@ -1,4 +1,8 @@
-"""Random calls of the loss: what hypothesis draws, and how a backend and the float64 oracle answer."""
+"""Calls of the losses for tests: hypothesis draws them, a backend or the float64 reference runs them.
+
+FUSED_DISTILL_TEST_DEVICE=cuda puts their tensors on a GPU, where the Triton kernels are tested (`make
+test-gpu`). By default they are on the CPU, where the kernels run under TRITON_INTERPRET=1 only.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKEND = "triton" if INTERPRETED else "torch"
 HALF = (torch.bfloat16, torch.float16)
 
 
-class Answer(NamedTuple):
+def device_named(name: str | None) -> torch.device:
+    """Return the device that a value of FUSED_DISTILL_TEST_DEVICE names, the CPU for None."""
+    if name not in (None, "cpu", "cuda"):
+        raise ValueError(f"FUSED_DISTILL_TEST_DEVICE must be cpu or cuda, got {name!r}")
+    return torch.device(name or "cpu")
+
+
+DEVICE = device_named(os.environ.get("FUSED_DISTILL_TEST_DEVICE"))
+BACKEND = "triton" if INTERPRETED or DEVICE.type == "cuda" else "torch"
+
+
+class LossResult(NamedTuple):
     """Loss, statistics and gradients of student_hidden, student_weight, student_bias."""
 
     loss: Tensor
@@ -26,74 +40,90 @@ class Answer(NamedTuple):
     grads: tuple[Tensor | None, ...]
 
 
-# A public function and its reference.
-FULL = (fused_linear_jsd, reference.linear_jsd)
+FULL = (fused_linear_jsd, reference.linear_jsd)  # a public function and its reference
 TOPK = (fused_linear_topk_jsd, reference.linear_topk_jsd)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: the four main tensors, the keywords with tensors, the keywords without."""
+    """One call of a loss: its positional tensors, the keywords that are tensors, and the others.
+
+    The tensors are moved to the device under test.
+    """
 
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-    per_token: dict[str, Tensor] = field(default_factory=dict)
+    keyword_tensors: dict[str, Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    losses: tuple[Callable[..., Any], Callable[..., Any]] = FULL
+    functions: tuple[Callable[..., Any], Callable[..., Any]] = FULL
+
+    def __post_init__(self) -> None:
+        a, b, c, d = self.tensors
+        object.__setattr__(self, "tensors", (a.to(DEVICE), b.to(DEVICE), c.to(DEVICE), d.to(DEVICE)))
+        moved = {name: tensor.to(DEVICE) for name, tensor in self.keyword_tensors.items()}
+        object.__setattr__(self, "keyword_tensors", moved)
 
     def to(self, dtype: torch.dtype) -> Case:
-        """The same numbers in another floating dtype."""
+        """Return the same numbers in another floating dtype."""
 
         def cast(t: Tensor) -> Tensor:
             return t.to(dtype) if t.is_floating_point() else t
 
         a, b, c, d = map(cast, self.tensors)
-        return replace(self, tensors=(a, b, c, d), per_token={k: cast(t) for k, t in self.per_token.items()})
+        keyword_tensors = {name: cast(tensor) for name, tensor in self.keyword_tensors.items()}
+        return replace(self, tensors=(a, b, c, d), keyword_tensors=keyword_tensors)
 
     def with_options(self, **options: Any) -> Case:
-        """The same call with other keywords."""
+        """Return the same call with other keywords."""
         return replace(self, options={**self.options, **options})
 
-    def answer(self, backend: str) -> Answer:
-        """What a backend gives, "reference" included."""
-        hs, ws, ht, wt = self.tensors
-        leaves = {"hidden": hs.clone().requires_grad_(), "weight": ws.clone().requires_grad_()}
-        per_token = dict(self.per_token)
-        if "student_bias" in per_token:
-            leaves["bias"] = per_token["student_bias"] = per_token["student_bias"].clone().requires_grad_()
-        call = self.losses[backend == "reference"]
-        result: Any = call(
-            leaves["hidden"],
-            leaves["weight"],
-            ht,
-            wt,
-            **per_token,
-            **{**self.options, "backend": backend, "return_stats": True},
-        )
-        loss, stats = result
-        # Different factors per token, so that reduction="none" shows a mixed-up gradient.
-        factors = torch.arange(1, loss.numel() + 1, dtype=loss.dtype).reshape(loss.shape)
-        grads = torch.autograd.grad((loss * factors).sum(), list(leaves.values()))
-        return Answer(loss.detach(), stats, grads)
+    def loss(self, **options: Any) -> Tensor:
+        """Return the loss on the backend under test, without statistics and gradients."""
+        options = {**self.options, "backend": BACKEND, **options}
+        return self.functions[0](*self.tensors, **self.keyword_tensors, **options)
 
-    def oracle(self) -> Answer:
-        """The reference in float64."""
-        return self.to(torch.float64).answer("reference")
+    def run(self, backend: str = BACKEND) -> LossResult:
+        """Return the loss, statistics and gradients that a backend gives, "reference" included."""
+        hs, ws, *teacher = self.tensors
+        keyword_tensors = dict(self.keyword_tensors)
+        leaves = [hs.clone().requires_grad_(), ws.clone().requires_grad_()]
+        if "student_bias" in keyword_tensors:
+            keyword_tensors["student_bias"] = keyword_tensors["student_bias"].clone().requires_grad_()
+            leaves.append(keyword_tensors["student_bias"])
+        options = {**self.options, "backend": backend, "return_stats": True}
+        function = self.functions[backend == "reference"]
+        loss, stats = function(leaves[0], leaves[1], *teacher, **keyword_tensors, **options)
+        # Another factor for each token, so that a mixed-up gradient shows under reduction="none".
+        factors = torch.arange(1, loss.numel() + 1, dtype=loss.dtype, device=DEVICE).reshape(loss.shape)
+        grads = torch.autograd.grad((loss * factors).sum(), leaves)
+        return LossResult(loss.detach(), stats, grads)
 
-    def least_workspace(self) -> int:
-        """The smallest workspace_bytes that the call accepts: one token at a time."""
+    def oracle(self) -> LossResult:
+        """Return what the reference gives in float64."""
+        return self.to(torch.float64).run("reference")
+
+    def min_workspace(self) -> int:
+        """Return the smallest workspace_bytes that the call accepts, which holds one token at a time."""
         try:
-            self.with_options(workspace_bytes=1, reduction="sum", normalizer=None).answer(BACKEND)
+            self.with_options(workspace_bytes=1, reduction="sum", normalizer=None).run()
         except ValueError as error:
-            found = re.search(r"at least (\d+)", str(error))
-            if found:
-                return int(found[1])
+            minimum = re.search(r"at least (\d+)", str(error))
+            if minimum:
+                return int(minimum[1])
             raise
         raise AssertionError("workspace_bytes=1 was accepted")
 
 
+def close_logits(noise: float, rows: int = 2, vocab: int = 32000) -> tuple[Tensor, Tensor]:
+    """Return a student's and a teacher's float32 logits of size about 10, whose difference is `noise`."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(rows, vocab, generator=generator)
+    student = teacher + noise * torch.randn(rows, vocab, generator=generator)
+    return student.to(DEVICE), teacher.to(DEVICE)
+
+
 @st.composite
 def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Case:
-    """Any call of the loss for a full-vocabulary teacher, logits of ordinary size."""
+    """Draw a call of the loss for a full-vocabulary teacher, with logits of ordinary size."""
     randn, shape, vocab, spread = draw(_dimensions(dtypes))
     student_rows, teacher_rows = (vocab + draw(st.sampled_from([0, 1, 9])) for _ in range(2))
     ds, dt = draw(st.integers(1, 33)), draw(st.integers(1, 33))
@@ -108,21 +138,21 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -
         "teacher_softcap": draw(st.sampled_from([None, 30.0])),
         "vocab_size": draw(st.sampled_from([None, vocab, (vocab + 1) // 2])),
     }
-    per_token = {"teacher_bias": randn(teacher_rows)} if draw(st.booleans()) else {}
-    compared = options["vocab_size"] or min(student_rows, teacher_rows)
-    return draw(_with_common_keywords(Case(tensors, per_token, options), randn, compared))
+    keyword_tensors = {"teacher_bias": randn(teacher_rows)} if draw(st.booleans()) else {}
+    n_columns = options["vocab_size"] or min(student_rows, teacher_rows)
+    return draw(_with_common_keywords(Case(tensors, keyword_tensors, options), randn, n_columns))
 
 
 @st.composite
 def topk_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Case:
-    """Any call of the loss for a top-k teacher: absent entries, repeated ids, K beyond the vocabulary."""
+    """Draw a call of the loss for a top-k teacher: absent entries, repeated ids, K beyond the vocabulary."""
     randn, shape, vocab, spread = draw(_dimensions(dtypes))
     ds = draw(st.integers(1, 33))
     student_rows = vocab + draw(st.sampled_from([0, 1, 9]))
     logprobs = torch.log_softmax(randn(*shape, vocab, scale=spread).double(), -1)
     k = draw(st.one_of(st.integers(1, 8), st.sampled_from([vocab, vocab + 3])))
-    order = randn(*shape, vocab) if draw(st.booleans()) else logprobs  # any tokens, or the likeliest
-    ids = order.argsort(-1, descending=True)[..., torch.arange(k) % vocab]  # beyond the vocabulary: repeated
+    order = randn(*shape, vocab) if draw(st.booleans()) else logprobs  # any tokens, or the most likely ones
+    ids = order.argsort(-1, descending=True)[..., torch.arange(k) % vocab]  # repeated if k > vocab
     logprobs = logprobs.gather(-1, ids).to(draw(st.sampled_from([torch.float32, *dtypes])))
     if draw(st.booleans()):
         absent = randn(*shape, k) > draw(st.sampled_from([-3.0, 0.0, 0.5]))
@@ -137,7 +167,7 @@ def topk_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32
         "tail": draw(st.sampled_from(["bucket", "renormalize", "truncate"])),
         "vocab_size": draw(st.sampled_from([None, vocab])),
     }
-    case = Case(tensors, {}, options, losses=TOPK)
+    case = Case(tensors, {}, options, functions=TOPK)
     return draw(_with_common_keywords(case, randn, options["vocab_size"] or student_rows))
 
 
@@ -145,7 +175,7 @@ def topk_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32
 def _dimensions(
     draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]
 ) -> tuple[Callable[..., Tensor], tuple[int, ...], int, float]:
-    """Normal numbers of one dtype, the shape of the tokens, the vocabulary, the spread of the logits."""
+    """Draw a source of normal numbers, the shape of the tokens, the vocabulary, the spread of the logits."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes))
 
@@ -155,17 +185,17 @@ def _dimensions(
     shapes = st.sampled_from([(1,), (2, 3)])
     if not INTERPRETED:
         shapes = st.one_of(st.tuples(st.integers(1, 70)), st.sampled_from([(2, 5), (3, 1, 4), (7, 10)]))
-    # 2048 is a tile of the kernels: less than one, exactly one, one and a bit.
+    # A tile of the kernels has 2048 columns: less than one tile, exactly one, and more than one.
     vocab = draw(st.one_of(st.integers(1, 40), st.sampled_from([127, 1000, 2047, 2048, 2049, 3000])))
     return randn, draw(shapes), vocab, draw(st.sampled_from([0.3, 1.0, 3.0]))
 
 
 @st.composite
-def _with_common_keywords(draw: st.DrawFn, case: Case, randn: Callable[..., Tensor], compared: int) -> Case:
-    """The case with the keywords that all losses share; labels below `compared`."""
+def _with_common_keywords(draw: st.DrawFn, case: Case, randn: Callable[..., Tensor], n_columns: int) -> Case:
+    """Draw the keywords that all losses share, labels below `n_columns`, and add them to the case."""
     shape, dtype = case.tensors[0].shape[:-1], case.tensors[0].dtype
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    per_token = dict(case.per_token)
+    keyword_tensors = dict(case.keyword_tensors)
     options: dict[str, Any] = {
         **case.options,
         "beta": draw(st.sampled_from([0.0, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0])),
@@ -177,18 +207,20 @@ def _with_common_keywords(draw: st.DrawFn, case: Case, randn: Callable[..., Tens
     if options["reduction"] == "mean" and draw(st.booleans()):
         options["normalizer"] = 17.0
     if draw(st.booleans()):
-        per_token["mask"] = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+        keyword_tensors["mask"] = torch.rand(shape, generator=generator) < draw(
+            st.sampled_from([0.0, 0.5, 1.0])
+        )
     if draw(st.booleans()):
-        per_token["student_bias"] = randn(len(case.tensors[1]))
+        keyword_tensors["student_bias"] = randn(len(case.tensors[1]))
     if draw(st.booleans()):
-        per_token["token_weight"] = torch.rand(shape, generator=generator).to(dtype)
+        keyword_tensors["token_weight"] = torch.rand(shape, generator=generator).to(dtype)
     if draw(st.booleans()):
-        labels = torch.randint(0, compared, shape, generator=generator)
+        labels = torch.randint(0, n_columns, shape, generator=generator)
         absent = torch.rand(shape, generator=generator) < 0.3
-        per_token["labels"] = labels.masked_fill(absent, -100)
+        keyword_tensors["labels"] = labels.masked_fill(absent, -100)
         options |= {"hard_weight": 0.6, "soft_weight": 0.4}
-    case = replace(case, per_token=per_token, options=options)
+    case = replace(case, keyword_tensors=keyword_tensors, options=options)
     if draw(st.booleans()):
-        # One token at a time, a few at a time, and blocks of rows inside a chunk.
-        case = case.with_options(workspace_bytes=case.least_workspace() * draw(st.sampled_from([1, 2, 5])))
+        # One token per chunk, a few, and several blocks of rows per chunk.
+        case = case.with_options(workspace_bytes=case.min_workspace() * draw(st.sampled_from([1, 2, 5])))
     return case

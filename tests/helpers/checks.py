@@ -1,69 +1,108 @@
-"""What the property tests of both losses share: how many examples, and how close is close."""
+"""Assertions that the property tests of both losses share, and how many examples they draw."""
 
 from __future__ import annotations
 
 import torch
-from cases import BACKEND, INTERPRETED, Answer, Case
+from cases import INTERPRETED, Case, LossResult
 from hypothesis import settings
 from torch import Tensor
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+TAILS = ["bucket", "renormalize", "truncate"]
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 with_examples = settings(max_examples=12 if INTERPRETED else 80)
 with_few_examples = settings(max_examples=5 if INTERPRETED else 25)
 
 
-def assert_close(got: Tensor | None, want: Tensor | None, relative: float, absolute: float = 1e-6) -> None:
-    """Distance in norm, relative to the norm, with a floor for values that are nearly 0."""
-    assert (got is None) == (want is None)
-    if got is None or want is None:
+def assert_close(
+    actual: Tensor | None, expected: Tensor | None, relative: float, absolute: float = 1e-6
+) -> None:
+    """Check the norm of the difference against the norm of `expected`, and a floor for values near 0."""
+    assert (actual is None) == (expected is None)
+    if actual is None or expected is None:
         return
-    assert got.shape == want.shape
-    error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
+    assert actual.shape == expected.shape
+    error, size = (actual.double() - expected.double()).norm().item(), expected.double().norm().item()
     assert error <= relative * size + absolute, (
         f"relative error {error / max(size, 1e-300):.2e}, size {size:.2e}"
     )
 
 
+def assert_results_close(
+    actual: LossResult, expected: LossResult, relative: float, absolute: float = 1e-6
+) -> None:
+    """Compare losses and gradients."""
+    for a, e in zip((actual.loss, *actual.grads), (expected.loss, *expected.grads), strict=True):
+        assert_close(a, e, relative, absolute)
+
+
+def assert_results_equal(actual: LossResult, expected: LossResult) -> None:
+    """Compare losses and gradients bit by bit."""
+    for a, e in zip((actual.loss, *actual.grads), (expected.loss, *expected.grads), strict=True):
+        assert a is not None
+        assert e is not None
+        assert torch.equal(a, e)
+
+
+def assert_stats_close(
+    actual: LossResult, expected: LossResult, relative: float = 1e-5, absolute: float = 1e-5
+) -> None:
+    """Compare statistics; near ties of the most likely token may fall either way."""
+    for name in expected.stats._fields:
+        a, e = getattr(actual.stats, name), getattr(expected.stats, name)
+        if name == "top1_agreement":
+            assert a.dtype == torch.bool
+            assert (a == e).double().mean() > 0.9
+        else:
+            assert_close(a, e, relative, absolute)
+
+
+def assert_zero(result: LossResult) -> None:
+    """Check that loss and gradients are exactly 0."""
+    assert (result.loss == 0).all()
+    assert all(g is not None and (g == 0).all() for g in result.grads)
+
+
 def check_float32(case: Case) -> None:
-    """Loss and gradients within three times the error of the float32 reference."""
-    assert_as_exact_as_float32(case.answer(BACKEND), case)
+    """Check the backend under test by `assert_as_exact_as_float32`."""
+    assert_as_exact_as_float32(case.run(), case)
 
 
-def assert_as_exact_as_float32(got: Answer, case: Case) -> None:
-    """`got` answers the case within three times the error of the float32 reference."""
-    want, naive = case.oracle(), case.answer("reference")
-    for mine, true, plain in zip(
-        (got.loss, *got.grads), (want.loss, *want.grads), (naive.loss, *naive.grads), strict=True
+def assert_as_exact_as_float32(result: LossResult, case: Case) -> None:
+    """Check that loss and gradients have at most three times the error of the float32 reference."""
+    oracle, naive = case.oracle(), case.run("reference")
+    for actual, exact, plain in zip(
+        (result.loss, *result.grads), (oracle.loss, *oracle.grads), (naive.loss, *naive.grads), strict=True
     ):
-        assert mine is not None
-        assert true is not None
+        assert actual is not None
+        assert exact is not None
         assert plain is not None
         allowed = (
-            3 * (plain.double() - true).norm().item()
-            + 20 * FLOAT32_EPS * true.norm().item()
+            3 * (plain.double() - exact).norm().item()
+            + 20 * FLOAT32_EPS * exact.norm().item()
             + 4 * FLOAT32_EPS
         )
-        assert (mine.double() - true).norm().item() <= allowed
+        assert (actual.double() - exact).norm().item() <= allowed
 
 
 def check_half(case: Case) -> None:
-    """Gradients of half inputs as good as the exact ones rounded once."""
-    got, want = case.answer(BACKEND), case.oracle()
-    assert_close(got.loss, want.loss, 1e-5, 1e-5)
-    for mine, true in zip(got.grads, want.grads, strict=True):
-        assert mine is not None
-        assert true is not None
-        rounded = true.to(mine.dtype).double()
-        allowed = (rounded - true).norm().item() * 1.1 + 1e-5 * true.norm().item() + 1e-6
-        assert (mine.double() - true).norm().item() <= allowed
+    """Check the backend under test by `assert_rounded_once`."""
+    assert_rounded_once(case.run(), case.oracle())
+
+
+def assert_rounded_once(result: LossResult, oracle: LossResult) -> None:
+    """Check that gradients of half inputs are as good as exact ones that are rounded once."""
+    assert_close(result.loss, oracle.loss, 1e-5, 1e-5)
+    for actual, exact in zip(result.grads, oracle.grads, strict=True):
+        assert actual is not None
+        assert exact is not None
+        rounding = (exact.to(actual.dtype).double() - exact).norm().item()
+        assert_close(actual, exact, 1e-5, 1.1 * rounding + 1e-6)
 
 
 def check_float64(case: Case) -> None:
-    """float64 inputs computed in float64."""
-    got, want = case.answer(BACKEND), case.oracle()
-    for mine, true in zip((got.loss, *got.grads), (want.loss, *want.grads), strict=True):
-        assert mine is not None
-        assert mine.dtype == torch.float64
-        assert_close(mine, true, 1e-10, 1e-12)
+    """Check that float64 inputs are computed in float64."""
+    result = case.run()
+    assert all(t is not None and t.dtype == torch.float64 for t in (result.loss, *result.grads))
+    assert_results_close(result, case.oracle(), 1e-10, 1e-12)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import seconds
 
 LAUNCHED = {
     "ddp": ["--multi_gpu"],  # which starts processes where there is no GPU too
@@ -29,7 +30,7 @@ def launched(how: str, *script: str) -> subprocess.Popen[str]:
 def said(process: subprocess.Popen[str]) -> str:
     """The end of what it said, once it has ended."""
     try:
-        return process.communicate(timeout=150)[0][-9000:]
+        return process.communicate(timeout=seconds(150))[0][-9000:]
     except subprocess.TimeoutExpired:
         process.terminate()  # accelerate then ends its own
         pytest.fail(f"does not end: {process.communicate()[0][-9000:]}")

@@ -4,72 +4,116 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from limits import seconds
 from torch import distributed, multiprocessing
-
-_SECONDS = 120
+from uninitialized import fill_uninitialized_memory
 
 
 class Ranks:
-    """`size` processes, started once; a call runs a function of an importable module on each."""
+    """A pool of `size` processes; a call runs a function of an importable module on each of them.
+
+    A call that gets no answer within `limit` seconds fails and starts the processes again, with new pipes. So
+    a slow call fails alone, and its late answer cannot be taken for the next call's.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        context = multiprocessing.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory()
-        meeting_point = str(Path(self._folder.name) / "store")
-        self._pipes, theirs = zip(*(context.Pipe() for _ in range(size)), strict=True)
-        self._processes = [
-            context.Process(target=_serve, args=(rank, size, meeting_point, pipe), daemon=True)
-            for rank, pipe in enumerate(theirs)
-        ]
-        for process in self._processes:
-            process.start()
+        self.limit = seconds(120)
+        self._start()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What function(rank, *arguments) returns on each rank; raises what the first of them raises."""
-        for result in (results := self.outcomes(function, *arguments)):
-            if isinstance(result, Exception):
-                raise result
-        return results
+        """Return what function(rank, *arguments) returns on each rank, or raise the first exception."""
+        outcomes = self.outcomes(function, *arguments)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return outcomes
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """The same, with exceptions among the results."""
-        task = pickle.dumps((function, arguments))
-        for pipe in self._pipes:
-            pipe.send_bytes(task)
-        results = []
-        for pipe in self._pipes:
-            assert pipe.poll(_SECONDS), "a rank does not answer"
-            results.append(pickle.loads(pipe.recv_bytes()))
-        return results
+        """Return each rank's result, or the exception that it raised.
+
+        Raises:
+            TimeoutError: a rank gives no answer within the limit.
+            EOFError: a rank's process has ended.
+        """
+        try:
+            outcomes = self._run(pickle.dumps((function, arguments)))
+        except BaseException:
+            self._restart()
+            raise
+        if not _in_step(outcomes):
+            self._restart()
+        return outcomes
 
     def close(self) -> None:
         """End the processes."""
         for process in self._processes:
             process.kill()
             process.join()
+        for pipe in self._pipes:
+            pipe.close()
         self._folder.cleanup()
 
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(self.size):
+            pipe, remote_pipe = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, store, remote_pipe), daemon=True)
+            process.start()
+            remote_pipe.close()  # the rank's own copy is the only one left: its end is an EOFError here
+            self._pipes.append(pipe)
+            self._processes.append(process)
 
-def _serve(rank: int, size: int, meeting_point: str, pipe: Any) -> None:
+    def _restart(self) -> None:
+        self.close()
+        self._start()
+
+    def _run(self, task: bytes) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send_bytes(task)
+        deadline = time.monotonic() + self.limit
+        outcomes = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(max(deadline - time.monotonic(), 0)):
+                raise TimeoutError(f"rank {rank} gave no answer within {self.limit} seconds")
+            outcomes.append(pickle.loads(pipe.recv_bytes()))
+        return outcomes
+
+
+def _in_step(outcomes: list[Any]) -> bool:
+    """Return False if a rank may have left the others in a collective, which breaks the group."""
+    types = {type(outcome) if isinstance(outcome, Exception) else None for outcome in outcomes}
+    return len(types) == 1 and not any(isinstance(outcome, RuntimeError) for outcome in outcomes)
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    """Run the tasks that arrive through the pipe until it is closed."""
     torch.set_num_threads(1)
+    fill_uninitialized_memory()
     distributed.init_process_group(
         "gloo",
-        init_method=f"file://{meeting_point}",
+        init_method=f"file://{store}",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=_SECONDS // 2),
+        timeout=timedelta(seconds=seconds(60)),
     )
     while True:
-        function, arguments = pickle.loads(pipe.recv_bytes())
+        task = pipe.recv_bytes()
         try:
-            result = function(rank, *arguments)
+            function, arguments = pickle.loads(task)
+            answer = pickle.dumps(function(rank, *arguments))
         except Exception as error:
-            result = error
-        pipe.send_bytes(pickle.dumps(result))
+            answer = pickle.dumps(error)
+        pipe.send_bytes(answer)

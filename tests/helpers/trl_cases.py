@@ -1,5 +1,4 @@
-"""What the tests of patch_trl share: TRL's two trainers on tiny models, a teacher server that is played, and
-what they train."""
+"""TRL's two trainers on tiny models, a fake teacher server, and runs to compare."""
 
 from __future__ import annotations
 
@@ -22,6 +21,8 @@ SERVED = {"loss_top_k": 1}
 
 
 class Run(NamedTuple):
+    """What a training run computes."""
+
     losses: list[float]
     entropies: list[float]
     parameters: list[Tensor]  # after the last step
@@ -38,9 +39,9 @@ def make_trainer(
     tied: bool = True,
     **options: Any,
 ) -> Any:
-    """A trainer with a local teacher, or with loss_top_k one behind a server that is played.
+    """Return a trainer with a local teacher, or for loss_top_k with a teacher behind a fake server.
 
-    In float32; with the server in float64, as TRL's float32 tails lose digits.
+    The former is in float32, the latter in float64, because TRL's float32 tails lose digits.
     """
     torch.manual_seed(1)
     config = transformers.AutoConfig.from_pretrained(model)
@@ -66,7 +67,7 @@ def make_trainer(
         "gradient_accumulation_steps": 2,
         "max_completion_length": 8,
         "generation_kwargs": {"sequence_bias": [[[1], 5.0]]},  # some completions end
-        # Adam would make steps of the rounding where a gradient should be 0.
+        # Where a gradient should be 0, Adam would turn rounding errors into full steps.
         "optim": "sgd",
         "learning_rate": 0.02,
         "bf16": False,
@@ -90,15 +91,15 @@ def make_trainer(
     args = trl.experimental.server_distillation.ServerDistillationConfig(
         teacher_model_server_url="http://nowhere", **settings
     )
-    client = PlayedClient(teacher.double())
+    client = FakeClient(teacher.double())
     with mock.patch("trl.generation.vllm_client.VLLMClient", return_value=client):
         trainer = server.ServerDistillationTrainer(args=args, **arguments)
-    trainer._get_teacher_token_logprobs_from_server = InFloat64(trainer)
+    trainer._get_teacher_token_logprobs_from_server = Float64TeacherLogprobs(trainer)
     return trainer
 
 
 def lora(**options: Any) -> Any:
-    """Settings of adapters that are not zero when training begins."""
+    """Return the settings of adapters that are not zero when training begins."""
     return pytest.importorskip("peft").LoraConfig(
         r=2,
         target_modules=["q_proj", "v_proj", "down_proj"],
@@ -108,19 +109,19 @@ def lora(**options: Any) -> Any:
     )
 
 
-class InFloat64:
-    """The trainer's own answer to what the server says, in float64."""
+class Float64TeacherLogprobs:
+    """Converts to float64 what the trainer makes of the server's response."""
 
     def __init__(self, trainer: Any) -> None:
-        self.own = trainer._get_teacher_token_logprobs_from_server
+        self.original = trainer._get_teacher_token_logprobs_from_server
 
     def __call__(self, inputs: dict[str, Any], aligned_prompt_length: int) -> dict[str, Tensor]:
-        answer = self.own(inputs, aligned_prompt_length)
+        answer = self.original(inputs, aligned_prompt_length)
         return {name: t.double() if t.is_floating_point() else t for name, t in answer.items()}
 
 
-class PlayedClient:
-    """Answers as TRL's VLLMClient does, from a model at hand."""
+class FakeClient:
+    """Answers as TRL's VLLMClient does, from a model in this process."""
 
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
@@ -142,19 +143,24 @@ class PlayedClient:
 
 
 class Gradients(transformers.TrainerCallback):
+    """Records the gradients of each step."""
+
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        self.steps.append({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+        self.steps.append(
+            {name: gathered(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        )
 
 
-def whole(tensor: Any) -> Tensor:
-    """A copy, of shards together."""
+def gathered(tensor: Any) -> Tensor:
+    """Return a copy, of a DTensor with all shards together."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def train(trainer: Any) -> Run:
+    """Train and return what was computed, having checked that completions differ in length."""
     gradients = Gradients()
     trainer.add_callback(gradients)
     trainer.train()
@@ -162,16 +168,16 @@ def train(trainer: Any) -> Run:
     assert len(steps) == len(gradients.steps) == trainer.args.max_steps
     assert any(e["completions/min_length"] < e["completions/max_length"] for e in steps)
     entropies = [entry["entropy"] for entry in steps if "entropy" in entry]
-    parameters = [whole(p) for p in trainer.model.parameters()]
+    parameters = [gathered(p) for p in trainer.model.parameters()]
     return Run([entry["loss"] for entry in steps], entropies, parameters, gradients.steps)
 
 
-def assert_equal_runs(ours: Run, theirs: Run, tolerance: float) -> None:
-    """Losses and entropies, logged in float32; gradients relative to the largest of their parameter."""
-    assert ours.losses == pytest.approx(theirs.losses, rel=1e-6)
-    assert ours.entropies == pytest.approx(theirs.entropies, rel=1e-6)
-    torch.testing.assert_close(ours.parameters, theirs.parameters, rtol=tolerance, atol=tolerance)
-    for step, expected in zip(ours.gradients, theirs.gradients, strict=True):
+def assert_equal_runs(ours: Run, peer: Run, tolerance: float) -> None:
+    """Compare losses and entropies, logged in float32, and gradients relative to their largest entry."""
+    assert ours.losses == pytest.approx(peer.losses, rel=1e-6)
+    assert ours.entropies == pytest.approx(peer.entropies, rel=1e-6)
+    torch.testing.assert_close(ours.parameters, peer.parameters, rtol=tolerance, atol=tolerance)
+    for step, expected in zip(ours.gradients, peer.gradients, strict=True):
         assert step.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(

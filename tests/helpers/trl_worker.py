@@ -1,4 +1,4 @@
-"""Runs of TRL's trainers one after the other, for accelerate launch: trl_worker.py MODEL FOLDER."""
+"""Run TRL's trainers one after the other, for accelerate launch: trl_worker.py MODEL FOLDER."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_cases import SERVED, Run, lora, make_trainer, train
 
 TEACHERS: dict[str, dict[str, Any]] = {"local": {}, "server": SERVED}
 STUDENTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "whole": lambda: {"gradient_accumulation_steps": 1},
+    "full": lambda: {"gradient_accumulation_steps": 1},
     "accumulated": dict,  # of two steps
     "adapters": lambda: {"gradient_accumulation_steps": 1, "peft": lora()},
     "accumulated_adapters_and_head": lambda: {"peft": lora(modules_to_save=["lm_head"]), "tied": False},
@@ -27,7 +27,7 @@ SHARDED = ("accumulated", "accumulated_adapters_and_head")
 
 
 def runs(model: str, folder: str, students: Iterable[str] = STUDENTS) -> dict[tuple[str, str], Run]:
-    """Of each teacher and student."""
+    """Train each student with each teacher."""
     results = {}
     for teacher, student in product(TEACHERS, students):
         options = {"max_steps": 3, **TEACHERS[teacher], **STUDENTS[student]()}
@@ -36,7 +36,7 @@ def runs(model: str, folder: str, students: Iterable[str] = STUDENTS) -> dict[tu
 
 
 def use_fsdp2() -> None:
-    """From here on, as accelerate has it for accelerators only."""
+    """Use FSDP2 from here on, which accelerate supports on accelerators only."""
     os.environ.update(
         ACCELERATE_USE_FSDP="true",
         FSDP_VERSION="2",
@@ -44,11 +44,11 @@ def use_fsdp2() -> None:
         FSDP_SYNC_MODULE_STATES="false",
         FSDP_CPU_RAM_EFFICIENT_LOADING="false",
     )
-    own = Trainer.create_accelerator_and_postprocess
+    original = Trainer.create_accelerator_and_postprocess
 
     def create(self: Any) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        own(self)
+        original(self)
 
     Trainer.create_accelerator_and_postprocess = create
 
@@ -66,4 +66,4 @@ def main(model: str, folder: str) -> None:
 if __name__ == "__main__":
     main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(0)  # FSDP2's threads on the CPU now and then abort an interpreter that ends
+    os._exit(0)  # FSDP2's threads on the CPU sometimes abort an interpreter that ends

@@ -1,4 +1,4 @@
-"""Logits by `lm_head_of` equal the model's own, for every family that scales or caps them."""
+"""Logits of `lm_head_of` equal the model's, for each family that scales or caps them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_the_models(family: str) -> None:
+def test_logits_equal_the_models_own(family: str) -> None:
     name, changes = FAMILIES[family]
     config = getattr(transformers, name)(**{**SIZES, **changes})
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def test_logits_equal_the_models(family: str) -> None:
         torch.testing.assert_close(logits, model(input_ids=tokens).logits)
 
 
-def test_a_model_without_a_head_is_refused() -> None:
+def test_model_without_a_head_is_refused() -> None:
     model = transformers.AutoModel.from_config(transformers.LlamaConfig(**SIZES))
     with pytest.raises(ValueError, match="model must have output embeddings, got LlamaModel"):
         lm_head_of(model)

@@ -1,4 +1,4 @@
-"""The kernels compile for every GPU target without a GPU, and keep everything in registers."""
+"""Kernels compiled for each GPU target, without a GPU, keep everything in registers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from fused_distill_kernels import jsd as rows  # noqa: E402
 from fused_distill_kernels.jsd import BLOCK, divergence_kernel, num_warps, statistics_kernel  # noqa: E402
-from fused_distill_kernels.tail import NUM_WARPS, rest_gradient_kernel, rest_statistics_kernel  # noqa: E402
+from fused_distill_kernels.tail import NUM_WARPS, tail_gradient_kernel, tail_statistics_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -26,7 +26,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-REGISTERS_OF_A_THREAD = 255
+MAX_REGISTERS_PER_THREAD = 255
 SHARED_BYTES = 48 << 10
 FLAGS = ("HAS_STUDENT_BIAS", "HAS_TEACHER_BIAS", "HAS_STUDENT_SOFTCAP", "HAS_TEACHER_SOFTCAP", "HAS_LABELS")
 PASSES = {
@@ -66,21 +66,21 @@ def compile_kernel(
 
 
 def resources(compiled, target: GPUTarget, tmp_path: Path) -> dict[str, int]:
-    """Registers, spilled bytes and shared bytes, read from the binary."""
+    """Return registers, spilled bytes and shared bytes, read from the binary."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        read = {name: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for name, key in HIP_KEYS.items()}  # pyright: ignore[reportOptionalSubscript]
-        read["spilled"] += int(re.search(r"\.sgpr_spill_count:\s+(\d+)", text)[1])  # pyright: ignore[reportOptionalSubscript]
-        return read
+        used = {name: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for name, key in HIP_KEYS.items()}  # pyright: ignore[reportOptionalSubscript]
+        used["spilled"] += int(re.search(r"\.sgpr_spill_count:\s+(\d+)", text)[1])  # pyright: ignore[reportOptionalSubscript]
+        return used
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    usage_by_name = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
     return {
-        "registers": int(found["REG"]),
-        "spilled": int(found["STACK"]) + int(found["LOCAL"]),
-        "shared": int(found["SHARED"]),
+        "registers": int(usage_by_name["REG"]),
+        "spilled": int(usage_by_name["STACK"]) + int(usage_by_name["LOCAL"]),
+        "shared": int(usage_by_name["SHARED"]),
     }
 
 
@@ -90,7 +90,7 @@ HIP_KEYS = {"registers": "vgpr_count", "spilled": "vgpr_spill_count", "shared": 
 def assert_fits(compiled, target: GPUTarget, tmp_path: Path) -> None:
     used = resources(compiled, target, tmp_path)
     assert used["spilled"] == 0, used
-    assert used["registers"] <= REGISTERS_OF_A_THREAD, used
+    assert used["registers"] <= MAX_REGISTERS_PER_THREAD, used
     assert used["shared"] + compiled.metadata.shared <= SHARED_BYTES, used
 
 
@@ -105,8 +105,8 @@ def test_statistics_kernel_does_not_spill(target: GPUTarget, every_option: bool,
 @pytest.mark.parametrize(
     ("divergence", "name"),
     [
-        *itertools.product((rows.FORWARD, rows.REVERSE, rows.MIXTURE), ("loss", "stats", "gradient")),
-        (rows.FORWARD, "all"),
+        *itertools.product((rows.FORWARD_KL, rows.REVERSE_KL, rows.MIXTURE), ("loss", "stats", "gradient")),
+        (rows.FORWARD_KL, "all"),
     ],
     ids=lambda value: value if isinstance(value, str) else f"divergence{value.value}",
 )
@@ -127,9 +127,9 @@ def test_divergence_kernel_does_not_spill(target: GPUTarget, divergence, name: s
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize(
-    "kernel", [rest_statistics_kernel, rest_gradient_kernel], ids=["statistics", "gradient"]
+    "kernel", [tail_statistics_kernel, tail_gradient_kernel], ids=["statistics", "gradient"]
 )
-def test_rest_kernels_do_not_spill(target: GPUTarget, kernel, tmp_path: Path) -> None:
+def test_tail_kernels_do_not_spill(target: GPUTarget, kernel, tmp_path: Path) -> None:
     for every_option in (False, True):
         flags = dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", "WANT_Y"), every_option)
         compiled = compile_kernel(kernel, target, warps=NUM_WARPS, BLOCK=BLOCK, **flags)

@@ -49,16 +49,16 @@ def test_the_loss_is_that_of_the_models_own_logits(lab: Lab, tmp_path: Path) -> 
 def test_only_completion_positions_reach_the_heads(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fused_distill.chunked.lm_head import Head
+    from fused_distill.chunked.lm_head import LMHead
 
     rows = []
-    project = Head.project
+    project = LMHead.project
 
-    def counted(self: Head, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def counted(self: LMHead, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         rows.append(len(hidden))
         return project(self, hidden, *rest)
 
-    monkeypatch.setattr(Head, "project", counted)
+    monkeypatch.setattr(LMHead, "project", counted)
     trainer = Trainer(lab.config(tmp_path, "lmbda=0"))
     [samples] = trainer.fill_buffer()
     trainer.update([samples])
