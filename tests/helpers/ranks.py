@@ -20,14 +20,18 @@ from uninitialized import fill_uninitialized_memory
 class Ranks:
     """A pool of `size` processes; a call runs a function of an importable module on each of them.
 
-    A call that gets no answer within `limit` seconds fails and starts the processes again, with new pipes. So
-    a slow call fails alone, and its late answer cannot be taken for the next call's.
+    The first call starts the processes. A call without an answer within `limit` seconds fails and ends them,
+    and the next call starts new ones with new pipes. So a slow call fails alone, and its late answer cannot
+    be taken for the next call's.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.limit = seconds(120)
-        self._start()
+        self._folder = tempfile.TemporaryDirectory()
+        self._n_starts = 0
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Return what function(rank, *arguments) returns on each rank, or raise the first exception."""
@@ -45,12 +49,14 @@ class Ranks:
             EOFError: a rank's process has ended.
         """
         try:
+            if not self._processes:
+                self._start()
             outcomes = self._run(pickle.dumps((function, arguments)))
         except BaseException:
-            self._restart()
+            self.close()
             raise
         if not _in_step(outcomes):
-            self._restart()
+            self.close()
         return outcomes
 
     def close(self) -> None:
@@ -60,14 +66,12 @@ class Ranks:
             process.join()
         for pipe in self._pipes:
             pipe.close()
-        self._folder.cleanup()
+        self._processes, self._pipes = [], []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name) / "store")
-        self._pipes: list[Connection] = []
-        self._processes = []
+        self._n_starts += 1
+        store = str(Path(self._folder.name) / f"store{self._n_starts}")
         for rank in range(self.size):
             pipe, remote_pipe = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.size, store, remote_pipe), daemon=True)
@@ -75,10 +79,6 @@ class Ranks:
             remote_pipe.close()  # the rank's own copy is the only one left: its end is an EOFError here
             self._pipes.append(pipe)
             self._processes.append(process)
-
-    def _restart(self) -> None:
-        self.close()
-        self._start()
 
     def _run(self, task: bytes) -> list[Any]:
         for pipe in self._pipes:

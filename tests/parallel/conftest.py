@@ -7,7 +7,7 @@ from ranks import Ranks
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[dict[int, Ranks]]:
-    """Start one pool for each number of ranks under test."""
+    """Return a pool for each number of ranks under test."""
     pools = {size: Ranks(size) for size in ([2] if INTERPRETED else [2, 4])}
     yield pools
     for pool in pools.values():
