@@ -25,9 +25,9 @@ class _Parser(argparse.ArgumentParser):
         text = super().format_help()
         if not self.keys:
             return text
-        from .trainer.config import described
+        from .trainer.config import help_lines
 
-        return "\n  ".join([f"{text}\nkeys [default]:", *described()]) + "\n"
+        return "\n  ".join([f"{text}\nkeys [default]:", *help_lines()]) + "\n"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,7 +139,7 @@ def train(options: argparse.Namespace) -> None:
 def cache_teacher(options: argparse.Namespace) -> None:
     """Store teacher.k log-probabilities a token of the data's completions; run it again to go on."""
     from .trainer.config import load_config
-    from .trainer.stored import store_teacher
+    from .trainer.cache_teacher import store_teacher
 
     store_teacher(load_config(options.config, options.overrides), options.output, options.dtype)
 
