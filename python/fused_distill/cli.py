@@ -138,8 +138,8 @@ def train(options: argparse.Namespace) -> None:
 
 def cache_teacher(options: argparse.Namespace) -> None:
     """Store teacher.k log-probabilities a token of the data's completions; run it again to go on."""
-    from .trainer.config import load_config
     from .trainer.cache_teacher import store_teacher
+    from .trainer.config import load_config
 
     store_teacher(load_config(options.config, options.overrides), options.output, options.dtype)
 

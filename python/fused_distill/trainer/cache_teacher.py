@@ -71,13 +71,14 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
         if not part.exists():
             scratch = part.with_suffix(".tmp")
             samples = [Sample(**rows[i]) for i in range(start, min(start + PART_ROWS, len(rows)))]
-            table = _score(samples, teacher, getattr(torch, dtype), accelerator.device)
+            table = score(samples, teacher, getattr(torch, dtype), accelerator.device)
             pq.write_table(table, scratch, compression="zstd")
             scratch.replace(part)
     accelerator.wait_for_everyone()
 
 
-def _score(samples: list[Sample], teacher: Teacher, dtype: torch.dtype, device: torch.device) -> pa.Table:
+def score(samples: list[Sample], teacher: Teacher, dtype: torch.dtype, device: torch.device) -> pa.Table:
+    """Return the rows of a store for some samples."""
     rows: list[dict[str, Any]] = []
     for first in range(0, len(samples), BATCH_ROWS):
         batch = Batch.collate(samples[first : first + BATCH_ROWS], device)
@@ -89,7 +90,7 @@ def _score(samples: list[Sample], teacher: Teacher, dtype: torch.dtype, device: 
             finite = logprobs[i].clamp(min=torch.finfo(dtype).min)  # -inf marks an absent token
             stored = torch.where(logprobs[i].isneginf(), logprobs[i], finite).to(dtype)
             row = {"tokens": sample.tokens, "prompt_length": len(sample.prompt)}
-            rows.append(row | {"ids": [*ids[i].numpy()], "logprobs": [*stored.numpy()]})
+            rows.append(row | {"ids": [*ids[i].int().numpy()], "logprobs": [*stored.numpy()]})
     number = pa.float16() if dtype == torch.float16 else pa.float32()
     types = {
         "tokens": pa.list_(pa.int32()),

@@ -20,7 +20,7 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Rows with `prompt` (a string) or `messages` (a chat). Off-policy data also needs `completion` (a string)
+    """Rows with `prompt` (string) or `messages` (chat). Off-policy data also needs `completion` (string)
     or messages that end with the assistant's."""
 
     path: str = Field(description="JSONL or Parquet file, or name of a dataset on the Hugging Face hub")
