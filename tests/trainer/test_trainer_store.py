@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas
 import pyarrow as pa
 import pytest
 import torch
@@ -116,8 +119,8 @@ def test_finite_logprobs_stay_finite_in_float16() -> None:
 @pytest.fixture(scope="module")
 def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    store_teacher(lab.config(folder / "output", *TOPK), folder / "store", "float32")
-    return folder / "store"
+    store_teacher(lab.config(folder / "output", *TOPK), folder / "teacher-store", "float32")
+    return folder / "teacher-store"
 
 
 def expected_rows(lab: Lab) -> list[tuple[list[int], int, torch.Tensor]]:
@@ -149,18 +152,15 @@ def assert_holds_the_teachers_logprobs(lab: Lab, rows: list[dict[str, Any]]) -> 
         np.testing.assert_allclose(values, at_ids, rtol=1e-4, atol=1e-5)
 
 
-def test_pandas_reads_a_store(lab: Lab, store: Path) -> None:
-    import pandas
-
-    table = pandas.concat(pandas.read_parquet(part) for part in sorted(store.glob("part-*.parquet")))
-    assert_holds_the_teachers_logprobs(lab, [dict(row) for _, row in table.iterrows()])
-
-
-def test_datasets_reads_a_store(lab: Lab, store: Path) -> None:
-    from datasets import load_dataset
-
-    rows = load_dataset("parquet", data_files=f"{store}/part-*.parquet", split="train")
-    assert_holds_the_teachers_logprobs(lab, rows.to_list())
+def test_pandas_and_datasets_read_a_store_as_the_documentation_says(
+    lab: Lab, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(store.parent)
+    names: dict[str, Any] = {"pandas": pandas, "datasets": datasets, "glob": glob}
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    exec(page.read_text().split("```py\n")[1].split("```")[0], names)
+    assert_holds_the_teachers_logprobs(lab, [dict(row) for _, row in names["table"].iterrows()])
+    assert_holds_the_teachers_logprobs(lab, names["rows"].to_list())
 
 
 @pytest.mark.parametrize(
