@@ -87,18 +87,18 @@ class RolloutConfig(_Section):
 
     @model_validator(mode="after")
     def _check_engine(self) -> RolloutConfig:
-        if (self.engine == "vllm_server") != (self.url is not None):
-            raise ValueError(
-                f"url must be set exactly with engine vllm_server, got {self.url}, {self.engine}"
-            )
         if self.engine_options and self.engine != "vllm":
             raise ValueError(f"engine_options must not be set with engine {self.engine}, only with vllm")
         if self.sync == "nccl" and self.engine != "vllm_server":
             raise ValueError(f"sync must be disk with engine {self.engine}, got nccl")
-        for name in ("nccl_address", "nccl_port"):
-            value = getattr(self, name)
-            if (self.sync == "nccl") != (value is not None):
-                raise ValueError(f"{name} must be set exactly with sync nccl, got {value} and {self.sync}")
+        needs_url, needs_nccl = self.engine == "vllm_server", self.sync == "nccl"
+        for name, needed, setting in (
+            ("url", needs_url, "engine vllm_server"),
+            ("nccl_address", needs_nccl, "sync nccl"),
+            ("nccl_port", needs_nccl, "sync nccl"),
+        ):
+            if needed != (getattr(self, name) is not None):
+                raise ValueError(f"{name} must be set exactly with {setting}, got {getattr(self, name)}")
         return self
 
 

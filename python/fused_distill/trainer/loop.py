@@ -27,7 +27,7 @@ from .data import Batch, Sample, load_data, sample_stream
 from .metrics import MetricsLogger, add_batch, mean_metrics, memory_gib, zero_sums
 from .rollouts import StudentRollouts, check_vllm_installed
 from .student import load_pretrained, load_student, run_in_student_forward, student_vocab_size
-from .targets import FullTargets, TopKTargets, describe_non_finite, distillation_loss, topk_targets
+from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
 from .teachers import load_teacher
 from .timing import StepTimer
 
@@ -112,13 +112,11 @@ class Trainer:
             for part in split_on_groups(completions, slices)
         ]
 
-    def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, DistillStats, FullTargets | TopKTargets]:
+    def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, DistillStats, Targets]:
         """Return a batch's summed loss divided by `normalizer`, its per-token statistics and its targets."""
         config, vocab_size = self.config, self.teacher.vocab_size
 
-        def compute(
-            hidden: Tensor, head: LMHeadParams
-        ) -> tuple[Tensor, DistillStats, FullTargets | TopKTargets]:
+        def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats, Targets]:
             ids = None
             if config.teacher.targets == "student_topk":
                 k = config.teacher.k

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -27,12 +27,15 @@ class TopKTargets(NamedTuple):
     ids: Tensor  # (B, T - 1, k)
 
 
+Targets: TypeAlias = FullTargets | TopKTargets
+
+
 class Teacher(Protocol):
     """Teacher interface used by the training step."""
 
     vocab_size: int  # rows that the LM heads of teacher and student have in common
 
-    def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets | TopKTargets:
+    def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
         """Return the targets of a batch, at `student_ids` (B, T - 1, k) if they are given."""
         ...
 
@@ -57,7 +60,7 @@ def topk_targets(
 def distillation_loss(
     hidden: Tensor,  # (B, T - 1, Ds)
     head: LMHeadParams,
-    targets: FullTargets | TopKTargets,
+    targets: Targets,
     mask: Tensor,  # (B, T - 1)
     normalizer: float,
     *,
@@ -82,10 +85,7 @@ def distillation_loss(
 
 
 def describe_non_finite(
-    batch: Batch,
-    targets: FullTargets | TopKTargets,
-    stats: DistillStats,
-    tokenizer: PreTrainedTokenizerBase,
+    batch: Batch, targets: Targets, stats: DistillStats, tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
     """Describe which tokens have no finite loss and whether the teacher is the cause; None if all do."""
     bad = batch.mask & ~(stats.forward_kl.isfinite() & stats.reverse_kl.isfinite())

@@ -18,7 +18,7 @@ from .config import ConfigError, TeacherConfig
 from .data import Batch
 from .stored import StoredTeacher
 from .student import load_pretrained
-from .targets import FullTargets, Teacher, TopKTargets, topk_targets
+from .targets import FullTargets, Targets, Teacher, TopKTargets, topk_targets
 
 
 @dataclass
@@ -31,7 +31,7 @@ class LocalTeacher:
     k: int | None  # None: targets over the full vocabulary
 
     @torch.no_grad()
-    def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets | TopKTargets:
+    def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
         """See Teacher."""
         head, decoder = lm_head_of(self.model), decoder_of(self.model)
         output = decoder(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
