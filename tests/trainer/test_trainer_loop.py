@@ -65,12 +65,12 @@ def test_only_completion_positions_reach_the_lm_heads(
 def test_a_step_does_not_depend_on_the_number_of_slices(lab: Lab, tmp_path: Path) -> None:
     for slices in (1, 2, 4):
         train(lab.config(tmp_path / f"{slices}", "lmbda=0", f"gradient_accumulation_steps={slices}"))
-    whole = weights(tmp_path / "1" / "student")
+    one_slice = weights(tmp_path / "1" / "student")
     for slices in (2, 4):
         assert losses(tmp_path / f"{slices}") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
         split = weights(tmp_path / f"{slices}" / "student")
-        for name in whole:
-            torch.testing.assert_close(split[name], whole[name], rtol=1e-4, atol=1e-4)
+        for name in one_slice:
+            torch.testing.assert_close(split[name], one_slice[name], rtol=1e-4, atol=1e-4)
 
 
 def test_completions_of_a_prompt_stay_in_one_slice(lab: Lab, tmp_path: Path) -> None:
