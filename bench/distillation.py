@@ -1,11 +1,11 @@
-"""Curves of on-policy distillation for each beta and each way to the teacher, on the same seeds.
+"""Curves of on-policy distillation for each beta and each kind of teacher, with the same seeds.
 
     make demo && python bench/distillation.py [--teacher PATH] [--output FILE] [KEY=VALUE ...]
 
-The student of the demo goes on learning from Gemma 3 270M, on its own texts alone: beta 0, 0.5 and 1, with
-the teacher in the process, behind a server that gives its top 64 log-probabilities, and behind one that gives
-hidden states. Each student is evaluated at the end against the whole distribution. JSON and a plot go to
-bench/results/. The runs with hidden states must repeat the local ones up to rounding.
+The student of the demo is trained further with Gemma 3 270M as teacher, on its own completions only: beta 0,
+0.5 and 1, with the teacher in the process, behind a server that returns top 64 log-probabilities, and behind
+one that returns hidden states. Each student is evaluated at the end against the full distribution. JSON and a
+plot go to bench/results/. Runs with hidden states must equal the local ones up to rounding.
 """
 
 from __future__ import annotations
@@ -24,12 +24,9 @@ from fused_distill.trainer.loop import Trainer, train
 from servers import running
 from suite import ROOT, header, results_folder, write_json
 
-sys.path.insert(0, str(ROOT / "examples"))
-import demo
-
 SETTINGS = ("student=outputs/demo/student", "lmbda=1", "learning_rate=1.0e-4", "steps=24", "evaluate_every=8")
 BETAS = (0.0, 0.5, 1.0)
-WAYS: dict[str, tuple[str, ...]] = {
+TEACHERS: dict[str, tuple[str, ...]] = {
     "local": (),
     "served top 64": ("teacher.targets=topk", "teacher.k=64"),
     "served hidden states": (),
@@ -38,35 +35,35 @@ METRICS = ("loss", "forward_kl", "reverse_kl", "top1_agreement")
 
 
 def rows(teacher: Path, overrides: list[str], scratch: Path) -> list[dict[str, Any]]:
-    """Of all runs: each step, each evaluation, and the student at the end, kind "whole distribution"."""
-    found: list[dict[str, Any]] = []
+    """Return a row per step and evaluation of all runs; the last evaluation has kind "full distribution"."""
+    results: list[dict[str, Any]] = []
     command = [sys.executable, "-m", "fused_distill.cli", "serve-teacher", str(teacher), "--dtype", "float32"]
 
     def settings(*more: str) -> TrainConfig:
         return load_config(ROOT / "examples" / "demo.yaml", [*SETTINGS, *overrides, *more])
 
     with running(command, scratch / "log") as server:
-        for beta, (way, targets) in product(BETAS, WAYS.items()):
-            source = f"url: {server.url}" if "served" in way else f"model: {teacher}"
+        for beta, (name, targets) in product(BETAS, TEACHERS.items()):
+            source = f"url: {server.url}" if "served" in name else f"model: {teacher}"
             output = scratch / "run"
             student = train(settings(f"teacher={{{source}}}", f"output={output}", f"beta={beta}", *targets))
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-            whole = settings(f"teacher={{model: {teacher}}}", f"student={student}", f"beta={beta}")
-            end, _ = Trainer(whole).evaluate()
-            lines.append({"step": whole.steps, "kind": "whole distribution", **end})
-            found += [
-                {"beta": beta, "teacher": way, **{k: line[k] for k in ("step", "kind", *METRICS)}}
+            final = settings(f"teacher={{model: {teacher}}}", f"student={student}", f"beta={beta}")
+            end, _ = Trainer(final).evaluate()
+            lines.append({"step": final.steps, "kind": "full distribution", **end})
+            results += [
+                {"beta": beta, "teacher": name, **{k: line[k] for k in ("step", "kind", *METRICS)}}
                 for line in lines
             ]
             shutil.rmtree(output)
-    return found
+    return results
 
 
-def apart(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """For each beta, the largest relative difference of a loss between the local run and hidden states."""
+def max_relative_difference(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return, for each beta, the maximum relative difference of losses, local against hidden states."""
 
-    def losses(beta: float, way: str) -> list[float]:
-        return [row["loss"] for row in rows if (row["beta"], row["teacher"]) == (beta, way)]
+    def losses(beta: float, teacher: str) -> list[float]:
+        return [row["loss"] for row in rows if (row["beta"], row["teacher"]) == (beta, teacher)]
 
     return {
         f"beta {beta:g}": max(
@@ -83,23 +80,23 @@ def plot(content: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 3)
     for column, beta in enumerate(BETAS):
-        for i, way in enumerate(WAYS):
-            mine = [r for r in content["rows"] if (r["beta"], r["teacher"]) == (beta, way)]
+        for i, teacher in enumerate(TEACHERS):
+            run = [r for r in content["rows"] if (r["beta"], r["teacher"]) == (beta, teacher)]
             for row, kind, metric, style in (
                 (0, "train", "loss", "-"),
                 (1, "evaluation", "forward_kl", "-"),
                 (1, "evaluation", "reverse_kl", "--"),
             ):
-                points = [(r["step"], r[metric]) for r in mine if r["kind"] == kind]
-                label = way if metric == "loss" else f"{metric.replace('_kl', ' KL')}, {way}"
-                marker = {"marker": "x", "linestyle": "none"} if "hidden" in way else {"linestyle": style}
+                points = [(r["step"], r[metric]) for r in run if r["kind"] == kind]
+                label = teacher if metric == "loss" else f"{metric.replace('_kl', ' KL')}, {teacher}"
+                marker = {"marker": "x", "linestyle": "none"} if "hidden" in teacher else {"linestyle": style}
                 axes[row, column].plot(*zip(*points, strict=True), color=f"C{i}", label=label, **marker)
         axes[0, column].set_title(f"beta {beta:g}: loss of each step", fontsize=9, loc="left")
-        axes[1, column].set_title("held-out prompts, nats a token", fontsize=9, loc="left")
+        axes[1, column].set_title("held-out prompts, nats per token", fontsize=9, loc="left")
         axes[1, column].sharey(axes[1, 0])
-    for one in axes.flat:
-        one.set_xlabel("optimizer step", fontsize=8)
-        one.spines[["top", "right"]].set_visible(False)
+    for panel in axes.flat:
+        panel.set_xlabel("optimizer step", fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False, fontsize=7)
     styles = axes[1, 0].get_legend_handles_labels()
     figure.legend(*styles, frameon=False, fontsize=7, ncols=3, loc="outside lower center")
@@ -108,15 +105,18 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--teacher", type=Path, help="local path; default: Gemma 3 270M from PyPI")
+    parser.add_argument("--teacher", type=Path, default=Path("outputs/demo/teacher"), help="local path")
     parser.add_argument("--output", type=Path, default=results_folder(False) / "distillation.json")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of examples/demo.yaml")
     arguments = parser.parse_args()
-    teacher = arguments.teacher or demo.packaged_gemma()
     with TemporaryDirectory() as scratch:
-        found = rows(teacher, arguments.overrides, Path(scratch))
+        results = rows(arguments.teacher, arguments.overrides, Path(scratch))
     command = f"python bench/distillation.py {' '.join(sys.argv[1:])}".strip()
-    content = {**header(command), "local_and_hidden_states_apart": apart(found), "rows": found}
+    content = {
+        **header(command),
+        "local_and_hidden_states_apart": max_relative_difference(results),
+        "rows": results,
+    }
     write_json(arguments.output, content)
     plot(content, arguments.output.with_suffix(".png"))
     print(arguments.output, content["local_and_hidden_states_apart"])

@@ -1,9 +1,9 @@
-"""What a top-k teacher leaves out: mass outside the K tokens, and each tail's loss against K, on real models.
+"""Probability outside a teacher's top K tokens, and the loss of each tail mode against K, on real models.
 
     make demo && python bench/tails.py [--teacher PATH] [--student outputs/demo/student] [--output FILE]
 
-The student continues the demo's prompts; teacher and student are compared at every token that it wrote, as in
-on-policy distillation. JSON and a plot go to bench/results/.
+The student generates completions of the demo's prompts; both models are compared at every completion token,
+as in on-policy distillation. JSON and a plot go to bench/results/.
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ from suite import ROOT, header, results_folder, write_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(ROOT / "examples"))
-import demo
-
 SUPPORTS = (1, 4, 16, 64, 256, 1024)
 BETAS = (0.0, 0.5, 1.0)
-BATCH = 8
+BATCH_SIZE = 8
 TAILS = ("bucket", "renormalize", "truncate")
 
 
 @torch.no_grad()
 def states_and_head(model: Any, batches: list[Batch]) -> tuple[Tensor, Tensor, float | None]:
-    """(n, D) the states that predict the completions' tokens, the output head, its softcap."""
+    """Return the states (n, D) that predict completion tokens, the LM head's weight and its softcap."""
     decoder = model.get_decoder()
     outputs = [(b, decoder(input_ids=b.tokens, attention_mask=b.attention)) for b in batches]
     states = torch.cat([output.last_hidden_state[:, :-1][b.mask] for b, output in outputs])
@@ -43,18 +40,19 @@ def states_and_head(model: Any, batches: list[Batch]) -> tuple[Tensor, Tensor, f
 
 def rows(teacher: Any, student: Any, batches: list[Batch]) -> list[dict[str, Any]]:
     (hs, ws, softcap_s), (ht, wt, softcap_t) = (states_and_head(m, batches) for m in (student, teacher))
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for beta in BETAS:
         full = fused_linear_jsd(
             hs, ws, ht, wt, beta=beta, student_softcap=softcap_s, teacher_softcap=softcap_t
         )
-        found.append({"beta": beta, "tail": "full", "loss": full.item(), "tokens": len(hs)})
+        results.append({"beta": beta, "tail": "full", "loss": full.item(), "tokens": len(hs)})
     for k in SUPPORTS:
         top = topk_logprobs(ht, wt, k, softcap=softcap_t)
-        own = topk_logprobs(hs, ws, k, softcap=softcap_s).ids
-        of_own = topk_logprobs(ht, wt, 0, own, softcap=softcap_t).actual_logprobs
-        assert of_own is not None
-        for support, logprobs, ids in (("teacher", top.logprobs, top.ids), ("student", of_own, own)):
+        student_ids = topk_logprobs(hs, ws, k, softcap=softcap_s).ids
+        at_student_ids = topk_logprobs(ht, wt, 0, student_ids, softcap=softcap_t).actual_logprobs
+        assert at_student_ids is not None
+        supports = (("teacher", top.logprobs, top.ids), ("student", at_student_ids, student_ids))
+        for support, logprobs, ids in supports:
             for tail in TAILS:
                 for beta in BETAS:
                     loss, stats = fused_linear_topk_jsd(
@@ -71,8 +69,8 @@ def rows(teacher: Any, student: Any, batches: list[Batch]) -> list[dict[str, Any
                     if stats.student_mass is not None and stats.teacher_mass is not None:
                         row["student_rest"] = (1 - stats.student_mass).mean().item()
                         row["teacher_rest"] = (1 - stats.teacher_mass).mean().item()
-                    found.append(row)
-    return found
+                    results.append(row)
+    return results
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
@@ -82,9 +80,9 @@ def plot(content: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     mass, *losses = figure.subplots(1, 1 + len(BETAS))
     for support, style in (("teacher", "-"), ("student", "--")):
-        some = [r for r in rows if r["tail"] == "bucket" and r["beta"] == 0 and r["support"] == support]
+        selected = [r for r in rows if r["tail"] == "bucket" and r["beta"] == 0 and r["support"] == support]
         for model, color in (("teacher", "C0"), ("student", "C1")):
-            values = [r[f"{model}_rest"] for r in some]
+            values = [r[f"{model}_rest"] for r in selected]
             mass.plot(SUPPORTS, values, style, color=color, label=f"{model}'s, outside the {support}'s top K")
     mass.set_title("mean mass outside the K tokens", fontsize=9, loc="left")
     mass.set_yscale("log")
@@ -95,9 +93,11 @@ def plot(content: dict[str, Any], path: Path) -> None:
         axes.axhline(full, color="k", linewidth=0.8, label="full vocabulary")
         for tail, color in zip(TAILS, ("C2", "C3", "C4"), strict=True):
             for support, style in (("teacher", "-"), ("student", "--")):
-                some = [r for r in rows if (r["tail"], r["beta"]) == (tail, beta) and r["support"] == support]
+                selected = [
+                    r for r in rows if (r["tail"], r["beta"]) == (tail, beta) and r["support"] == support
+                ]
                 label = f"{tail}, {support}'s top K"
-                axes.plot(SUPPORTS, [r["loss"] for r in some], style, color=color, label=label)
+                axes.plot(SUPPORTS, [r["loss"] for r in selected], style, color=color, label=label)
         axes.set_title(f"loss, beta {beta:g}", fontsize=9, loc="left")
     for axes in (mass, *losses):
         axes.set_xscale("log", base=4)
@@ -114,20 +114,24 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--teacher", help="local path or hub name; default: Gemma 3 270M from PyPI")
+    parser.add_argument("--teacher", default="outputs/demo/teacher", help="local path or hub name")
     parser.add_argument("--student", default="outputs/demo/student", help="local path or hub name")
     parser.add_argument("--output", type=Path, default=results_folder(False) / "tails.json")
     parser.add_argument("--prompts", type=int, default=80)
     arguments = parser.parse_args()
-    path = arguments.teacher or demo.packaged_gemma()
     teacher, student = (
-        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (path, arguments.student)
+        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        for name in (arguments.teacher, arguments.student)
     )
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in demo.prompts()[: arguments.prompts]]
-    completions = TransformersRollouts(student, BATCH).generate(prompts, Sampling(max_tokens=32, seed=0))
+    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.teacher)
+    lines = (ROOT / "examples" / "prompts.txt").read_text().splitlines()[: arguments.prompts]
+    prompts = [tokenizer(line)["input_ids"] for line in lines]
+    completions = TransformersRollouts(student, BATCH_SIZE).generate(prompts, Sampling(max_tokens=32, seed=0))
     samples = [Sample(c.group, c.prompt, c.tokens) for c in completions]
-    batches = [Batch.of(samples[i : i + BATCH], torch.device("cpu")) for i in range(0, len(samples), BATCH)]
+    batches = [
+        Batch.collate(samples[i : i + BATCH_SIZE], torch.device("cpu"))
+        for i in range(0, len(samples), BATCH_SIZE)
+    ]
     command = f"python bench/tails.py {' '.join(sys.argv[1:])}".strip()
     content = {**header(command), "rows": rows(teacher, student, batches)}
     write_json(arguments.output, content)

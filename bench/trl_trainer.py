@@ -1,10 +1,10 @@
-"""Seconds a step and peak memory of TRL's DistillationTrainer with its own loss and with ours under it.
+"""Seconds per step and peak memory of TRL's DistillationTrainer with its own loss and with ours.
 
     python bench/trl_trainer.py [--output FILE] [--small]
 
-Two random Llamas of two layers over 65536 tokens on the CPU, beta 0.5, float32: 16 prompts a step,
-completions of 64 tokens, so that the loss takes most of the step. Each run in a process of its own; the first
-step warms up. Both start from the same weights and must log the same losses.
+Two random Llamas of two layers and a vocabulary of 65536 on the CPU, beta 0.5, float32, 16 prompts per step
+with completions of 64 tokens, so that the loss takes most of the step. Each run has its own process, and its
+first step is a warm-up. Both runs start from the same weights and must log the same losses.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import Any
 from suite import header, results_folder, write_json
 
 STEPS = 4
-TITLE = "TRL's DistillationTrainer, {} tokens a step, V {}"
+TITLE = "TRL's DistillationTrainer, {} tokens per step, V {}"
 
 
 def run(patched: bool, small: bool) -> dict[str, Any]:
-    """Losses, seconds of every step but the first, and the process's peak memory beyond its models."""
+    """Return losses, seconds of every step but the first, and peak memory beyond the models."""
     import datasets
     import torch
     import transformers
@@ -59,11 +59,11 @@ def run(patched: bool, small: bool) -> dict[str, Any]:
         )
         for size in (256, 384)
     )
-    moments: list[float] = []
+    times: list[float] = []
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            moments.append(time.perf_counter())
+            times.append(time.perf_counter())
 
     with TemporaryDirectory() as folder:
         settings = DistillationConfig(
@@ -92,23 +92,23 @@ def run(patched: bool, small: bool) -> dict[str, Any]:
             before = status_bytes("VmRSS")
             trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    seconds = [b - a for a, b in pairwise(moments)]
+    seconds = [b - a for a, b in pairwise(times)]
     peak = status_bytes("VmHWM") - before
     return {"losses": losses, "seconds": seconds, "bytes": peak, "tokens": prompts * tokens, "vocab": vocab}
 
 
 def rows(small: bool) -> Iterator[dict[str, Any]]:
-    for provider, how in (("TRL's own loss", "own"), ("patch_trl()", "patched")):
-        command = [sys.executable, __file__, "--run", how, *(["--small"] if small else [])]
+    for provider, loss in (("TRL's own loss", "own"), ("patch_trl()", "patched")):
+        command = [sys.executable, __file__, "--run", loss, *(["--small"] if small else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        title = TITLE.format(found["tokens"], found["vocab"])
+        result = json.loads(done.stdout.splitlines()[-1])
+        title = TITLE.format(result["tokens"], result["vocab"])
         for case, text in (
-            ("seconds a step, generation included", f"{statistics.median(found['seconds']):.2f}"),
-            ("peak memory beyond the models, GiB", f"{found['bytes'] / 2**30:.2f}"),
-            (f"loss at step {STEPS}", f"{found['losses'][-1]:.6f}"),
+            ("seconds per step, generation included", f"{statistics.median(result['seconds']):.2f}"),
+            ("peak memory beyond the models, GiB", f"{result['bytes'] / 2**30:.2f}"),
+            (f"loss at step {STEPS}", f"{result['losses'][-1]:.6f}"),
         ):
-            yield {"table": title, "case": case, "provider": provider, "text": text, **found}
+            yield {"table": title, "case": case, "provider": provider, "text": text, **result}
 
 
 def main() -> None:

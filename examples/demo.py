@@ -2,8 +2,8 @@
 
     python examples/demo.py [--teacher PATH] [KEY=VALUE ...]
 
-Makes what the run needs, a student of every third layer of the teacher and texts that the teacher wrote, and
-starts the trainer with examples/demo.yaml. KEY=VALUE overrides a setting of that file, say steps=100.
+Prepares the student (every third layer of the teacher) and the data (completions of the teacher), then
+starts the trainer with examples/demo.yaml. KEY=VALUE overrides a setting of that file, e.g. steps=100.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 KEEP_EVERY = 3  # layers of the teacher that the student keeps: 0, 3, 6, ...
-TEXTS = 2  # that the teacher writes for a prompt
+COMPLETIONS = 2  # of the teacher for each prompt
 EXAMPLES = Path(__file__).parent
 
 console = Console()
 
 
 def packaged_gemma() -> Path:
-    """Gemma 3 270M from its PyPI package, converted once to safetensors in the cache."""
+    """Return the folder of Gemma 3 270M, converted once from its PyPI package to safetensors in the cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fused-distill"
     target = cache / "gemma-3-270m"
     if target.exists():
@@ -48,17 +48,17 @@ def packaged_gemma() -> Path:
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
         config: Any = copy.deepcopy(model.config)
-        del config.quantization_config  # the weights are plain float32 by now
+        del config.quantization_config  # the weights are now float32
         plain = AutoModelForCausalLM.from_config(config)
         plain.load_state_dict(model.state_dict())
         plain.save_pretrained(Path(scratch) / "converted")
         tokenizer.save_pretrained(Path(scratch) / "converted")
-        shutil.move(Path(scratch) / "converted", target)  # within one file system: never half a model
+        shutil.move(Path(scratch) / "converted", target)  # a rename, so that the model is never half there
     return target
 
 
 def thinned(teacher: Any) -> Any:
-    """A copy of the teacher with every KEEP_EVERY-th layer."""
+    """Return a copy of the teacher with every KEEP_EVERY-th layer."""
     student = copy.deepcopy(teacher)
     layers = student.get_decoder().layers[::KEEP_EVERY]
     for index, layer in enumerate(layers):
@@ -72,44 +72,54 @@ def thinned(teacher: Any) -> Any:
     return student
 
 
-def prompts() -> list[str]:
+def read_prompts() -> list[str]:
     return (EXAMPLES / "prompts.txt").read_text().splitlines()
 
 
-def prepare(path: Path, config: TrainConfig) -> None:
-    """The student to start from and the teacher's texts, those of prompts held out last and one for each."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    teacher: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+def prepare(source: Path, config: TrainConfig) -> None:
+    """Link the teacher, save the student to start from, and write the teacher's completions.
+
+    Held-out prompts come last, with one completion each.
+    """
+    assert config.teacher.model is not None
+    link = Path(config.teacher.model)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(source.resolve(), target_is_directory=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    teacher: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     thinned(teacher).save_pretrained(config.student)
     tokenizer.save_pretrained(config.student)
-    console.print(f"The teacher writes {TEXTS} texts for each of {len(prompts())} prompts")
-    asked = [tokenizer(prompt)["input_ids"] for prompt in prompts()]
-    sampling = Sampling(n=TEXTS, max_tokens=config.rollouts.max_completion_length, seed=config.seed)
-    written = TransformersRollouts(teacher, batch_size=8).generate(asked, sampling)
-    texts = [(c.group, tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in written]
-    kept = len(asked) - config.data.evaluation_prompts
-    rows = [row for row in texts if row[0] < kept] + [texts[i * TEXTS] for i in range(kept, len(asked))]
-    lines = [json.dumps({"prompt": prompts()[i], "completion": text}) + "\n" for i, text in rows]
+    prompts = read_prompts()
+    console.print(f"The teacher generates {COMPLETIONS} completions for each of {len(prompts)} prompts")
+    prompt_tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    sampling = Sampling(n=COMPLETIONS, max_tokens=config.rollouts.max_completion_length, seed=config.seed)
+    completions = TransformersRollouts(teacher, batch_size=8).generate(prompt_tokens, sampling)
+    texts = [(c.group, tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in completions]
+    n_training = len(prompts) - config.data.evaluation_prompts
+    rows = [row for row in texts if row[0] < n_training]
+    rows += [texts[i * COMPLETIONS] for i in range(n_training, len(prompts))]
+    lines = [json.dumps({"prompt": prompts[i], "completion": text}) + "\n" for i, text in rows]
+    Path(config.data.path).parent.mkdir(parents=True, exist_ok=True)
     Path(config.data.path).write_text("".join(lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="On-policy distillation of a small real model.")
-    parser.add_argument("--teacher", type=Path, help="local path or hub name; default: Gemma 3 270M of PyPI")
+    parser.add_argument("--teacher", type=Path, help="local folder (default: Gemma 3 270M from PyPI)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a setting of examples/demo.yaml")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     try:
         config = load_config(EXAMPLES / "demo.yaml", options.overrides)
-        path = options.teacher or packaged_gemma()
-        config = load_config(EXAMPLES / "demo.yaml", [*options.overrides, f"teacher.model={path}"])
     except ConfigError as error:
         parser.error(str(error))
-    Path(config.data.path).parent.mkdir(parents=True, exist_ok=True)
-    prepare(path, config)
+    if config.teacher.model is None:
+        parser.error("teacher.model: must be the path where the demo links its teacher")
+    prepare(options.teacher or packaged_gemma(), config)
     shutil.rmtree(config.output / "checkpoints", ignore_errors=True)  # of an earlier demo
     student = train(config)
-    console.print(f"The student is in {student}, curves and texts in {config.output / 'report.html'}")
+    console.print(f"The student is in {student}, curves and samples in {config.output / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A top-k teacher asked at the student's own tokens, which suits reverse KL better than the teacher's top k.
+"""A top-k teacher scored at the student's top k tokens, which suits reverse KL better than its own top k.
 
-Reverse KL weighs tokens by the student's probability. Where the student is sure of a token outside the
-teacher's top k, those k see only "the rest"; asked at the student's top k, or at the union of both models',
-the same number of log-probabilities tells most of it.
+Reverse KL weighs tokens by the student's probability. If the student is confident of a token outside the
+teacher's top k, that token is hidden in the tail. At the student's top k, or at the union of both top k, the
+same number of log-probabilities captures most of the divergence.
 
     python examples/students_support.py
 """
@@ -24,13 +24,13 @@ def main() -> None:
         [0.8 * student_head.detach(), torch.randn(VOCAB, TEACHER_DIM - STUDENT_DIM) / 16], -1
     )
 
-    # No gradient goes through the choice of tokens.
+    # The choice of tokens is not differentiated.
     student_ids = topk_logprobs(student_hidden, student_head, K).ids
     teacher_ids = topk_logprobs(teacher_hidden, teacher_head, K).ids
     supports = {
         "teacher's top k": teacher_ids,
         "student's top k": student_ids,
-        "union of both": torch.cat([student_ids, teacher_ids], -1),  # an id in both counts once
+        "union of both": torch.cat([student_ids, teacher_ids], -1),  # an id in both is counted once
     }
     exact = fused_linear_jsd(student_hidden, student_head, teacher_hidden, teacher_head, beta=1.0)
     (gradient,) = torch.autograd.grad(exact, student_hidden)
@@ -39,8 +39,8 @@ def main() -> None:
         logprobs = topk_logprobs(teacher_hidden, teacher_head, 0, ids).actual_logprobs
         assert logprobs is not None
         loss = fused_linear_topk_jsd(student_hidden, student_head, logprobs, ids, beta=1.0)
-        (of_support,) = torch.autograd.grad(loss, student_hidden)
-        error = ((of_support - gradient).norm() / gradient.norm()).item()
+        (gradient_at_ids,) = torch.autograd.grad(loss, student_hidden)
+        error = ((gradient_at_ids - gradient).norm() / gradient.norm()).item()
         print(f"{name:18} {loss.item():11.4f} {error:15.2f}")
     print(f"{'full vocabulary':18} {exact.item():11.4f}")
 

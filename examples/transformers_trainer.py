@@ -1,6 +1,6 @@
-"""Distillation in transformers' Trainer: one method overridden, no logits of either model.
+"""Distillation in transformers' Trainer by overriding one method; neither model's logits are materialised.
 
-python examples/transformers_trainer.py    # one tiny random model towards another, on random tokens
+python examples/transformers_trainer.py    # distils one tiny random model into another, on random tokens
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 
 
 class DistillTrainer(Trainer):
-    """For batches of input_ids, attention_mask and labels, which are -100 where nothing is to be learnt."""
+    """Trainer for batches of input_ids, attention_mask and labels; labels of -100 are ignored."""
 
     def __init__(self, teacher: Any, beta: float, **options: Any):
         super().__init__(**options)
         self.teacher, self.beta = teacher.to(self.args.device).eval(), beta
-        # The Trainer then counts the labels of a whole gradient accumulation, as for models' own losses.
+        # Makes the Trainer count the labels of all accumulated batches, as for the models' own losses.
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
@@ -41,12 +41,12 @@ class DistillTrainer(Trainer):
                 **teacher.options("teacher_"),
             )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # by which DDP divides
+            loss = loss * self.accelerator.num_processes  # DDP divides by it
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def last_hidden_states(model: Any, tokens: dict[str, Tensor]) -> Tensor:
-    """(B, T - 1, D), one for each next token. By the model's own forward, which DDP needs."""
+    """Return (B, T - 1, D) states that predict the next tokens, by the model's forward, which DDP needs."""
     outputs = model(**tokens, output_hidden_states=True, use_cache=False, logits_to_keep=1)
     return outputs.hidden_states[-1][:, :-1]
 

@@ -76,9 +76,6 @@ def test_one_actual_token_per_position_gives_the_shape_of_the_tokens() -> None:
 def test_head_is_projected_in_autocasts_dtype() -> None:
     spy = mock.patch.object(LMHead, "for_inputs", wraps=LMHead.for_inputs)
     with spy as head, torch.autocast("cpu", torch.bfloat16):
-        mock.patch.object(LMHead, "for_inputs", wraps=LMHead.for_inputs) as head,
-        torch.autocast("cpu", torch.bfloat16),
-    ):
         topk_logprobs(*inputs(), 3)
     assert head.call_args.args[-1] == torch.bfloat16
 

@@ -25,9 +25,9 @@ class _Parser(argparse.ArgumentParser):
         text = super().format_help()
         if not self.lists_config_keys:
             return text
-        from .trainer.config import described
+        from .trainer.config import help_lines
 
-        return "\n  ".join([f"{text}\nkeys [default]:", *described()]) + "\n"
+        return "\n  ".join([f"{text}\nkeys [default]:", *help_lines()]) + "\n"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -159,8 +159,8 @@ def cache_teacher(options: argparse.Namespace) -> None:
 
     An interrupted run resumes when the command is repeated.
     """
+    from .trainer.cache_teacher import store_teacher
     from .trainer.config import load_config
-    from .trainer.stored import store_teacher
 
     store_teacher(load_config(options.config, options.overrides), options.output, options.dtype)
 

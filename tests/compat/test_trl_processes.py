@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import INTERPRETED
-from launching import launched, said
+from launching import launch, wait_for_output
 from trl_cases import Run, assert_equal_runs
 from trl_worker import SHARDED, STUDENTS, TEACHERS
 
@@ -24,8 +24,8 @@ def ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Re
     """Return what each process of trl_worker.py trained."""
     folder = tmp_path_factory.mktemp("trl")
     worker = Path(__file__).parents[1] / "helpers/trl_worker.py"
-    process = launched("ddp", str(worker), str(tiny_model), str(folder))
-    end = said(process)
+    process = launch("ddp", str(worker), str(tiny_model), str(folder))
+    end = wait_for_output(process)
     assert process.returncode == 0, end
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 

@@ -1,4 +1,4 @@
-"""The demo, run as a user runs it, on a model small enough for a test."""
+"""Tests of examples/demo.py, run as a command on a tiny model."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def run_demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def output(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("output")
-    folders = [f"output={path}", f"student={path}/start", f"data.path={path}/texts.jsonl"]
-    for _ in range(2):  # the second begins anew
-        done = run_demo("--teacher", tiny_model, "steps=2", "rollouts.max_completion_length=8", *folders)
+    paths = [f"output={path}", f"student={path}/start", f"data.path={path}/texts.jsonl"]
+    paths.append(f"teacher.model={path}/teacher")
+    for _ in range(2):  # the second run starts from the beginning
+        done = run_demo("--teacher", tiny_model, "steps=2", "rollouts.max_completion_length=8", *paths)
         assert done.returncode == 0, done.stderr
     return path
 
 
-def test_it_leaves_a_report_and_metrics(output: Path) -> None:
+def test_the_demo_writes_metrics_and_a_report(output: Path) -> None:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["step"]) for line in lines] == [
         ("evaluation", 0),
@@ -42,19 +43,19 @@ def test_it_leaves_a_report_and_metrics(output: Path) -> None:
     assert "data:image/png" in (output / "report.html").read_text()
 
 
-def test_the_saved_student_loads_with_a_third_of_the_layers(output: Path) -> None:
+def test_the_saved_student_has_a_third_of_the_layers(output: Path) -> None:
     student = transformers.AutoModelForCausalLM.from_pretrained(output / "student")
     assert student.config.num_hidden_layers == 2
     assert len(student.get_decoder().layers) == 2
 
 
-def test_no_held_out_prompt_is_trained_on(output: Path) -> None:
+def test_held_out_prompts_are_not_trained_on(output: Path) -> None:
     rows = [json.loads(line)["prompt"] for line in (output / "texts.jsonl").read_text().splitlines()]
     assert not set(rows[:-16]) & set(rows[-16:])
     assert len(set(rows)) == 80
 
 
-def test_a_bad_setting_is_named_in_one_line() -> None:
+def test_an_invalid_setting_is_named_in_one_line() -> None:
     done = run_demo("steps=0")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("demo.py: error: steps: ")

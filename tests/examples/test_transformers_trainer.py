@@ -1,4 +1,4 @@
-"""The example of transformers' Trainer: the loss of the models' own logits, however steps are accumulated."""
+"""Tests of examples/transformers_trainer.py: its loss, and gradient accumulation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 transformers = pytest.importorskip("transformers")
 from transformers_trainer import DistillTrainer  # noqa: E402
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="tests the example, not the kernels")
 
 ROWS, LENGTH = 8, 12
 
 
 def make_trainer(tiny_model: Path, output: Path, **options: Any) -> Any:
-    """Two random models on rows with 1 to 8 labels."""
+    """Return a trainer of two random models on rows with 1 to 8 labels."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.from_pretrained(tiny_model)
     student = transformers.AutoModelForCausalLM.from_config(config)
@@ -46,7 +46,7 @@ def make_trainer(tiny_model: Path, output: Path, **options: Any) -> Any:
     return DistillTrainer(teacher, beta=0.0, model=student, args=args, train_dataset=data, eval_dataset=data)
 
 
-def test_the_loss_is_that_of_the_models_logits(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_loss_equals_the_kl_of_the_models_logits(tiny_model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model, tmp_path, per_device_eval_batch_size=ROWS)
     batch = trainer.data_collator(trainer.eval_dataset)
     mask = batch.pop("labels")[:, 1:] != -100
@@ -59,8 +59,8 @@ def test_the_loss_is_that_of_the_models_logits(tiny_model: Path, tmp_path: Path)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_accumulated_steps_train_as_one(tiny_model: Path, tmp_path: Path) -> None:
-    # The rows have different numbers of labels, so that a mean of means would differ.
+def test_gradient_accumulation_does_not_change_training(tiny_model: Path, tmp_path: Path) -> None:
+    # The rows have different numbers of labels, so a mean of means would differ.
     once = make_trainer(tiny_model, tmp_path, per_device_train_batch_size=4)
     parts = make_trainer(tiny_model, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     losses = []

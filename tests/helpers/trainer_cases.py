@@ -1,4 +1,4 @@
-"""What the trainer's tests share: two tiny models, a data set, settings, and runs of their own process."""
+"""Fixtures of the trainer's tests: two tiny models, a dataset, settings, and readers of a run's output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from fused_distill.trainer.config import TrainConfig, load_config  # noqa: E402
 
-ABOUT_THE_TRAINER = pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend")
+NOT_INTERPRETED = pytest.mark.skipif(INTERPRETED, reason="tests the trainer, not the kernels")
 SETTINGS = """
 steps: 3
 prompts_per_step: 8
@@ -26,22 +26,24 @@ rollouts: {max_completion_length: 6}
 
 
 class Lab(NamedTuple):
+    """Two models and a dataset."""
+
     student: Path
-    teacher: Path  # wider, and with a head of more rows than there are tokens
+    teacher: Path  # wider, and its LM head has more rows than there are tokens
     data: Path
 
     def config(self, output: Path, *overrides: str) -> TrainConfig:
+        """Return the settings of a run; its teacher is the local one unless overrides name a server."""
         output.mkdir(parents=True, exist_ok=True)
         (output / "settings.yaml").write_text(SETTINGS)
-        own = f"student={self.student}", f"output={output}", f"data.path={self.data}"
-        teacher = (
-            () if any(o.startswith("teacher.url") for o in overrides) else (f"teacher.model={self.teacher}",)
-        )
-        return load_config(output / "settings.yaml", [*own, *teacher, *overrides])
+        paths = [f"student={self.student}", f"output={output}", f"data.path={self.data}"]
+        if not any(override.startswith("teacher.url") for override in overrides):
+            paths.append(f"teacher.model={self.teacher}")
+        return load_config(output / "settings.yaml", [*paths, *overrides])
 
 
 def save_model(path: Path, tokenizer: Path, **changes: Any) -> Path:
-    """A random model whose distributions are far from uniform."""
+    """Save a random model whose distributions are far from uniform."""
     torch.manual_seed(len(changes))
     config = transformers.AutoConfig.from_pretrained(tokenizer)
     config.update({"num_hidden_layers": 2, "layer_types": config.layer_types[:2], **changes})
@@ -57,10 +59,10 @@ def lab(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp("lab")
     draw = random.Random(0)
 
-    def text(least: int, most: int) -> str:
-        return "".join(draw.choices("abcdefgh ", k=draw.randint(least, most)))
+    def random_text(min_length: int, max_length: int) -> str:
+        return "".join(draw.choices("abcdefgh ", k=draw.randint(min_length, max_length)))
 
-    rows = [{"prompt": text(2, 12), "completion": text(0, 8)} for _ in range(40)]
+    rows = [{"prompt": random_text(2, 12), "completion": random_text(0, 8)} for _ in range(40)]
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Lab(
@@ -71,15 +73,18 @@ def lab(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def metrics(output: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Return the lines of one kind in a run's metrics.jsonl."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]
 
 
 def losses(output: Path) -> list[float]:
+    """Return the loss of every training step."""
     return [row["loss"] for row in metrics(output)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a saved model."""
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Runs of the trainer one after the other, for accelerate launch: trainer_worker.py ddp|fsdp2 SETTINGS..."""
+"""Runs the trainer once per config, for accelerate launch: trainer_worker.py ddp|fsdp2 CONFIG..."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from fused_distill.trainer.config import load_config
 from fused_distill.trainer.loop import train
 
 
-def main(how: str, *settings: str) -> None:
+def main(strategy: str, *configs: str) -> None:
     PartialState(cpu=True)
-    part = Accelerator.end_training
-    for path in settings:
-        if how == "fsdp2":  # which accelerate has for accelerators only
+    end_training = Accelerator.end_training
+    for path in configs:
+        if strategy == "fsdp2":  # accelerate offers FSDP2 on accelerators only
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        # Keep the process group until the last run has ended.
         Accelerator.end_training = (
-            part if path == settings[-1] else lambda self: AcceleratorState._reset_state()
+            end_training if path == configs[-1] else lambda self: AcceleratorState._reset_state()
         )
         train(load_config(path), resume=True)
 
@@ -27,4 +28,4 @@ def main(how: str, *settings: str) -> None:
 if __name__ == "__main__":
     main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(0)  # FSDP2's threads on the CPU now and then abort an interpreter that ends
+    os._exit(0)  # FSDP2's threads on the CPU sometimes abort an interpreter that ends

@@ -311,7 +311,7 @@ def test_a_run_with_rollouts_of_a_vllm_server_and_our_teacher_server(
         "student": str(tmp_path / "student"),
         "teacher": {"url": ours},
         "data": {"path": str(data), "evaluation_prompts": 4},
-        "rollouts": {"url": vllm, "max_completion_length": 8, "num_generations": 2},
+        "rollouts": {"engine": "vllm_server", "url": vllm, "max_completion_length": 8, "num_generations": 2},
         "output": str(output),
         "steps": 4,
         "prompts_per_step": 4,

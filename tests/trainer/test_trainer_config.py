@@ -1,4 +1,4 @@
-"""The trainer's settings: read, overridden, checked, and every complaint is one line that names its key."""
+"""Tests of the trainer's settings: files, overrides, validation, help, and error messages that name a key."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from fused_distill.cli import main
-from trainer_cases import ABOUT_THE_TRAINER, Lab, load_config
+from trainer_cases import NOT_INTERPRETED, Lab, load_config
 from trainer_cases import lab as lab
 
-pytestmark = ABOUT_THE_TRAINER
+pytestmark = NOT_INTERPRETED
 
-LEAST = ["student=s", "teacher.model=t", "data.path=d", "output=o", "steps=3"]
+REQUIRED = ["student=s", "teacher.model=t", "data.path=d", "output=o", "steps=3"]
 
 
 def settings(tmp_path: Path, text: str = "") -> Path:
@@ -20,20 +20,20 @@ def settings(tmp_path: Path, text: str = "") -> Path:
     return path
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on which the command ends with status 2."""
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must exit with status 2, and return its one line of error."""
     with pytest.raises(SystemExit) as end:
         main([*arguments])
     assert end.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    complaints = [line for line in lines if line.startswith(f"fused-distill {arguments[0]}: ")]
-    assert complaints == lines[-1:]
-    return complaints[0]
+    errors = [line for line in lines if line.startswith(f"fused-distill {arguments[0]}: ")]
+    assert errors == lines[-1:]
+    return errors[0]
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     path = settings(tmp_path, "beta: 0.25\nseed: 4\nteacher: {k: 7}\nlora:\nlearning_rate: 1e-4\n")
-    config = load_config(path, [*LEAST, "beta=0.75", "lora.r=3"])
+    config = load_config(path, [*REQUIRED, "beta=0.75", "lora.r=3"])
     assert (config.beta, config.seed, config.teacher.k, config.temperature) == (0.75, 4, 7, 1.0)
     assert config.learning_rate == 1e-4
     assert config.lora is not None
@@ -41,7 +41,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("override", "complaint"),
+    ("override", "message"),
     [
         ("steps=0", "steps: Input should be greater than or equal to 1"),
         ("steps=many", "steps: Input should be a valid integer"),
@@ -57,25 +57,49 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
         ("steps", "an override must be KEY=VALUE, got 'steps'"),
     ],
 )
-def test_a_wrong_setting_is_named(tmp_path: Path, override: str, complaint: str) -> None:
+def test_an_invalid_setting_is_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"^.+$") as error:
-        load_config(settings(tmp_path), [*LEAST, override])
-    assert complaint in str(error.value)
+        load_config(settings(tmp_path), [*REQUIRED, override])
+    assert message in str(error.value)
 
 
-def test_adapters_and_a_rollout_server_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lora must not be given with rollouts\.url"):
-        load_config(settings(tmp_path), [*LEAST, "lora.r=2", "rollouts.url=http://x"])
+SERVER = "rollouts.engine=vllm_server", "rollouts.url=http://x"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("rollouts.url=http://x",), "rollouts: url must be set exactly with engine vllm_server"),
+        (("rollouts.engine=vllm_server",), "rollouts: url must be set exactly with engine vllm_server"),
+        (("rollouts.engine=sglang",), "rollouts.engine: Input should be 'transformers', 'vllm' or"),
+        (("rollouts.engine_options={a: 1}",), "engine_options must not be set with engine transformers"),
+        (("rollouts.engine=vllm", "rollouts.sync=nccl"), "rollouts: sync must be disk with engine vllm"),
+        ((*SERVER, "rollouts.sync=nccl"), "rollouts: nccl_address must be set exactly with sync nccl"),
+        (
+            (*SERVER, "rollouts.sync=nccl", "rollouts.nccl_address=10.0.0.1"),
+            "rollouts: nccl_port must be set exactly with sync nccl",
+        ),
+        ((*SERVER, "rollouts.nccl_port=29600"), "rollouts: nccl_port must be set exactly with sync nccl"),
+        ((*SERVER, "lora.r=2"), "lora must not be given with rollouts.engine vllm_server"),
+        (("rollouts.engine=vllm", "lora.r=2"), "lora must not be given with rollouts.engine vllm"),
+    ],
+)
+def test_rollout_settings_that_do_not_fit_each_other_are_named(
+    tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^.+$") as error:
+        load_config(settings(tmp_path), [*REQUIRED, *overrides])
+    assert message in str(error.value)
 
 
 def keys(model: type, prefix: str = "") -> list[str]:
-    found = []
+    names = []
     for name, field in model.model_fields.items():  # pyright: ignore[reportAttributeAccessIssue]
-        found.append(prefix + name)
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if hasattr(kind, "model_fields"):
-                found += keys(kind, f"{prefix}{name}.")
-    return found
+        names.append(prefix + name)
+        for annotation in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if hasattr(annotation, "model_fields"):
+                names += keys(annotation, f"{prefix}{name}.")
+    return names
 
 
 @pytest.mark.parametrize("command", ["train", "cache-teacher"])
@@ -84,27 +108,29 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str], lab: Lab, comm
         main([command, "--help"])
     assert end.value.code == 0
     listed = [line.split()[0].rstrip(":") for line in capsys.readouterr().out.splitlines() if line.strip()]
-    wanted = keys(type(lab.config(lab.data.parent / "help")))
-    assert len(wanted) > 40
-    assert set(wanted) <= set(listed)
+    expected = keys(type(lab.config(lab.data.parent / "help")))
+    assert len(expected) > 40
+    assert set(expected) <= set(listed)
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [("a: [", "no YAML"), ("- a", "must hold keys and values"), ("student: s", "teacher: Field required")],
 )
-def test_a_wrong_file_is_a_line_and_status_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
+def test_an_invalid_file_exits_with_status_2_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
-    assert complaint in refused(capsys, "train", str(settings(tmp_path, text)))
+    assert message in error_line(capsys, "train", str(settings(tmp_path, text)))
 
 
-def test_a_missing_file_is_a_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "none.yaml" in refused(capsys, "train", str(tmp_path / "none.yaml"))
+def test_a_missing_file_exits_with_status_2_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "none.yaml" in error_line(capsys, "train", str(tmp_path / "none.yaml"))
 
 
 @pytest.mark.parametrize(
-    ("override", "complaint"),
+    ("override", "message"),
     [
         ("student=/nowhere", "student: /nowhere cannot be loaded"),
         ("teacher.model=/nowhere", "teacher.model: /nowhere cannot be loaded"),
@@ -118,39 +144,40 @@ def test_a_missing_file_is_a_line_and_status_2(tmp_path: Path, capsys: pytest.Ca
         ("lora={target_modules: [nothing]}", "lora.target_modules: "),
         ("lora={target_modules: [lm_head]}", "lora.target_modules: must not hold the output layer"),
         ("trackers=[trackio]", "trackers: trackio is not installed"),
+        ("rollouts.engine=vllm", "rollouts.engine: vllm needs vLLM beside the trainer: pip install vllm"),
     ],
 )
-def test_what_does_not_fit_the_files_is_a_line_and_status_2(
-    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, complaint: str
+def test_settings_that_do_not_fit_the_files_exit_with_status_2_and_one_line(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
     lab.config(tmp_path)
-    own = [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
-    line = refused(
+    paths = [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
+    line = error_line(
         capsys,
         "train",
         str(tmp_path / "settings.yaml"),
         f"output={tmp_path}",
-        *own,
+        *paths,
         override.replace("TEACHER", str(lab.teacher)),
     )
-    assert complaint in line
+    assert message in line
 
 
-def test_a_server_that_is_not_there_is_a_line_and_status_2(
+def test_an_unreachable_server_exits_with_status_2_and_one_line(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fused_distill.serving.client.retry.time.sleep", lambda _: None)
     lab.config(tmp_path)
-    own = [f"student={lab.student}", f"data.path={lab.data}", "teacher.url=http://127.0.0.1:9"]
-    line = refused(capsys, "train", str(tmp_path / "settings.yaml"), f"output={tmp_path}", *own)
+    paths = [f"student={lab.student}", f"data.path={lab.data}", "teacher.url=http://127.0.0.1:9"]
+    line = error_line(capsys, "train", str(tmp_path / "settings.yaml"), f"output={tmp_path}", *paths)
     assert "no usable answer" in line
 
 
-def test_an_output_with_checkpoints_is_not_begun_anew(
+def test_an_output_with_checkpoints_needs_resume(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lab.config(tmp_path)
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
-    own = [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
-    line = refused(capsys, "train", str(tmp_path / "settings.yaml"), f"output={tmp_path}", *own)
+    paths = [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
+    line = error_line(capsys, "train", str(tmp_path / "settings.yaml"), f"output={tmp_path}", *paths)
     assert f"output: {tmp_path} holds checkpoints" in line

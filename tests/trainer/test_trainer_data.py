@@ -1,4 +1,4 @@
-"""Rows become tokens, tokens become batches."""
+"""Tests of loading, tokenizing, ordering and batching the data."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fused_distill.trainer.config import ConfigError
-from fused_distill.trainer.data import Batch, Sample, load_data, order
-from trainer_cases import ABOUT_THE_TRAINER, Lab, transformers
+from datasets import Dataset
+from fused_distill.trainer.config import ConfigError, TrainConfig
+from fused_distill.trainer.data import Batch, Sample, load_data, sample_stream
+from trainer_cases import NOT_INTERPRETED, Lab, transformers
 from trainer_cases import lab as lab
 
-pytestmark = ABOUT_THE_TRAINER
+pytestmark = NOT_INTERPRETED
 
 
 @pytest.fixture
@@ -22,17 +23,22 @@ def tokenizer(lab: Lab) -> Any:
     return transformers.AutoTokenizer.from_pretrained(lab.student)
 
 
-def written(folder: Path, rows: list[dict[str, Any]]) -> str:
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> str:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"data.path={path}"
+
+
+def load(config: TrainConfig, tokenizer: Any, completions: bool) -> tuple[Dataset, list[Sample]]:
+    length = config.rollouts.max_completion_length
+    return load_data(config.data, tokenizer, max_completion_length=length, completions=completions)
 
 
 def text(tokenizer: Any, tokens: list[int]) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(tokens))
 
 
-def test_jsonl_parquet_and_a_data_sets_split_give_the_same_samples(
+def test_jsonl_parquet_and_a_dataset_split_give_the_same_samples(
     lab: Lab, tmp_path: Path, tokenizer: Any
 ) -> None:
     from pyarrow import json as arrow_json
@@ -43,23 +49,23 @@ def test_jsonl_parquet_and_a_data_sets_split_give_the_same_samples(
     (tmp_path / "set").mkdir()
     parquet.write_table(table, tmp_path / "set" / "test-00000.parquet")
     parquet.write_table(table.slice(5), tmp_path / "set" / "train-00000.parquet")
-    jsonl, _ = load_data(lab.config(tmp_path), tokenizer, True)
+    jsonl, _ = load(lab.config(tmp_path), tokenizer, completions=True)
     for source in (["data.path={}/rows.parquet"], ["data.path={}/set", "data.split=test"]):
         config = lab.config(tmp_path, *(one.format(tmp_path) for one in source))
-        assert load_data(config, tokenizer, True)[0].to_list() == jsonl.to_list()
+        assert load(config, tokenizer, completions=True)[0].to_list() == jsonl.to_list()
     assert len(jsonl) == 40
 
 
 def test_the_last_rows_are_held_out(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
-    training, held_out = load_data(lab.config(tmp_path, "data.evaluation_prompts=3"), tokenizer, False)
+    training, held_out = load(lab.config(tmp_path, "data.evaluation_prompts=3"), tokenizer, completions=False)
     assert list(training["row"]) == list(range(37))
     assert [s.row for s in held_out] == [37, 38, 39]
 
 
-def test_completions_end_with_the_end_and_are_cut_to_length(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+def test_completions_end_with_eos_and_are_cut_to_length(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": "ab", "completion": "cde"}, {"prompt": "ab", "completion": "cdefghi"}]
-    config = lab.config(tmp_path, written(tmp_path, rows), "prompts_per_step=1")
-    training, _ = load_data(config, tokenizer, True)
+    config = lab.config(tmp_path, write_rows(tmp_path, rows), "prompts_per_step=1")
+    training, _ = load(config, tokenizer, completions=True)
     short, long = (Sample(**training[i]) for i in range(2))
     assert text(tokenizer, short.prompt + short.completion) == "abcde<eos>"
     assert text(tokenizer, long.completion) == "cdefgh"
@@ -72,8 +78,8 @@ def test_messages_go_through_the_chat_template(lab: Lab, tmp_path: Path, tokeniz
         "{% if add_generation_prompt %}a:{% endif %}"
     )
     rows = [{"messages": [{"role": "user", "content": "hi"}]}]
-    config = lab.config(tmp_path, written(tmp_path, rows), "prompts_per_step=1")
-    training, _ = load_data(config, tokenizer, False)
+    config = lab.config(tmp_path, write_rows(tmp_path, rows), "prompts_per_step=1")
+    training, _ = load(config, tokenizer, completions=False)
     assert [text(tokenizer, prompt) for prompt in training["prompt"]] == ["u:hi;a:"]
     assert list(training["completion"]) == [[]]
 
@@ -84,14 +90,14 @@ def test_the_assistants_last_message_is_the_completion(lab: Lab, tmp_path: Path,
         "{% if add_generation_prompt %}a:{% endif %}"
     )
     turns = [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yo"))]
-    config = lab.config(tmp_path, written(tmp_path, [{"messages": turns}]), "prompts_per_step=1")
-    training, _ = load_data(config, tokenizer, True)
+    config = lab.config(tmp_path, write_rows(tmp_path, [{"messages": turns}]), "prompts_per_step=1")
+    training, _ = load(config, tokenizer, completions=True)
     [sample] = (Sample(**training[i]) for i in range(len(training)))
     assert text(tokenizer, sample.prompt) == "u:hi;a:"
     assert text(tokenizer, sample.completion) == "yo<eos>"
 
 
-def test_a_data_set_may_have_configurations(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+def test_a_dataset_configuration_is_chosen_by_name(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
     folder = tmp_path / "set"
     for name in ("main", "other"):
         (folder / name).mkdir(parents=True)
@@ -99,19 +105,21 @@ def test_a_data_set_may_have_configurations(lab: Lab, tmp_path: Path, tokenizer:
     parts = [f"- config_name: {n}\n  data_files: {n}/train.jsonl" for n in ("main", "other")]
     (folder / "README.md").write_text("\n".join(["---", "configs:", *parts, "---"]))
     config = lab.config(tmp_path, f"data.path={folder}", "data.name=other", "prompts_per_step=1")
-    training, _ = load_data(config, tokenizer, False)
+    training, _ = load(config, tokenizer, completions=False)
     assert [text(tokenizer, prompt) for prompt in training["prompt"]] == ["other"]
 
 
-def test_empty_and_long_prompts_are_left_out(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+def test_empty_and_long_prompts_are_skipped(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": p} for p in ("abcd", "", "abcde", "a")]
-    config = lab.config(tmp_path, written(tmp_path, rows), "prompts_per_step=1", "data.max_prompt_length=4")
-    training, _ = load_data(config, tokenizer, False)
+    config = lab.config(
+        tmp_path, write_rows(tmp_path, rows), "prompts_per_step=1", "data.max_prompt_length=4"
+    )
+    training, _ = load(config, tokenizer, completions=False)
     assert list(training["row"]) == [0, 3]
 
 
 @pytest.mark.parametrize(
-    ("rows", "complaint"),
+    ("rows", "message"),
     [
         ([{"text": "a"}], "row 0 must have prompt or messages, got text"),
         ([{"prompt": "a"}, {"prompt": None}], "row 1 must have prompt or messages"),
@@ -124,32 +132,32 @@ def test_empty_and_long_prompts_are_left_out(lab: Lab, tmp_path: Path, tokenizer
         ),
     ],
 )
-def test_a_row_that_does_not_do_is_named(
-    lab: Lab, tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], complaint: str
+def test_an_invalid_row_is_named(
+    lab: Lab, tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], message: str
 ) -> None:
-    config = lab.config(tmp_path, written(tmp_path, rows), "prompts_per_step=1")
-    with pytest.raises(ConfigError, match=f"data.path: {complaint}"):
-        load_data(config, tokenizer, completions="completion" in rows[0])
+    config = lab.config(tmp_path, write_rows(tmp_path, rows), "prompts_per_step=1")
+    with pytest.raises(ConfigError, match=f"data.path: {message}"):
+        load(config, tokenizer, completions="completion" in rows[0])
 
 
-def test_order_goes_on_from_any_position() -> None:
+def test_the_sample_stream_starts_at_any_position() -> None:
     samples = [Sample(i, [1], [])._asdict() for i in range(7)]
-    whole = list(islice(order(samples, 3, 0), 30))
+    stream = list(islice(sample_stream(samples, 3, 0), 30))
     for start in (0, 5, 7, 16):
-        assert list(islice(order(samples, 3, start), 30 - start)) == whole[start:]
+        assert list(islice(sample_stream(samples, 3, start), 30 - start)) == stream[start:]
 
 
-def test_every_epoch_has_every_sample_in_an_order_of_its_own() -> None:
+def test_every_epoch_has_every_sample_in_its_own_order() -> None:
     samples = [Sample(i, [1], [])._asdict() for i in range(7)]
-    rows = [s.row for s in islice(order(samples, 3, 0), 21)]
+    rows = [s.row for s in islice(sample_stream(samples, 3, 0), 21)]
     epochs = [rows[i : i + 7] for i in range(0, 21, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_the_mask_is_true_where_a_completions_token_comes_next() -> None:
+def test_the_mask_is_true_where_the_next_token_belongs_to_a_completion() -> None:
     samples = [Sample(0, [5, 6], [7, 8, 9]), Sample(1, [5, 6, 7], [8]), Sample(2, [5], [])]
-    batch = Batch.of(samples, torch.device("cpu"))
+    batch = Batch.collate(samples, torch.device("cpu"))
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 0], [5, 0, 0, 0, 0]]
     assert batch.attention.sum(1).tolist() == [5, 4, 1]
     assert batch.mask.int().tolist() == [[0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]

@@ -1,4 +1,4 @@
-"""Two processes, with DDP and with FSDP2 on the CPU, are as good as one."""
+"""Tests of the trainer in two processes, with DDP and with FSDP2 on the CPU."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from fused_distill.trainer.checkpoint import checkpoints
+from fused_distill.trainer.cache_teacher import store_teacher
+from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
-from fused_distill.trainer.stored import store_teacher
-from launching import LAUNCHED, launched, said
-from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, metrics, save_model, transformers, weights
+from launching import STRATEGIES, launch, wait_for_output
+from trainer_cases import NOT_INTERPRETED, Lab, losses, metrics, save_model, transformers, weights
 from trainer_cases import lab as lab
 
-pytestmark = ABOUT_THE_TRAINER
+pytestmark = NOT_INTERPRETED
 
-WAYS = tuple(LAUNCHED)
 SHARED = ("data.evaluation_prompts=6", "evaluate_every=2", "save_every=2")
-# Of data that are the same however they are shared out, then of completions of the student's own.
+# First off-policy runs, whose samples do not depend on the number of processes, then on-policy runs.
 RUNS = {
-    "whole": ("lmbda=0",),
-    "split": ("lmbda=0", "gradient_accumulation_steps=2"),
+    "one_slice": ("lmbda=0",),
+    "two_slices": ("lmbda=0", "gradient_accumulation_steps=2"),
     "adapters": ("lmbda=0", "lora.r=2", "gradient_accumulation_steps=2"),
     "untied": ("lmbda=0", "student=UNTIED", "teacher.targets=student_topk", "teacher.k=5"),
     "on_policy": ("gradient_accumulation_steps=2", "rollouts.num_generations=2"),
@@ -35,99 +34,102 @@ RUNS = {
 }
 
 
-def two_processes(how: str, *configs: TrainConfig) -> subprocess.Popen[str]:
+def start_two(strategy: str, *configs: TrainConfig) -> subprocess.Popen[str]:
     files = []
     for config in configs:
         files.append(str(config.output / "run.yaml"))
         Path(files[-1]).write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
-    return launched(how, str(Path(__file__).parents[1] / "helpers/trainer_worker.py"), how, *files)
+    worker = Path(__file__).parents[1] / "helpers/trainer_worker.py"
+    return launch(strategy, str(worker), strategy, *files)
 
 
 @pytest.fixture(scope="module")
 def runs(lab: Lab, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each of RUNS in folders "one", "ddp" and "fsdp2"."""
+    """Train each of RUNS in folders "one" (process), "ddp" and "fsdp2"."""
     folder = tmp_path_factory.mktemp("runs")
     untied = save_model(folder / "untied", tiny_model, tie_word_embeddings=False)
 
-    def configs(how: str, names: list[str]) -> list[TrainConfig]:
+    def configs(strategy: str, names: list[str]) -> list[TrainConfig]:
         return [
-            lab.config(folder / how / name, *SHARED, *(o.replace("UNTIED", str(untied)) for o in RUNS[name]))
+            lab.config(
+                folder / strategy / name, *SHARED, *(o.replace("UNTIED", str(untied)) for o in RUNS[name])
+            )
             for name in names
         ]
 
     for config in configs("one", [name for name in RUNS if "on_policy" not in name]):
         train(config)
-    for how in WAYS:
-        process = two_processes(how, *configs(how, [*RUNS]))
-        end = said(process)
-        assert process.returncode == 0, end
+    for strategy in STRATEGIES:
+        process = start_two(strategy, *configs(strategy, [*RUNS]))
+        output = wait_for_output(process)
+        assert process.returncode == 0, output
     return folder
 
 
-@pytest.mark.parametrize("name", ["whole", "split", "adapters", "untied"])
-@pytest.mark.parametrize("how", WAYS)
-def test_two_processes_do_the_steps_of_one(runs: Path, how: str, name: str) -> None:
-    one, two = runs / "one" / name, runs / how / name
+@pytest.mark.parametrize("name", ["one_slice", "two_slices", "adapters", "untied"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_log_the_metrics_of_one(runs: Path, strategy: str, name: str) -> None:
+    one, two = runs / "one" / name, runs / strategy / name
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     for quantity in ("forward_kl", "student_entropy", "tokens", "grad_norm", "completion_length"):
         want = [row[quantity] for row in metrics(one)]
         assert [row[quantity] for row in metrics(two)] == pytest.approx(want, rel=1e-3), quantity
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("name", ["whole", "split", "untied"])
-def test_two_processes_get_the_student_of_one(runs: Path, how: str, name: str) -> None:
-    want, got = (weights(runs / who / name / "student") for who in ("one", how))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["one_slice", "two_slices", "untied"])
+def test_two_processes_save_the_student_of_one(runs: Path, strategy: str, name: str) -> None:
+    want, got = (weights(runs / run / name / "student") for run in ("one", strategy))
     assert want.keys() == got.keys()
     for key in want:
         torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=1e-3)
-    transformers.AutoModelForCausalLM.from_pretrained(runs / how / name / "student")
+    transformers.AutoModelForCausalLM.from_pretrained(runs / strategy / name / "student")
 
 
-def test_however_many_slices_processes_and_shards_the_first_step_is_the_same(runs: Path) -> None:
+def test_the_first_loss_does_not_depend_on_slices_processes_and_shards(runs: Path) -> None:
     first = [
-        losses(runs / who / name)[0] for who in ("one", *WAYS) for name in ("whole", "split", "adapters")
+        losses(runs / run / name)[0]
+        for run in ("one", *STRATEGIES)
+        for name in ("one_slice", "two_slices", "adapters")
     ]
     assert first == pytest.approx([first[0]] * 9, rel=1e-5)
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", ["on_policy", "on_policy_adapters"])
-def test_two_processes_write_learn_and_evaluate(runs: Path, how: str, name: str) -> None:
-    rows = metrics(runs / how / name)
+def test_two_processes_generate_train_and_evaluate(runs: Path, strategy: str, name: str) -> None:
+    rows = metrics(runs / strategy / name)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["loss"] > 0 for row in rows)
-    assert [row["step"] for row in metrics(runs / how / name, "evaluation")] == [0, 2, 3]
+    assert [row["step"] for row in metrics(runs / strategy / name, "evaluation")] == [0, 2, 3]
 
 
-def test_shards_write_what_whole_models_write(runs: Path) -> None:
-    """The first step's completions: those of later ones are of students that differ by rounding."""
+def test_sharded_models_generate_what_unsharded_models_generate(runs: Path) -> None:
+    """Compares the first step only: later ones are of students that differ by rounding."""
     for name in ("on_policy", "on_policy_adapters"):
-        ddp, fsdp2 = (metrics(runs / how / name)[0] for how in WAYS)
+        ddp, fsdp2 = (metrics(runs / strategy / name)[0] for strategy in STRATEGIES)
         assert fsdp2["tokens"] == ddp["tokens"]
         assert fsdp2["loss"] == pytest.approx(ddp["loss"], rel=1e-5)
 
 
-def test_sigterm_to_two_processes_saves_and_they_go_on_bit_for_bit(
-    lab: Lab, runs: Path, tmp_path: Path
-) -> None:
+def test_two_processes_save_on_sigterm_and_resume_bit_for_bit(lab: Lab, runs: Path, tmp_path: Path) -> None:
     config = lab.config(tmp_path, *SHARED, *RUNS["on_policy"])
-    process = two_processes("fsdp2", config)
+    process = start_two("fsdp2", config)
     while not (tmp_path / "metrics.jsonl").exists() or not metrics(tmp_path):
-        assert process.poll() is None, said(process)
+        assert process.poll() is None, wait_for_output(process)
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    said(process)
+    wait_for_output(process)
     last = metrics(tmp_path)[-1]["step"]
     assert 0 < last < 3
-    assert checkpoints(tmp_path)[-1].name == f"step-{last:08}"
-    process = two_processes("fsdp2", config)
-    end = said(process)
-    assert process.returncode == 0, end
+    assert list_checkpoints(tmp_path)[-1].name == f"step-{last:08}"
+    process = start_two("fsdp2", config)
+    output = wait_for_output(process)
+    assert process.returncode == 0, output
     assert losses(tmp_path) == losses(runs / "fsdp2" / "on_policy")
 
 
-def test_two_processes_share_the_writing_of_a_store(lab: Lab, tmp_path: Path) -> None:
+def test_two_processes_write_the_store_of_one(lab: Lab, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in lab.data.read_text().splitlines()]
     data = tmp_path / "data.jsonl"
     data.write_text(
@@ -136,21 +138,23 @@ def test_two_processes_share_the_writing_of_a_store(lab: Lab, tmp_path: Path) ->
     config = lab.config(tmp_path, f"data.path={data}", "teacher.targets=topk", "teacher.k=5", "lmbda=0")
     store_teacher(config, tmp_path / "one", "float32")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
-    process = launched(
+    process = launch(
         "ddp", "-m", "fused_distill.cli", "cache-teacher", f"{tmp_path}/run.yaml", f"--output={tmp_path}/two"
     )
-    end = said(process)
-    assert process.returncode == 0, end
+    output = wait_for_output(process)
+    assert process.returncode == 0, output
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert sorted(one) == ["part-000000.parquet", "part-000001.parquet", "teacher.json"]
     assert one == two
 
 
-def test_processes_must_get_equal_shares(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unequal_shares_of_prompts_are_refused(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 3))
-    for complaint, *overrides in (
+    for message, *overrides in (
         ("prompts_per_step: 8 must be a multiple of 3",),
         (
             "data.evaluation_prompts: 4 must be a multiple of 3",
@@ -158,7 +162,7 @@ def test_processes_must_get_equal_shares(lab: Lab, tmp_path: Path, monkeypatch: 
             "data.evaluation_prompts=4",
         ),
     ):
-        with pytest.raises(ConfigError, match=complaint):
+        with pytest.raises(ConfigError, match=message):
             Trainer(lab.config(tmp_path, *overrides))
 
 

@@ -1,68 +1,198 @@
-"""A server writes completions: it has the student's weights when it does."""
+"""Tests of rollouts by vLLM: engines are built by the settings and have the student's weights."""
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from fused_distill.rollouts.base import TransformersRollouts
-from fused_distill.trainer.checkpoint import checkpoints
-from fused_distill.trainer.loop import train
-from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, metrics, transformers
+from fused_distill.trainer.checkpoint import list_checkpoints
+from fused_distill.trainer.config import ConfigError
+from fused_distill.trainer.loop import Trainer, train
+from trainer_cases import NOT_INTERPRETED, Lab, losses, metrics, transformers
 from trainer_cases import lab as lab
 
-pytestmark = ABOUT_THE_TRAINER
+pytestmark = NOT_INTERPRETED
 
 
-class Server:
-    """Stands for VllmRollouts: writes with the weights that it was sent."""
+class FakeEngine:
+    """Stands for VllmRollouts: generates with the weights that it received."""
 
-    sent: list[int]  # how often, when it wrote
+    syncs_at_generate: list[int]  # the number of syncs before each call of generate
+    arguments: list[Any]
 
-    def __init__(self, url: str, token: str | None):
-        self.count, Server.sent = 0, []
+    def __init__(self, *arguments: Any, **options: Any):
+        self.syncs = 0
+        FakeEngine.syncs_at_generate, FakeEngine.arguments = [], [*arguments, options]
 
-    def generate(self, prompts: Any, sampling: Any, groups: Any = None) -> Any:
-        Server.sent.append(self.count)
-        return TransformersRollouts(self.model).generate(prompts, sampling, groups)
+    def generate(self, prompts: Any, sampling: Any) -> Any:
+        FakeEngine.syncs_at_generate.append(self.syncs)
+        return TransformersRollouts(self.model).generate(prompts, sampling)
 
     def sync_from_disk(self, folder: Path) -> None:
-        self.count += 1
+        self.syncs += 1
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
+class FakeInProcessEngine(FakeEngine):
+    """Stands for VllmInProcessRollouts."""
+
+
+class FakeLlm:
+    """Stands for vllm.LLM."""
+
+    def __init__(self, **options: Any):
+        self.options = options
+
+
+class FakeNccl:
+    """Stands for NcclWeightSync: the server receives the weights of the model."""
+
+    calls: list[Any]
+
+    def __init__(self, url: str, model: torch.nn.Module, **options: Any):
+        self.model = model
+        FakeNccl.calls = [(url, options)]
+
+    def sync(self) -> None:
+        FakeNccl.calls.append([p.detach().clone() for p in self.model.parameters()])
+
+    def close(self) -> None:
+        FakeNccl.calls.append("closed")
+
+
 @pytest.fixture(autouse=True)
-def server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_distill.trainer.loop.VllmRollouts", Server)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("vllm")
+    module.__spec__, module.LLM = ModuleSpec("vllm", None), FakeLlm
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    for name, fake in (
+        ("VllmRollouts", FakeEngine),
+        ("VllmInProcessRollouts", FakeInProcessEngine),
+        ("NcclWeightSync", FakeNccl),
+    ):
+        monkeypatch.setattr(f"fused_distill.trainer.rollouts.{name}", fake)
 
 
-HOW = ("steps=5", "data.evaluation_prompts=4", "evaluate_every=3", "save_every=3")
+RUN = ("steps=5", "data.evaluation_prompts=4", "evaluate_every=3", "save_every=3")
+SERVER = ("rollouts.engine=vllm_server", "rollouts.url=http://x")
+NCCL = (*SERVER, "rollouts.sync=nccl", "rollouts.nccl_address=10.0.0.1", "rollouts.nccl_port=29600")
+IN_PROCESS = ("rollouts.engine=vllm",)
+ENGINES = pytest.mark.parametrize("engine", [SERVER, IN_PROCESS], ids=["server", "in_process"])
 
 
-def test_a_server_writes_what_the_student_itself_writes(lab: Lab, tmp_path: Path) -> None:
-    train(lab.config(tmp_path / "own", *HOW))
-    train(lab.config(tmp_path / "server", *HOW, "rollouts.url=http://x"))
+@ENGINES
+def test_vllm_generates_with_the_students_weights(lab: Lab, tmp_path: Path, engine: tuple[str, ...]) -> None:
+    train(lab.config(tmp_path / "transformers", *RUN))
+    train(lab.config(tmp_path / "vllm", *RUN, *engine))
     for kind in ("train", "evaluation"):
-        of_own, of_server = (
-            [row["loss"] for row in metrics(tmp_path / who, kind)] for who in ("own", "server")
-        )
-        assert of_server == of_own
+        expected = [row["loss"] for row in metrics(tmp_path / "transformers", kind)]
+        assert [row["loss"] for row in metrics(tmp_path / "vllm", kind)] == expected
 
 
-def test_weights_are_sent_as_often_as_asked_and_for_every_evaluation(lab: Lab, tmp_path: Path) -> None:
-    train(lab.config(tmp_path, *HOW, "rollouts.url=http://x", "rollouts.sync_every=2"))
+@ENGINES
+def test_weights_are_sent_every_sync_every_steps_and_for_every_evaluation(
+    lab: Lab, tmp_path: Path, engine: tuple[str, ...]
+) -> None:
+    train(lab.config(tmp_path, *RUN, *engine, "rollouts.sync_every=2"))
     # Evaluation at 0, steps 0 1 2, evaluation at 3, steps 3 4, evaluation at 5.
-    assert Server.sent == [1, 1, 1, 2, 3, 3, 4, 5]
+    assert FakeEngine.syncs_at_generate == [1, 1, 1, 2, 3, 3, 4, 5]
 
 
-def test_a_resumed_run_sends_its_weights_first(lab: Lab, tmp_path: Path) -> None:
-    how = ("steps=6", "save_every=3", "rollouts.url=http://x", "rollouts.sync_every=4")
-    train(lab.config(tmp_path, *how))
-    assert Server.sent == [1, 1, 1, 2, 3, 3]  # at step 3 for the checkpoint's sake
-    whole = losses(tmp_path)
-    for checkpoint in checkpoints(tmp_path)[1:]:
+@ENGINES
+def test_a_resumed_run_sends_its_weights_first(lab: Lab, tmp_path: Path, engine: tuple[str, ...]) -> None:
+    settings = ("steps=6", "save_every=3", *engine, "rollouts.sync_every=4")
+    train(lab.config(tmp_path, *settings))
+    assert FakeEngine.syncs_at_generate == [1, 1, 1, 2, 3, 3]  # at step 3 because of the checkpoint
+    uninterrupted = losses(tmp_path)
+    for checkpoint in list_checkpoints(tmp_path)[1:]:
         checkpoint.rename(tmp_path / "away")
-    train(lab.config(tmp_path, *how), resume=True)
-    assert Server.sent == [1, 2, 2]
-    assert losses(tmp_path) == whole
+    train(lab.config(tmp_path, *settings), resume=True)
+    assert FakeEngine.syncs_at_generate == [1, 2, 2]
+    assert losses(tmp_path) == uninterrupted
+
+
+def test_a_server_is_called_by_url_and_token(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSED_DISTILL_TOKEN", "secret-of-16-chars")
+    Trainer(lab.config(tmp_path, *SERVER))
+    assert FakeEngine.arguments == ["http://x", {"token": "secret-of-16-chars"}]
+
+
+def test_an_engine_in_process_is_built_from_the_settings(lab: Lab, tmp_path: Path) -> None:
+    options = "rollouts.engine_options={gpu_memory_utilization: 0.25, max_model_len: 99}"
+    for overrides, expected in (
+        ((), {"dtype": "float32", "max_model_len": 512 + 6}),
+        ((options,), {"dtype": "float32", "max_model_len": 99, "gpu_memory_utilization": 0.25}),
+    ):
+        Trainer(lab.config(tmp_path, *IN_PROCESS, *overrides))
+        llm, no_options = FakeEngine.arguments
+        assert no_options == {}
+        assert llm.options == {"model": str(lab.student), **expected}
+
+
+def test_engines_of_several_processes_share_the_launchers_process_group(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 2))
+    Trainer(lab.config(tmp_path, *IN_PROCESS))
+    assert FakeEngine.arguments[0].options["distributed_executor_backend"] == "external_launcher"
+
+
+def test_every_process_loads_the_weights_into_its_own_engine_but_one_sends_them_to_a_server(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    for engine, syncs in ((IN_PROCESS, 1), (SERVER, 0)):
+        trainer = Trainer(lab.config(tmp_path, *engine))
+        trainer.save(tmp_path / "weights")
+        with monkeypatch.context() as patch:
+            patch.setattr(Accelerator, "is_main_process", property(lambda _: False))
+            trainer.rollouts.sync_weights(0)
+        assert trainer.rollouts.engine.syncs == syncs  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_nccl_sends_the_students_weights_as_often_as_disk_would(lab: Lab, tmp_path: Path) -> None:
+    class Receiver(FakeEngine):
+        def generate(self, prompts: Any, sampling: Any) -> Any:
+            self.syncs = sum(isinstance(call, list) for call in FakeNccl.calls)
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(lab.student)
+            for parameter, sent in zip(self.model.parameters(), FakeNccl.calls[-1], strict=True):
+                parameter.data.copy_(sent)
+            return super().generate(prompts, sampling)
+
+    train(lab.config(tmp_path / "transformers", *RUN))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fused_distill.trainer.rollouts.VllmRollouts", Receiver)
+        train(lab.config(tmp_path / "nccl", *RUN, *NCCL, "rollouts.sync_every=1"))
+    assert FakeEngine.syncs_at_generate == [1, 1, 2, 3, 4, 4, 5, 6]
+    assert losses(tmp_path / "nccl") == losses(tmp_path / "transformers")
+    options = {"address": "10.0.0.1", "port": 29600, "token": None, "rank": 0}
+    assert FakeNccl.calls[0] == ("http://x", options)
+    assert FakeNccl.calls[-1] == "closed"
+    assert not (tmp_path / "nccl" / "weights").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (IN_PROCESS, "rollouts.engine: vllm needs vLLM beside the trainer: pip install vllm"),
+        (NCCL, "rollouts.sync: nccl needs vLLM beside the trainer: pip install vllm"),
+    ],
+)
+def test_missing_vllm_is_reported_before_any_work(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr("fused_distill.trainer.rollouts.find_spec", lambda _: None)
+    with pytest.raises(ConfigError) as error:
+        Trainer(lab.config(tmp_path, *engine, "student=/nowhere"))
+    assert str(error.value) == message

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import signal
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from itertools import islice
 from math import isfinite
@@ -19,200 +14,200 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import AutoTokenizer, get_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from ..chunked.gemm import float64_if_supported
 from ..huggingface.lm_head import LMHeadParams
-from ..rollouts.base import RolloutEngine, Sampling, TransformersRollouts
+from ..rollouts.base import Sampling
 from ..rollouts.grouping import split_on_groups
-from ..rollouts.vllm import VllmRollouts
 from ..stats import DistillStats
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
-from .data import Batch, Sample, load_data, order
-from .journal import Journal
-from .student import load_student, pretrained, through_student
-from .targets import FullTargets, TopKTargets, distillation_loss, topk_targets
+from .data import Batch, Sample, load_data, sample_stream
+from .metrics import MetricsLogger, add_batch, mean_metrics, memory_gib, zero_sums
+from .rollouts import StudentRollouts, check_vllm_installed
+from .student import load_pretrained, load_student, run_in_student_forward, student_vocab_size
+from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
 from .teachers import load_teacher
+from .timing import StepTimer
 
-BATCH = 8  # samples of an evaluation's forward pass
-SHOWN_SAMPLES = 3
+EVAL_BATCH_SIZE = 8
+N_SHOWN_SAMPLES = 3
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss is NaN or infinite; the message says at which tokens."""
+    """The loss is NaN or infinite; the message names the tokens."""
 
 
 class Trainer:
-    """A run of `train`: models, data and how a batch becomes a loss."""
+    """Models and data of a run, and one optimizer step or evaluation with them."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.accelerator = Accelerator(
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
-            cpu=not torch.accelerator.is_available(),  # else a second process on the CPU runs on its own
-            log_with=[*config.trackers] or None,
-            # Longer than a client of a server is patient while the other processes wait.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-            project_dir=str(config.output),
-        )
+        check_vllm_installed(config.rollouts)
+        self.accelerator = make_accelerator(config)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.sharded = self.accelerator.is_fsdp2
-        if self.accelerator.distributed_type == DistributedType.FSDP and not self.sharded:
-            raise ConfigError("fsdp_version: must be 2 (of accelerate's settings)")
-        slices = self.processes * config.gradient_accumulation_steps
-        for key, value, unit in (
-            ("prompts_per_step", config.prompts_per_step, slices),
-            ("data.evaluation_prompts", config.data.evaluation_prompts, self.processes),
-        ):
-            if value % unit:
-                raise ConfigError(
-                    f"{key}: {value} must be a multiple of {unit}, as {self.processes} processes and "
-                    f"{config.gradient_accumulation_steps} gradient_accumulation_steps share them"
-                )
-        self.device = self.accelerator.device
-        self.tokenizer = pretrained(AutoTokenizer, "student", config.student)
-        self.samples: Any
-        with self.accelerator.local_main_process_first():  # the others read what it kept
-            self.samples, self.held_out = load_data(config, self.tokenizer, completions=config.lmbda < 1)
-        self.teacher = load_teacher(config, self.tokenizer, self.device)
+        self.device, self.sharded = self.accelerator.device, self.accelerator.is_fsdp2
+        check_shares(config, self.processes)
+        self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, "student", config.student)
+        with self.accelerator.local_main_process_first():  # the other processes read the cache of the first
+            self.samples, self.held_out = load_data(
+                config.data,
+                self.tokenizer,
+                max_completion_length=config.rollouts.max_completion_length,
+                completions=config.lmbda < 1,
+                prompts_per_step=config.prompts_per_step,
+            )
+        vocab_size = student_vocab_size(config.student)
+        self.teacher = load_teacher(
+            config.teacher, config.temperature, self.tokenizer, vocab_size, self.device
+        )
         torch.manual_seed(config.seed)
         model = load_student(config)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.model: Any = self.accelerator.unwrap_model(self.wrapped)
-        self.schedule: Any = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, config.steps)
+        self.model: PreTrainedModel = self.accelerator.unwrap_model(self.wrapped)
+        self.schedule: LRScheduler = get_scheduler(
+            config.schedule, self.optimizer, config.warmup_steps, config.steps
+        )
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.server: VllmRollouts | None = None
-        if config.rollouts.url is not None:
-            self.server = VllmRollouts(config.rollouts.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
-        elif self.sharded:
-            register_fsdp_forward_method(self.wrapped, "generate")
-        own = TransformersRollouts(self.model, synced=self.sharded, logprobs=False)
-        self.engine: RolloutEngine = self.server or own
+        self.rollouts = StudentRollouts(config, self.accelerator, self.wrapped, self.save)
+        self.timer = StepTimer(self.device)
         self.step = 0
-        self.sent_at: int | None = None  # the step whose weights the rollout server has
-        self.seconds: Any = Counter()
 
     def fill_buffer(self) -> list[list[Sample]]:
-        """This process's samples of one step, a list for each slice of the gradient accumulation."""
+        """Return this process's samples of one step, one list per slice of the gradient accumulation."""
         config, slices = self.config, self.config.gradient_accumulation_steps
         start = self.step * config.prompts_per_step
-        given = list(islice(order(self.samples, config.seed, start), config.prompts_per_step))
-        mine = given[self.rank :: self.processes]
-        each = len(mine) // slices
-        coin = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)  # the same in every process
-        on_policy = int((torch.rand(slices, generator=coin) < config.lmbda).sum())
-        buffer = [mine[i * each : (i + 1) * each] for i in range(on_policy, slices)]
+        stream = sample_stream(self.samples, config.seed, start)
+        step_samples = list(islice(stream, config.prompts_per_step))
+        local_samples = step_samples[self.rank :: self.processes]
+        samples_per_slice = len(local_samples) // slices
+        # Every process draws the same number of on-policy slices.
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        on_policy = int((torch.rand(slices, generator=generator) < config.lmbda).sum())
+        buffer = [
+            local_samples[i * samples_per_slice : (i + 1) * samples_per_slice]
+            for i in range(on_policy, slices)
+        ]
         if on_policy:
-            seed = (config.seed << 40) + (self.step * self.processes + self.rank << 16)
+            seed = (config.seed << 40) + ((self.step * self.processes + self.rank) << 16)
             n = config.rollouts.num_generations
-            buffer += self.write(mine[: on_policy * each], seed, n, on_policy)
+            buffer += self.generate(local_samples[: on_policy * samples_per_slice], seed, n, on_policy)
         return buffer
 
     @torch.no_grad()
-    def write(self, given: list[Sample], seed: int, n: int, slices: int = 1) -> list[list[Sample]]:
-        """n completions of each prompt by the student as it is, cut into slices between prompts."""
-        how = self.config.rollouts
-        sampling = Sampling(n, how.max_completion_length, how.temperature, how.top_p, how.top_k, seed)
-        # One cast of the weights for all tokens; shards are cast by FSDP.
+    def generate(self, samples: list[Sample], seed: int, n: int, slices: int = 1) -> list[list[Sample]]:
+        """Return n completions of each prompt by the student, in slices that split no prompt."""
+        settings = self.config.rollouts
+        sampling = Sampling(
+            n, settings.max_completion_length, settings.temperature, settings.top_p, settings.top_k, seed
+        )
+        # Autocast casts the weights once for all tokens; FSDP casts its shards itself.
         with nullcontext() if self.sharded else self.accelerator.autocast():
-            completions = self.engine.generate([sample.prompt for sample in given], sampling)
+            completions = self.rollouts.generate([sample.prompt for sample in samples], sampling)
         return [
-            [Sample(given[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
+            [Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
             for part in split_on_groups(completions, slices)
         ]
 
-    def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, DistillStats]:
-        """The batch's share of the step's loss, and its statistics a token."""
+    def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, DistillStats, Targets]:
+        """Return a batch's summed loss divided by `normalizer`, its per-token statistics and its targets."""
         config, vocab_size = self.config, self.teacher.vocab_size
 
-        def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats]:
+        def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats, Targets]:
             ids = None
             if config.teacher.targets == "student_topk":
-                ids = topk_targets(hidden, head, batch, config, vocab_size).ids
-            with self.timed("teacher_seconds"):
+                k = config.teacher.k
+                ids = topk_targets(hidden, head, batch.mask, k, config.temperature, vocab_size).ids
+            with self.timer.measure("teacher_seconds"):
                 targets = self.teacher.targets(batch, ids)
-            loss, stats = distillation_loss(hidden, head, targets, batch, config, vocab_size, normalizer)
-            if not loss.isfinite():
-                raise NonFiniteLoss(self.diagnosis(batch, targets, stats))
-            return loss, stats
+            loss, stats = distillation_loss(
+                hidden,
+                head,
+                targets,
+                batch.mask,
+                normalizer,
+                beta=config.beta,
+                temperature=config.temperature,
+                tail=config.teacher.tail,
+                vocab_size=vocab_size,
+            )
+            return loss, stats, targets
 
         with self.accelerator.autocast():
-            return through_student(self.wrapped, self.model, batch, compute)
-
-    def diagnosis(self, batch: Batch, targets: FullTargets | TopKTargets, stats: DistillStats) -> str:
-        """Which tokens of a batch have no finite divergence, and whose numbers are at fault."""
-        bad = batch.mask & ~(stats.forward_kl.isfinite() & stats.reverse_kl.isfinite())
-        broken = (targets.hidden if isinstance(targets, FullTargets) else targets.logprobs).isnan().any(-1)
-        found = [f"the loss is not finite at {int(bad.sum())} of {int(batch.mask.sum())} tokens"]
-        for row, position in bad.nonzero().tolist()[:5]:
-            text = self.tokenizer.decode([batch.tokens[row, position + 1]])
-            whose = "are NaN" if broken[row, position] else "are sound"
-            found.append(
-                f"row {batch.samples[row].row} of the data, token {position + 1} ({text!r}): "
-                f"the teacher's numbers {whose}"
-            )
-        return "; ".join(found)
+            return run_in_student_forward(self.wrapped, self.model, batch, compute)
 
     def update(self, buffer: list[list[Sample]]) -> dict[str, float]:
-        """One optimizer step; the loss is the mean over the tokens of the buffers of all processes."""
-        batches = [Batch.of(samples, self.device) for samples in buffer]
-        total = max(1.0, float(self.sum(sum(batch.mask.sum() for batch in batches))))
-        sums: Any = 0
+        """Do one optimizer step; the loss is the mean over the tokens of the buffers of all processes.
+
+        Raises:
+            NonFiniteLoss: the loss or its gradient is not finite; no weight has changed.
+        """
+        batches = [Batch.collate(samples, self.device) for samples in buffer]
+        n_tokens = max(1.0, float(self.sum(torch.stack([batch.mask.sum() for batch in batches]).sum())))
+        sums = zero_sums(self.device)
         for i, batch in enumerate(batches):
-            # FSDP would keep whole gradients on every device.
-            now = self.sharded or i == len(batches) - 1
-            with nullcontext() if now else self.accelerator.no_sync(self.wrapped):
-                loss, stats = self.loss(batch, total)
-                # DDP and FSDP average over the processes; the tokens of all of them are in `total`.
+            # Without reducing gradients per slice FSDP would keep unsharded gradients on every device.
+            reduce_now = self.sharded or i == len(batches) - 1
+            with nullcontext() if reduce_now else self.accelerator.no_sync(self.wrapped):
+                loss, stats = self.loss(batch, n_tokens)[:2]
+                # DDP and FSDP average over processes, but n_tokens counts the tokens of all of them.
                 self.accelerator.backward(loss * self.processes)
-            sums += statistics(batch, loss * total, stats)
+            sums = add_batch(sums, batch, loss * n_tokens, stats)
+        metrics = self.mean_over_processes(sums, batches)
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if not isfinite(norm) and self.config.precision != "fp16":  # whose scaler leaves the step out
+        if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        rate = self.schedule.get_last_lr()[0]
-        return averages(self.sum(sums)) | {"grad_norm": norm, "learning_rate": rate}
+        return metrics | {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
 
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], list[str]]:
-        """The loss on held-out prompts, and a few of the texts that it is of."""
+        """Return the mean metrics on held-out prompts and a few decoded samples."""
         samples = self.held_out[self.rank :: self.processes]
         if self.config.teacher.stored is None:
-            self.send_weights()
-            [samples] = self.write(samples, self.config.seed + self.rank, 1)
-        sums: Any = 0
-        for start in range(0, len(samples), BATCH):
-            batch = Batch.of(samples[start : start + BATCH], self.device)
-            loss, stats = self.loss(batch, 1.0)
-            sums += statistics(batch, loss, stats)
-        texts = [self.tokenizer.decode(s.tokens) for s in samples[:SHOWN_SAMPLES]]
-        return averages(self.sum(sums)), texts
+            self.rollouts.sync_weights(self.step)
+            [samples] = self.generate(samples, self.config.seed + self.rank, 1)
+        starts = range(0, len(samples), EVAL_BATCH_SIZE)
+        batches = [Batch.collate(samples[i : i + EVAL_BATCH_SIZE], self.device) for i in starts]
+        sums = zero_sums(self.device)
+        for batch in batches:
+            loss, stats = self.loss(batch, 1.0)[:2]
+            sums = add_batch(sums, batch, loss, stats)
+        shown = [str(self.tokenizer.decode(s.tokens)) for s in samples[:N_SHOWN_SAMPLES]]
+        return self.mean_over_processes(sums, batches), shown
 
-    def sum(self, values: Any) -> Tensor:
-        """Over all processes."""
+    def mean_over_processes(self, sums: Tensor, batches: list[Batch]) -> dict[str, float]:
+        """Return the mean metrics of all processes; raise NonFiniteLoss if the loss is not finite."""
+        metrics = mean_metrics(self.sum(sums))
+        if not isfinite(metrics["loss"]):
+            raise NonFiniteLoss(self.diagnose(batches))
+        return metrics
+
+    @torch.no_grad()
+    def diagnose(self, batches: list[Batch]) -> str:
+        """Compute the batches once more and describe the first of them whose loss is not finite."""
+        diagnoses: list[str | None] = []
+        for batch in batches:  # all of them, as FSDP's processes compute together
+            _, stats, targets = self.loss(batch, 1.0)
+            diagnoses.append(describe_non_finite(batch, targets, stats, self.tokenizer))
+        no_token = "the loss is not finite, but every token's is in this process"
+        return next(filter(None, diagnoses), no_token)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over all processes."""
         return self.accelerator.reduce(values, "sum")  # pyright: ignore[reportReturnType]
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to what the step has spent on it."""
-        started = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - started
-
     def save(self, folder: Path) -> None:
-        """The student as transformers and vLLM load it."""
+        """Save the student in the format of transformers and vLLM; all processes call it together."""
         state = self.accelerator.get_state_dict(self.wrapped)
         if self.accelerator.is_main_process:
-            # Tied weights once, which transformers does not see where they were gathered from shards.
+            # Drop copies of tied weights: transformers does not recognise them when gathered from shards.
             names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
             tied = names - {name for name, _ in self.model.named_parameters()}
             state = {name: tensor for name, tensor in state.items() if name not in tied}
@@ -220,96 +215,89 @@ class Trainer:
             self.tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
 
-    def send_weights(self) -> None:
-        """To the server that writes completions, if there is one, unless it has them."""
-        if self.server is None or self.sent_at == self.step:
-            return
-        folder = self.config.output / "weights"
-        self.save(folder)
-        if self.accelerator.is_main_process:
-            self.server.sync_from_disk(folder)
-        self.accelerator.wait_for_everyone()
-        self.sent_at = self.step
-
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
-    """Distil a student; returns the folder that holds it.
+    """Distil a student and return the folder that holds it.
 
-    SIGTERM ends the run after the step under way, with a checkpoint.
+    SIGTERM ends the run after the current step, with a checkpoint.
 
     Args:
-        config: of the run. Its output folder then holds student, metrics.jsonl, report.html and checkpoints.
-        resume: go on from the last checkpoint in the output folder, if there is one.
+        config: settings. The output folder receives student, metrics.jsonl, report.html and checkpoints.
+        resume: resume from the last checkpoint in the output folder, if there is one.
 
     Raises:
-        ConfigError: a setting that does not fit, by its key.
-        NonFiniteLoss: with the tokens at which the loss is not finite.
+        ConfigError: a setting is invalid (the message names its key).
+        NonFiniteLoss: the loss is not finite (the message names the tokens).
     """
-    found = checkpoints(config.output)
-    if found and not resume:
-        raise ConfigError(f"output: {config.output} holds checkpoints: --resume goes on from the last")
+    checkpoints = list_checkpoints(config.output)
+    if checkpoints and not resume:
+        raise ConfigError(f"output: {config.output} holds checkpoints; --resume resumes from the last")
     run = Trainer(config)
-    if found:
-        run.step = load_checkpoint(run.accelerator, config, found[-1])
-    journal = Journal(run.accelerator, config, run.step)
-    with ExitStack() as after:
-        before = signal.signal(signal.SIGTERM, lambda *_: run.accelerator.set_trigger())
-        after.callback(signal.signal, signal.SIGTERM, before)
+    if checkpoints:
+        run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
+    logger = MetricsLogger(run.accelerator, config, run.step)
+    with ExitStack() as cleanup:
+        cleanup.callback(run.rollouts.close)
+        previous_handler = signal.signal(signal.SIGTERM, lambda *_: run.accelerator.set_trigger())
+        cleanup.callback(signal.signal, signal.SIGTERM, previous_handler)
         if run.step == 0 and run.held_out:
-            journal.write(0, "evaluation", *run.evaluate())
+            logger.log(0, "evaluation", *run.evaluate())
         while run.step < config.steps:
-            run.seconds.clear()
-            torch.manual_seed(config.seed * 1_000_003 + run.step)  # of nothing but this step
-            with run.timed("rollout_seconds"):
-                if run.sent_at is None or run.step % config.rollouts.sync_every == 0:
-                    run.send_weights()
+            run.timer.reset()
+            torch.manual_seed(config.seed * 1_000_003 + run.step)  # a resumed run draws the same numbers
+            with run.timer.measure("rollout_seconds"):
+                if run.rollouts.weights_synced_step is None or run.step % config.rollouts.sync_every == 0:
+                    run.rollouts.sync_weights(run.step)
                 buffer = run.fill_buffer()
-            with run.timed("update_seconds"):
+            with run.timer.measure("update_seconds"):
                 metrics = run.update(buffer)
-            run.seconds["update_seconds"] -= run.seconds["teacher_seconds"]  # which is inside
             run.step += 1
-            spent = sum(run.seconds.values())
-            speed = {"tokens_per_second": metrics["tokens"] / spent, "memory_gib": memory_gib(run.device)}
-            journal.write(run.step, "train", metrics | speed | dict(run.seconds))
+            seconds = run.timer.seconds()
+            seconds["update_seconds"] -= seconds["teacher_seconds"]  # which it includes
+            speed = metrics["tokens"] / sum(seconds.values())
+            metrics |= {"tokens_per_second": speed, "memory_gib": memory_gib(run.device)}
+            logger.log(run.step, "train", metrics | seconds)
             last = run.step == config.steps
             if run.held_out and (last or run.step % config.evaluate_every == 0):
-                journal.write(run.step, "evaluation", *run.evaluate())
-            stopping = run.accelerator.check_trigger()  # in any process
+                logger.log(run.step, "evaluation", *run.evaluate())
+            stopping = run.accelerator.check_trigger()  # SIGTERM in any process
             if last or stopping or run.step % config.save_every == 0:
                 save_checkpoint(run.accelerator, config, run.step)
-                if run.sent_at != run.step:
-                    run.sent_at = None  # a run that goes on from here sends its weights first
+                if run.rollouts.weights_synced_step != run.step:
+                    run.rollouts.weights_synced_step = None  # sync, as a run resumed here would
             if stopping:
                 break
         student = config.output / "student"
         run.save(student)
-        journal.report()
+        logger.write_report()
         run.accelerator.end_training()
     return student
 
 
-STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return accelerate's Accelerator for a run."""
+    accelerator = Accelerator(
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        cpu=not torch.accelerator.is_available(),  # else processes on a CPU would not form a group
+        log_with=[*config.trackers] or None,
+        # Longer than a client retries its server while the other processes wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        project_dir=str(config.output),
+    )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError("fsdp_version: must be 2 (of accelerate's settings)")
+    return accelerator
 
 
-def statistics(batch: Batch, loss: Tensor, stats: DistillStats) -> Tensor:
-    """Sums over a batch: its tokens and samples, and what `averages` makes means of."""
-    samples, device = batch.samples, loss.device
-    lengths = [len(samples), sum(len(s.completion) for s in samples), sum(s.truncated for s in samples)]
-    of_samples = torch.tensor(lengths, dtype=float64_if_supported(device), device=device)
-    of_tokens = [batch.mask.sum(), loss.detach(), *(getattr(stats, name).sum() for name in STATISTICS)]
-    return torch.cat([of_samples, torch.stack([value.to(of_samples) for value in of_tokens])])
-
-
-def averages(sums: Tensor) -> dict[str, float]:
-    """A token's, of lengths and truncation a sample's; the count of tokens as it is."""
-    samples, length, truncated, tokens, *rest = sums.tolist()
-    means = {"completion_length": length / samples, "truncated": truncated / samples, "tokens": tokens}
-    names = ("loss", *STATISTICS)
-    return means | {name: value / max(tokens, 1) for name, value in zip(names, rest, strict=True)}
-
-
-def memory_gib(device: torch.device) -> float:
-    """The most that this process has held: on the GPU if it has one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def check_shares(config: TrainConfig, processes: int) -> None:
+    """Raise a ConfigError unless processes and slices get equal shares of the prompts."""
+    slices = processes * config.gradient_accumulation_steps
+    for key, value, unit in (
+        ("prompts_per_step", config.prompts_per_step, slices),
+        ("data.evaluation_prompts", config.data.evaluation_prompts, processes),
+    ):
+        if value % unit:
+            raise ConfigError(
+                f"{key}: {value} must be a multiple of {unit}, as {processes} processes and "
+                f"{config.gradient_accumulation_steps} gradient_accumulation_steps share them"
+            )

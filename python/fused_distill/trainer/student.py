@@ -1,94 +1,113 @@
-"""The student: the model that is trained, and its hidden states inside whatever wraps it."""
+"""The student: the model that is trained, and its hidden states inside DDP or FSDP wrappers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, LoraConfig, TrainConfig
 from .data import Batch
 
 T = TypeVar("T")
 
 
-def pretrained(kind: Any, key: str, name: str, **options: Any) -> Any:
-    """`kind.from_pretrained`; a failure names the key."""
+def load_pretrained(auto_class: Any, key: str, name: str, **options: Any) -> Any:
+    """Call `auto_class.from_pretrained(name)`; raise a ConfigError that names the key if it fails."""
     try:
-        return kind.from_pretrained(name, **options)
+        return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {name} cannot be loaded: {error}") from error
 
 
-def load_student(config: TrainConfig) -> Any:
-    """The model to be trained, in float32; with adapters if the settings ask for them, on weights in bfloat16
-    where products are.
+def student_vocab_size(student: str) -> int:
+    """Return the number of rows of the student's LM head, without loading its weights."""
+    return load_pretrained(AutoConfig, "student", student).get_text_config().vocab_size
 
-    Dropout is off: rollouts, scores and updates are of the same function.
+
+def load_student(config: TrainConfig) -> PreTrainedModel:
+    """Load the model to train, in float32; with LoRA and precision bf16 its frozen base is in bfloat16.
+
+    Dropout is disabled, so that rollouts, evaluation and updates use the same function.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or `frozen` or `lora.target_modules` do not fit it.
     """
     frozen_base = config.lora is not None and config.precision == "bf16"
     dtype = torch.bfloat16 if frozen_base else torch.float32
-    model = pretrained(AutoModelForCausalLM, "student", config.student, dtype=dtype).eval()
-    used = {id(p) for part in (decoder_of(model), model.get_output_embeddings()) for p in part.parameters()}
-    names = dict(model.named_parameters())
-    for part in config.frozen:
-        if not any(part in name for name in names):
+    model = load_pretrained(AutoModelForCausalLM, "student", config.student, dtype=dtype).eval()
+    _freeze(model, config.frozen)
+    return model if config.lora is None else _add_adapters(model, config.lora)
+
+
+def _freeze(model: PreTrainedModel, frozen: list[str]) -> None:
+    """Train only parameters that the loss reaches and whose name contains none of `frozen`."""
+    modules = (decoder_of(model), cast(nn.Module, model.get_output_embeddings()))
+    used = {id(parameter) for module in modules for parameter in module.parameters()}
+    parameters = dict(model.named_parameters())
+    for part in frozen:
+        if not any(part in name for name in parameters):
             raise ConfigError(
-                f"frozen: no parameter has {part!r} in its name; they are such as {[*names][:3]}"
+                f"frozen: no parameter has {part!r} in its name; names are e.g. {[*parameters][:3]}"
             )
-    for name, parameter in names.items():  # a vision tower gets no gradient, which DDP would wait for
-        if id(parameter) not in used or any(part in name for part in config.frozen):
+    for name, parameter in parameters.items():  # DDP would wait for the gradients of a vision tower
+        if id(parameter) not in used or any(part in name for part in frozen):
             parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in names.values()):
-        raise ConfigError(f"frozen: {config.frozen} leaves nothing to train")
-    if config.lora is None:
-        return model
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ConfigError(f"frozen: {frozen} leaves nothing to train")
+
+
+def _add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ImportError as error:
         raise ImportError("lora needs PEFT: pip install peft") from error
-    lora = config.lora
-    adapters = LoraConfig(
+    adapters = peft.LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
     )
     head = model.get_output_embeddings()
     try:
-        model = get_peft_model(model, adapters).eval()
+        # A PeftModel forwards the attributes of the model that it wraps.
+        adapted = cast(PreTrainedModel, peft.get_peft_model(model, adapters).eval())
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {error}") from error
-    if model.get_output_embeddings() is not head:
+    if adapted.get_output_embeddings() is not head:
         raise ConfigError("lora.target_modules: must not hold the output layer, which the loss fuses")
-    return model
+    return adapted
 
 
-def inside_forward(wrapped: Any, module: Any, function: Callable[..., T], *inputs: Tensor) -> T:
-    """`function` called in the forward of `wrapped`, `module` with DDP's or FSDP's part around it."""
-    own, results = module.forward, []
+def run_inside_forward(
+    wrapper: nn.Module, module: nn.Module, function: Callable[..., T], *inputs: Tensor
+) -> T:
+    """Call `function` in place of the forward of `module`, by calling `wrapper`, its DDP or FSDP wrapper."""
+    forward, results = module.forward, list[T]()
 
-    def once(*inputs: Tensor) -> T:
-        module.forward = own
+    def replacement(*inputs: Tensor) -> T:
+        module.forward = forward
         results.append(function(*inputs))
         return results[0]
 
-    module.forward = once
-    wrapped(*inputs)
-    return results[0]  # as computed, not as FSDP casts it
+    module.forward = replacement
+    wrapper(*inputs)
+    return results[0]  # the wrapper's own return value may be cast by FSDP
 
 
-def through_student(
-    wrapped: Any, model: Any, batch: Batch, compute: Callable[[Tensor, LMHeadParams], T]
+def run_in_student_forward(
+    wrapper: nn.Module, model: PreTrainedModel, batch: Batch, compute: Callable[[Tensor, LMHeadParams], T]
 ) -> T:
-    """`compute` called with the student's hidden states (B, T - 1, D), each of which predicts the next token,
-    and its head; inside the forwards of model and head, where FSDP has gathered their weights."""
-    layer = model.get_output_embeddings()
+    """Call `compute` with the student's hidden states (B, T - 1, D) of a batch and its LM head.
 
-    def whole(tokens: Tensor) -> T:
+    The call happens inside the forwards of the model and of the head, where FSDP has gathered their weights.
+    """
+    head = cast(nn.Module, model.get_output_embeddings())
+
+    def forward(tokens: Tensor) -> T:
         output = decoder_of(model)(input_ids=tokens, attention_mask=batch.attention, use_cache=False)
         hidden = output.last_hidden_state[:, :-1]
-        return inside_forward(layer, layer, lambda states: compute(states, lm_head_of(model)), hidden)
+        return run_inside_forward(head, head, lambda states: compute(states, lm_head_of(model)), hidden)
 
-    return inside_forward(wrapped, model, whole, batch.tokens)
+    return run_inside_forward(wrapper, model, forward, batch.tokens)

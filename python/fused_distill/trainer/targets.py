@@ -1,85 +1,104 @@
-"""What a teacher gives of a batch, and the loss that it leads to."""
+"""The teacher's side of the loss, the loss itself, and what to report if it is not finite."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .. import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from ..huggingface.lm_head import LMHeadParams
 from ..stats import DistillStats
-from .config import TrainConfig
 from .data import Batch
 
 
 class FullTargets(NamedTuple):
-    """The teacher at every token of the vocabulary."""
+    """Full-vocabulary targets (hidden states + LM head)."""
 
     hidden: Tensor  # (B, T - 1, Dt)
     head: LMHeadParams
 
 
 class TopKTargets(NamedTuple):
-    """The teacher at k tokens."""
+    """Log-probabilities of the teacher at k tokens per position."""
 
     logprobs: Tensor  # (B, T - 1, k) at the loss's temperature
     ids: Tensor  # (B, T - 1, k)
 
 
+Targets: TypeAlias = FullTargets | TopKTargets
+
+
 class Teacher(Protocol):
-    """What a step needs of a teacher."""
+    """Teacher interface used by the training step."""
 
-    vocab_size: int  # columns that its head and the student's have in common
+    vocab_size: int  # rows that the LM heads of teacher and student have in common
 
-    def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets | TopKTargets:
-        """The teacher's side of the loss; student_ids (B, T - 1, k) are given for targets "student_topk"."""
+    def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
+        """Return the targets of a batch, at `student_ids` (B, T - 1, k) if they are given."""
         ...
 
 
 def topk_targets(
     hidden: Tensor,  # (B, T - 1, D)
     head: LMHeadParams,
-    batch: Batch,
-    config: TrainConfig,
+    mask: Tensor,  # (B, T - 1)
+    k: int,
+    temperature: float,
     vocab_size: int,
     ids: Tensor | None = None,  # (B, T - 1, k)
 ) -> TopKTargets:
-    """A model at the given ids; None: at its own teacher.k likeliest."""
-    found = topk_logprobs(
-        hidden,
-        head.weight,
-        config.teacher.k if ids is None else 0,
-        ids,
-        mask=batch.mask,
-        temperature=config.temperature,
-        vocab_size=vocab_size,
-        **head.options(),
-    )
-    if ids is None or found.actual_logprobs is None:
-        return TopKTargets(found.logprobs, found.ids)
-    return TopKTargets(found.actual_logprobs, ids)
+    """Return a model's log-probabilities at `ids`, or at its own k most likely tokens."""
+    options = head.options() | {"mask": mask, "temperature": temperature, "vocab_size": vocab_size}
+    top = topk_logprobs(hidden, head.weight, k if ids is None else 0, ids, **options)
+    if ids is None or top.actual_logprobs is None:
+        return TopKTargets(top.logprobs, top.ids)
+    return TopKTargets(top.actual_logprobs, ids)
 
 
 def distillation_loss(
     hidden: Tensor,  # (B, T - 1, Ds)
     head: LMHeadParams,
-    targets: FullTargets | TopKTargets,
-    batch: Batch,
-    config: TrainConfig,
-    vocab_size: int,
+    targets: Targets,
+    mask: Tensor,  # (B, T - 1)
     normalizer: float,
+    *,
+    beta: float,
+    temperature: float,
+    tail: Literal["bucket", "renormalize", "truncate"],
+    vocab_size: int,
 ) -> tuple[Tensor, DistillStats]:
-    """The loss of a batch and its statistics; `normalizer` is the count of tokens that the mean is over."""
+    """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
     common = head.options("student_") | {
-        "mask": batch.mask,
-        "beta": config.beta,
-        "temperature": config.temperature,
+        "mask": mask,
+        "beta": beta,
+        "temperature": temperature,
         "vocab_size": vocab_size,
         "normalizer": normalizer,
         "return_stats": True,
     }
     if isinstance(targets, TopKTargets):
-        return fused_linear_topk_jsd(hidden, head.weight, *targets, tail=config.teacher.tail, **common)
+        return fused_linear_topk_jsd(hidden, head.weight, *targets, tail=tail, **common)
     common |= targets.head.options("teacher_")
     return fused_linear_jsd(hidden, head.weight, targets.hidden, targets.head.weight, **common)
+
+
+def describe_non_finite(
+    batch: Batch, targets: Targets, stats: DistillStats, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """Describe which tokens have no finite loss and whether the teacher is the cause; None if all do."""
+    bad = batch.mask & ~(stats.forward_kl.isfinite() & stats.reverse_kl.isfinite())
+    if not bad.any():
+        return None
+    teacher = targets.hidden if isinstance(targets, FullTargets) else targets.logprobs
+    teacher_is_nan = teacher.isnan().any(-1)
+    lines = [f"the loss is not finite at {int(bad.sum())} of {int(batch.mask.sum())} tokens"]
+    for row, position in bad.nonzero().tolist()[:5]:
+        text = tokenizer.decode([int(batch.tokens[row, position + 1])])
+        state = "are NaN" if teacher_is_nan[row, position] else "are sound"
+        lines.append(
+            f"row {batch.samples[row].row} of the data, token {position + 1} ({text!r}): "
+            f"the teacher's numbers {state}"
+        )
+    return "; ".join(lines)

@@ -1,133 +1,161 @@
-"""Where the teacher's distribution comes from: a model here, a server, or what was stored before."""
+"""Sources of the teacher's distribution: a model in this process, a server, or a store."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of
 from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..serving.client.align import align, align_hidden_states
 from ..serving.client.client import TeacherClient
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, TeacherConfig
 from .data import Batch
 from .stored import StoredTeacher
-from .student import pretrained
-from .targets import FullTargets, Teacher, TopKTargets, topk_targets
+from .student import load_pretrained
+from .targets import FullTargets, Targets, Teacher, TopKTargets, topk_targets
 
 
 @dataclass
 class LocalTeacher:
     """A model in this process."""
 
-    model: Any
-    config: TrainConfig
+    model: PreTrainedModel
     vocab_size: int
+    temperature: float
+    k: int | None  # None: targets over the full vocabulary
 
     @torch.no_grad()
-    def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets | TopKTargets:
+    def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
         """See Teacher."""
-        wanted, head = self.config.teacher.targets, lm_head_of(self.model)
-        decoder = decoder_of(self.model)
+        head, decoder = lm_head_of(self.model), decoder_of(self.model)
         output = decoder(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
         hidden: Tensor = output.last_hidden_state[:, :-1]
-        if wanted == "full":
+        if self.k is None:
             return FullTargets(hidden, head)
-        return topk_targets(hidden, head, batch, self.config, self.vocab_size, student_ids)
+        options = self.k, self.temperature, self.vocab_size
+        return topk_targets(hidden, head, batch.mask, *options, student_ids)
+
+
+@dataclass
+class HiddenStateTeacher:
+    """A teacher server that returns hidden states, with a local copy of its LM head."""
+
+    client: TeacherClient
+    head: LMHeadParams
+    vocab_size: int
+
+    def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets:
+        """See Teacher; student_ids must be None."""
+        dtype = "float32" if self.head.weight.dtype == torch.float32 else "bfloat16"
+        hidden = self.client.get_hidden_states(*_sequences(batch), dtype=dtype)
+        states = align_hidden_states(hidden, batch.mask)
+        return FullTargets(states.to(self.head.weight.dtype), self.head)
 
 
 @dataclass
 class ServedTeacher:
-    """A teacher server, ours or a stock vLLM's, or what was stored of one."""
+    """A teacher server that returns log-probabilities, ours or a stock vLLM server."""
 
-    client: Any  # a TeacherClient; for targets "topk" also a StoredTeacher
-    config: TrainConfig
+    client: TeacherClient
     vocab_size: int
-    head: LMHeadParams | None = None  # for targets "full"
-    normalises: bool = False  # over vocab_size tokens, else over all rows of its own head
+    temperature: float
+    k: int
+    normalizes: bool  # over vocab_size tokens; else over all rows of its own LM head
 
-    def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets | TopKTargets:
+    def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
         """See Teacher."""
-        wanted, mask = self.config.teacher, batch.mask
-        asked = [s.tokens for s in batch.samples], [len(s.prompt) for s in batch.samples]
-        if self.head is not None:
-            dtype = "float32" if self.head.weight.dtype == torch.float32 else "bfloat16"
-            states = align_hidden_states(self.client.get_hidden_states(*asked, dtype=dtype), mask)
-            return FullTargets(states.to(self.head.weight.dtype), self.head)
-        how: dict[str, Any] = {"temperature": self.config.temperature}
-        if self.normalises:
-            how["vocab_size"] = self.vocab_size
-        if student_ids is None:
-            answer = self.client.get_sequence_logprobs(*asked, top_logprobs=wanted.k, **how)
-            logprobs, ids, *_ = align(answer, mask)
-            # Tokens that the student's head has no row for belong to the rest.
-            return TopKTargets(logprobs.masked_fill(ids >= self.vocab_size, -torch.inf), ids)
-        chosen = [rows.cpu().numpy() for rows in student_ids[mask].split(mask.sum(1).tolist())]
-        answer = self.client.get_sequence_logprobs(*asked, top_logprobs=0, score_ids=chosen, **how)
-        scores = align(answer, mask).score_logprobs
-        assert scores is not None
-        return TopKTargets(scores, student_ids)
+        score_ids = None
+        if student_ids is not None:
+            per_sample = student_ids[batch.mask].split(batch.mask.sum(1).tolist())
+            score_ids = [ids.cpu().numpy() for ids in per_sample]
+        answer = self.client.get_sequence_logprobs(
+            *_sequences(batch),
+            top_logprobs=self.k if student_ids is None else 0,
+            score_ids=score_ids,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size if self.normalizes else None,
+        )
+        aligned = align(answer, batch.mask)
+        if student_ids is not None:
+            assert aligned.score_logprobs is not None
+            return TopKTargets(aligned.score_logprobs, student_ids)
+        # Tokens without a row in the student's LM head belong to the tail.
+        beyond = aligned.ids >= self.vocab_size
+        return TopKTargets(aligned.logprobs.masked_fill(beyond, -torch.inf), aligned.ids)
 
 
-def load_teacher(config: TrainConfig, tokenizer: Any, device: torch.device) -> Teacher:
-    """The teacher that the settings name.
+def _sequences(batch: Batch) -> tuple[list[list[int]], list[int]]:
+    """Return the tokens and the prompt lengths of a batch."""
+    return [s.tokens for s in batch.samples], [len(s.prompt) for s in batch.samples]
+
+
+def load_teacher(
+    config: TeacherConfig,
+    temperature: float,  # of the loss
+    tokenizer: PreTrainedTokenizerBase,  # the student's
+    vocab_size: int,  # rows of the student's LM head
+    device: torch.device,
+) -> Teacher:
+    """Load the teacher that the settings name.
 
     Raises:
-        ConfigError: its tokenizer is not the student's, or it does not fit otherwise.
+        ConfigError: the teacher cannot be loaded, has another tokenizer, or lacks what the settings need.
     """
-    wanted, fingerprint = config.teacher, tokenizer_fingerprint(tokenizer)
-    vocab_size: int = pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
-    if wanted.model is not None:
-        own = load_tokenizer(wanted.model)
-        _same_tokenizer("teacher.model", fingerprint, own and tokenizer_fingerprint(own))
-        dtype = weights_dtype(wanted.dtype, device.type)
-        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):  # which is for what FSDP then fills
-            model = pretrained(AutoModelForCausalLM, "teacher.model", wanted.model, dtype=dtype)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if config.model is not None:
+        own_tokenizer = load_tokenizer(config.model)
+        own_fingerprint = None if own_tokenizer is None else tokenizer_fingerprint(own_tokenizer)
+        _check_tokenizer("teacher.model", fingerprint, own_fingerprint)
+        dtype = weights_dtype(config.dtype, device.type)
+        # FSDP's low-memory loading leaves weights empty until FSDP fills them; it does not wrap the teacher.
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+            model = load_pretrained(AutoModelForCausalLM, "teacher.model", config.model, dtype=dtype)
         model.to(device).eval().requires_grad_(False)
-        teacher = LocalTeacher(model, config, min(vocab_size, len(lm_head_of(model).weight)))
-    elif wanted.stored is not None:
-        stored = StoredTeacher(wanted.stored)
-        _same_tokenizer("teacher.stored", fingerprint, stored.info["tokenizer_fingerprint"])
-        stored.check(wanted.k, config.temperature)
-        teacher = ServedTeacher(stored, config, vocab_size)
+        k = None if config.targets == "full" else config.k
+        teacher = LocalTeacher(model, min(vocab_size, len(lm_head_of(model).weight)), temperature, k)
+    elif config.stored is not None:
+        teacher = StoredTeacher(config.stored, config.k, temperature, vocab_size)
+        _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer_fingerprint"])
     else:
-        assert wanted.url is not None
-        client = TeacherClient(wanted.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
+        assert config.url is not None
+        client = TeacherClient(config.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
         info = client.info()
-        _same_tokenizer("teacher.url", fingerprint, info.get("tokenizer_fingerprint"))
+        _check_tokenizer("teacher.url", fingerprint, info.get("tokenizer_fingerprint"))
         capabilities = info.get("capabilities", [])
-        _check_capabilities(config, capabilities)
-        head = client.head() if wanted.targets == "full" else None
-        if head is not None:
+        _check_capabilities(config.targets, temperature, capabilities)
+        vocab_size = min(vocab_size, info.get("vocab_size", vocab_size))
+        if config.targets == "full":
+            head = client.head()
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)
-        vocab_size = min(vocab_size, info.get("vocab_size", vocab_size))
-        teacher = ServedTeacher(client, config, vocab_size, head, "vocab_size" in capabilities)
-    if wanted.targets != "full" and wanted.k > teacher.vocab_size:
-        raise ConfigError(f"teacher.k: {wanted.k} is more than the {teacher.vocab_size} tokens there are")
+            teacher = HiddenStateTeacher(client, head, vocab_size)
+        else:
+            normalizes = "vocab_size" in capabilities
+            teacher = ServedTeacher(client, vocab_size, temperature, config.k, normalizes)
+    if config.targets != "full" and config.k > teacher.vocab_size:
+        raise ConfigError(f"teacher.k: {config.k} is more than the {teacher.vocab_size} tokens there are")
     return teacher
 
 
-def _same_tokenizer(key: str, student: str, teacher: str | None) -> None:
-    """Where the teacher's is not known, its ids are taken for the student's."""
+def _check_capabilities(targets: str, temperature: float, capabilities: list[str]) -> None:
+    """Raise a ConfigError if the server lacks a needed capability; a stock vLLM server has none."""
+    needed = {"full": "hidden_states", "student_topk": "score_ids", "topk": None}[targets]
+    if needed is not None and needed not in capabilities:
+        raise ConfigError(f"teacher.targets: must be topk with this server, which has no {needed}")
+    if temperature != 1 and "temperature" not in capabilities:
+        raise ConfigError(f"temperature: must be 1 with this server, got {temperature}")
+
+
+def _check_tokenizer(key: str, student: str, teacher: str | None) -> None:
+    """Raise a ConfigError if the tokenizers differ; if the teacher's is unknown, assume it matches."""
     if teacher is not None and teacher != student:
         raise ConfigError(
             f"{key}: the teacher's tokenizer gives tokens other ids than the student's. Distributions are "
             "compared id by id, so both models must share a tokenizer"
         )
-
-
-def _check_capabilities(config: TrainConfig, capabilities: list[str]) -> None:
-    """A stock vLLM server has none of these."""
-    targets = config.teacher.targets
-    needed = {"full": "hidden_states", "student_topk": "score_ids", "topk": None}[targets]
-    if needed is not None and needed not in capabilities:
-        raise ConfigError(f"teacher.targets: must be topk with this server, which has no {needed}")
-    if config.temperature != 1 and "temperature" not in capabilities:
-        raise ConfigError(f"temperature: must be 1 with this server, got {config.temperature}")

@@ -1,4 +1,4 @@
-"""Whatever ends a run, the next one goes on from a whole checkpoint, bit for bit."""
+"""Tests of checkpoints: a run that was interrupted in any way resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 from fused_distill.cli import main
-from fused_distill.trainer.checkpoint import checkpoints
+from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
-from trainer_cases import ABOUT_THE_TRAINER, Lab, metrics
+from trainer_cases import NOT_INTERPRETED, Lab, metrics
 from trainer_cases import lab as lab
 
-pytestmark = ABOUT_THE_TRAINER
+pytestmark = NOT_INTERPRETED
 
 KILLS = int(os.environ.get("FUSED_DISTILL_KILLS", "20"))
 TIMES = ("tokens_per_second", "memory_gib", "rollout_seconds", "teacher_seconds", "update_seconds")
@@ -38,31 +38,31 @@ SETTINGS = (
 
 
 def start(config: TrainConfig, file_limit: int = resource.RLIM_INFINITY) -> BaseProcess:
-    """A run with --resume in a process of its own, which has imported everything already."""
+    """Start a run with --resume in a new process, which has imported everything already."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["fused_distill.trainer.loop"])
-    process = context.Process(target=resumed, args=(config, file_limit))
+    process = context.Process(target=train_quietly, args=(config, file_limit))
     process.start()
     return process
 
 
-def resumed(config: TrainConfig, file_limit: int) -> None:
+def train_quietly(config: TrainConfig, file_limit: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     train(config, resume=True)
 
 
 def outcome(output: Path) -> tuple[list[dict[str, object]], bytes]:
-    """All metrics but times, and the weights."""
+    """Return all metrics but times, and the bytes of the weights."""
     rows = metrics(output) + metrics(output, "evaluation")
     kept = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
     return kept, (output / "student" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The output of a run that nothing ends, and its seconds."""
-    output = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """Return the output of a run without interruption, and its seconds."""
+    output = tmp_path_factory.mktemp("uninterrupted")
     start(lab.config(tmp_path_factory.mktemp("first"), "steps=1")).join()  # imports
     started = time.monotonic()
     process = start(lab.config(output, *SETTINGS))
@@ -71,23 +71,23 @@ def undisturbed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return output, time.monotonic() - started
 
 
-def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(
-    lab: Lab, undisturbed: tuple[Path, float], tmp_path: Path
+def test_a_run_killed_at_random_moments_resumes_bit_for_bit(
+    lab: Lab, uninterrupted: tuple[Path, float], tmp_path: Path
 ) -> None:
-    """As often as is asked; a run that gets to its end in between is followed by a new one."""
+    """Kills KILLS times; a run that ends before it is killed is followed by a new one."""
     draw = random.Random(KILLS)
     kills = runs = 0
     config = lab.config(tmp_path / "0", *SETTINGS)
     while True:
         process = start(config)
-        process.join(draw.uniform(0, undisturbed[1]) if kills < KILLS else None)
+        process.join(draw.uniform(0, uninterrupted[1]) if kills < KILLS else None)
         if process.exitcode is None:
             process.kill()
             process.join()
             kills += 1
             continue
         assert process.exitcode == 0
-        assert outcome(config.output) == outcome(undisturbed[0])
+        assert outcome(config.output) == outcome(uninterrupted[0])
         if kills == KILLS:
             break
         runs += 1
@@ -95,8 +95,8 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("place", ["checkpoint", "rename", "metrics"])
-def test_a_run_killed_at_the_worst_moment_goes_on_bit_for_bit(
-    lab: Lab, undisturbed: tuple[Path, float], tmp_path: Path, place: str
+def test_a_run_killed_at_the_worst_moment_resumes_bit_for_bit(
+    lab: Lab, uninterrupted: tuple[Path, float], tmp_path: Path, place: str
 ) -> None:
     config = lab.config(tmp_path, *SETTINGS)
     context = get_context("forkserver")
@@ -106,50 +106,50 @@ def test_a_run_killed_at_the_worst_moment_goes_on_bit_for_bit(
     assert process.exitcode == -signal.SIGKILL
     process = start(config)
     process.join()
-    assert outcome(tmp_path) == outcome(undisturbed[0])
+    assert outcome(tmp_path) == outcome(uninterrupted[0])
 
 
 def killed_at(config: TrainConfig, place: str) -> None:
-    """With a half-written checkpoint, with one whose elders are still there, or with a half-written line."""
+    """Train, and be killed after half a checkpoint, between its rename and pruning, or after half a line."""
     from accelerate import Accelerator
-    from fused_distill.trainer.journal import Journal
+    from fused_distill.trainer.metrics import MetricsLogger
 
-    save_state, write, replace = Accelerator.save_state, Journal.write, Path.replace
+    save_state, log, replace = Accelerator.save_state, MetricsLogger.log, Path.replace
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def half_saved(self: Accelerator, folder: str) -> None:
         save_state(self, folder)
-        if len(checkpoints(config.output)) == 1:
+        if len(list_checkpoints(config.output)) == 1:
             model = Path(folder) / "model.safetensors"
             model.write_bytes(model.read_bytes()[:1000])
             die()
 
-    def half_written(self: Journal, step: int, *rest: object) -> None:
+    def half_written(self: MetricsLogger, step: int, *rest: object) -> None:
         if step == 5:
             with self.path.open("a") as file:
                 file.write('{"step": 5, "kind": "tr')
             die()
-        write(self, step, *rest)  # pyright: ignore[reportArgumentType]
+        log(self, step, *rest)  # pyright: ignore[reportArgumentType]
 
     def renamed(self: Path, target: Path) -> Path:
-        found = replace(self, target)
+        renamed_path = replace(self, target)
         if target.name == "step-00000004":
             die()
-        return found
+        return renamed_path
 
     if place == "checkpoint":
         Accelerator.save_state = half_saved  # pyright: ignore[reportAttributeAccessIssue]
     elif place == "metrics":
-        Journal.write = half_written  # pyright: ignore[reportAttributeAccessIssue]
+        MetricsLogger.log = half_written  # pyright: ignore[reportAttributeAccessIssue]
     else:
         Path.replace = renamed  # pyright: ignore[reportAttributeAccessIssue]
-    resumed(config, resource.RLIM_INFINITY)
+    train_quietly(config, resource.RLIM_INFINITY)
 
 
-def test_sigterm_saves_and_ends_well_and_the_run_goes_on(
-    lab: Lab, undisturbed: tuple[Path, float], tmp_path: Path
+def test_sigterm_saves_a_checkpoint_that_resumes_bit_for_bit(
+    lab: Lab, uninterrupted: tuple[Path, float], tmp_path: Path
 ) -> None:
     config = lab.config(tmp_path, *SETTINGS)
     process = start(config)
@@ -160,57 +160,59 @@ def test_sigterm_saves_and_ends_well_and_the_run_goes_on(
     assert process.exitcode == 0
     steps = metrics(tmp_path)[-1]["step"]
     assert 0 < steps < 8
-    assert checkpoints(tmp_path)[-1].name == f"step-{steps:08}"
+    assert list_checkpoints(tmp_path)[-1].name == f"step-{steps:08}"
     assert (tmp_path / "report.html").exists()
     process = start(config)
     process.join()
-    assert outcome(tmp_path) == outcome(undisturbed[0])
+    assert outcome(tmp_path) == outcome(uninterrupted[0])
 
 
-def test_a_full_disk_loses_no_checkpoint(lab: Lab, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_full_disk_keeps_earlier_checkpoints(
+    lab: Lab, uninterrupted: tuple[Path, float], tmp_path: Path
+) -> None:
     config = lab.config(tmp_path, *SETTINGS)
     process = start(config)
-    while not checkpoints(tmp_path):
+    while not list_checkpoints(tmp_path):
         time.sleep(0.01)
     process.kill()
     process.join()
-    kept = {p: p.read_bytes() for folder in checkpoints(tmp_path) for p in folder.iterdir()}
+    kept = {p: p.read_bytes() for folder in list_checkpoints(tmp_path) for p in folder.iterdir()}
     largest = max(map(len, kept.values()))
     process = start(config, largest - 1)
     process.join()
     assert process.exitcode == 1
     assert not (tmp_path / "checkpoints" / "unfinished").exists()
-    assert {p: p.read_bytes() for folder in checkpoints(tmp_path) for p in folder.iterdir()} == kept
+    assert {p: p.read_bytes() for folder in list_checkpoints(tmp_path) for p in folder.iterdir()} == kept
     process = start(config)
     process.join()
-    assert outcome(tmp_path) == outcome(undisturbed[0])
+    assert outcome(tmp_path) == outcome(uninterrupted[0])
 
 
-def test_older_checkpoints_go(lab: Lab, undisturbed: tuple[Path, float]) -> None:
-    folder = undisturbed[0] / "checkpoints"
+def test_old_checkpoints_are_pruned(lab: Lab, uninterrupted: tuple[Path, float]) -> None:
+    folder = uninterrupted[0] / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000008"]
 
 
-def test_the_command_goes_on_for_more_steps(
+def test_the_command_resumes_for_more_steps(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(lab.config(tmp_path / "whole", "steps=3"))
+    train(lab.config(tmp_path / "at_once", "steps=3"))
     train(lab.config(tmp_path / "parts", "steps=2"))
-    own = [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
+    paths = [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
     output = tmp_path / "parts"
-    main(["train", str(output / "settings.yaml"), "--resume", "steps=3", f"output={output}", *own])
+    main(["train", str(output / "settings.yaml"), "--resume", "steps=3", f"output={output}", *paths])
     assert capsys.readouterr().out.splitlines()[-1] == str(output / "student")
-    assert outcome(output) == outcome(tmp_path / "whole")
+    assert outcome(output) == outcome(tmp_path / "at_once")
 
 
-def test_a_run_goes_on_with_its_settings_only(lab: Lab, tmp_path: Path) -> None:
+def test_resume_with_changed_settings_names_them(lab: Lab, tmp_path: Path) -> None:
     train(lab.config(tmp_path, "steps=1"))
     changed = lab.config(tmp_path, "steps=2", "beta=0.25", "rollouts.top_p=0.5")
     with pytest.raises(ConfigError, match=r"^rollouts\.top_p: was 1\.0 before, is 0\.5; beta: was 0\.5"):
         train(changed, resume=True)
 
 
-def test_the_process_has_its_own_sigterm_back_even_after_an_error(
+def test_the_sigterm_handler_is_restored_after_an_error(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)

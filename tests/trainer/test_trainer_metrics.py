@@ -1,0 +1,48 @@
+"""Tests of what a run logs: metrics.jsonl, samples, trackers and the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fused_distill.trainer.loop import train
+from trainer_cases import NOT_INTERPRETED, Lab, metrics, transformers
+from trainer_cases import lab as lab
+
+pytestmark = NOT_INTERPRETED
+
+
+def test_a_run_logs_metrics_samples_report_and_tensorboard_events(lab: Lab, tmp_path: Path) -> None:
+    student = train(
+        lab.config(tmp_path, "data.evaluation_prompts=4", "trackers=[tensorboard]", "rollouts.top_k=3")
+    )
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert {"loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy"} <= {*row}
+        assert 0 <= row["top1_agreement"] <= 1
+        assert 0 <= row["truncated"] <= 1
+        assert 1 <= row["completion_length"] <= 6
+        assert row["tokens"] == pytest.approx(8 * row["completion_length"])
+        spent = row["rollout_seconds"] + row["teacher_seconds"] + row["update_seconds"]
+        assert min(row["rollout_seconds"], row["teacher_seconds"], row["update_seconds"]) > 0
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / spent)
+        assert row["memory_gib"] > 0
+    sampled = metrics(tmp_path, "evaluation")[-1]["samples"]
+    assert len(sampled) == 3
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert sampled[0] not in ("", None)
+    assert "://" not in page.replace(sampled[0], "")
+    assert any("tfevents" in path.name for path in tmp_path.rglob("*"))
+    transformers.AutoModelForCausalLM.from_pretrained(student)
+    transformers.AutoTokenizer.from_pretrained(student)
+
+
+def test_the_report_holds_the_settings_of_the_run(lab: Lab, tmp_path: Path) -> None:
+    config = lab.config(tmp_path, "steps=1", "beta=0.125")
+    train(config)
+    page = (tmp_path / "report.html").read_text()
+    assert "&quot;beta&quot;: 0.125" in page
+    assert json.dumps(str(lab.student)).strip('"') in page
