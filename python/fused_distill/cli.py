@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .serving.server.transformers_engine import TeacherEngine
+    from .serving.server.engine import TeacherEngine
 
 
 class _Parser(argparse.ArgumentParser):
@@ -101,8 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def serve_teacher(options: argparse.Namespace) -> None:
     """Serve a teacher. FUSED_DISTILL_TOKEN in the environment is the bearer token that clients must send."""
-    from .serving.server.app import ServerLimits, check_token, create_app
+    from .serving.server.app import check_token, create_app
     from .serving.server.batching import BatchLimits
+    from .serving.server.validation import ServerLimits
 
     # Checked before a model is loaded.
     limits = ServerLimits(request_seconds=options.request_seconds, numbers=options.answer_numbers)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fused_distill.rollouts.base import TransformersRollouts
+from fused_distill.rollouts.transformers import TransformersRollouts
 from fused_distill.trainer.checkpoint import checkpoints
 from fused_distill.trainer.loop import train
 from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, metrics, transformers

@@ -24,8 +24,9 @@ from transformers import AutoTokenizer, get_scheduler
 
 from ..chunked.teacher import wide_dtype
 from ..huggingface.lm_head import LMHeadParams
-from ..rollouts.base import RolloutEngine, Sampling, TransformersRollouts
+from ..rollouts.base import RolloutEngine, Sampling
 from ..rollouts.grouping import split_on_groups
+from ..rollouts.transformers import TransformersRollouts
 from ..rollouts.vllm import VllmRollouts
 from ..stats import DistillStats
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint

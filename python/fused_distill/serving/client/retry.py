@@ -1,10 +1,9 @@
-"""HTTP with patience: several servers, attempts repeated, a deadline over all."""
+"""HTTP client with retries, failover between servers and a deadline."""
 
 from __future__ import annotations
 
 import io
 import itertools
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,37 +11,55 @@ from dataclasses import dataclass
 from typing import IO, TypeVar
 
 import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_before_delay,
+    stop_when_event_set,
+    wait_random_exponential,
+)
+from tenacity.stop import stop_base
 
 T = TypeVar("T")
 
-_RETRIED = {408, 425, 429, 500, 502, 503, 504}
+_RETRIED_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
 class ServerError(ConnectionError):
-    """A server gave no usable answer; the message says what it said."""
+    """No server gave a usable answer; the message holds the last server's response or error."""
+
+
+class _Retry(Exception):
+    """One server failed, but the next one or a later attempt may succeed."""
+
+    def __init__(self, reason: str, busy: bool = False, retry_after: float = 0.0):
+        super().__init__(reason)
+        self.busy, self.retry_after = busy, retry_after
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How a request is repeated. Every request made here is idempotent."""
+    """How requests are retried. Every request made here is idempotent."""
 
-    attempts: int = 6  # rounds over all servers; a full queue (429) does not count, only the deadline does
-    first_wait_seconds: float = 0.25  # after a round; doubled every time, half of it random
+    attempts: int = 6  # rounds over all servers; rounds of 429 (full queue) are limited by the deadline only
+    first_wait_seconds: float = 0.25  # after a round; doubles every time, with jitter
     longest_wait_seconds: float = 8.0
 
 
 class RetryingClient:
-    """Requests to one of several servers that serve the same. Threads may share it.
+    """Send requests to one of several servers with the same content. Threads may share a client.
 
     Args:
-        url: a server, or several; a failing one is passed over for the next.
+        url: one server, or several; when one fails, the next is tried.
         token: bearer token.
-        timeout_seconds: between two bytes of one attempt.
+        timeout_seconds: limit between two bytes of one attempt.
         retries: see RetryPolicy.
-        transport: of httpx.
+        transport: httpx transport.
 
     Raises:
-        ValueError: no url, or one without http.
+        ValueError: url is empty or does not begin with http:// or https://.
     """
 
     def __init__(
@@ -57,22 +74,22 @@ class RetryingClient:
         self.urls = [u.rstrip("/") for u in ([url] if isinstance(url, str) else url)]
         if not self.urls:
             raise ValueError("url must name at least one server, got none")
-        for one in self.urls:
-            if not one.startswith(("http://", "https://")):
-                raise ValueError(f"url must begin with http:// or https://, got {one!r}")
+        for server in self.urls:
+            if not server.startswith(("http://", "https://")):
+                raise ValueError(f"url must begin with http:// or https://, got {server!r}")
         self.retries = retries or RetryPolicy()
         self.timeout_seconds = timeout_seconds
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(headers=headers, transport=transport)
-        self._preferred = 0  # the server that answered last
+        self._preferred = 0  # index of the server that answered last
         self._closed = threading.Event()
 
     def stop_waiting(self) -> None:
-        """Make requests under way fail instead of trying again."""
+        """Make pending requests fail instead of retrying."""
         self._closed.set()
 
     def close(self) -> None:
-        """Give up the connections."""
+        """Close the connections; pending requests fail."""
         self._closed.set()
         self._http.close()
 
@@ -86,41 +103,61 @@ class RetryingClient:
         accepted: tuple[int, ...] = (200,),
         file: IO[bytes] | None = None,
     ) -> T:
-        """What `decode` makes of the first good response of any server; repeats what may succeed later.
+        """Return the decoded first good response of any server, retrying until `deadline` (time.monotonic()).
 
-        A good response's body goes into `file`, if there is one, and is not kept in memory.
+        With `file`, the body of a good response is written there instead of being kept in memory.
+
+        Raises:
+            ServerError: a server refused the request, or none gave a good response in time.
         """
-        problem, first, failures = "no attempt was made", self._preferred, 0
-        for attempt in itertools.count():
-            index = (first + attempt) % len(self.urls)
-            wait = 0.0
+        n_servers, first = len(self.urls), self._preferred
+        order = itertools.cycle([*range(first, n_servers), *range(first)])
+
+        def try_next_server() -> T:
+            if self._closed.is_set():
+                raise ServerError("no usable answer: the client is closed")
+            index = next(order)
+            server = self.urls[index]
             try:
-                response = self._attempt(method, self.urls[index] + path, deadline, body, file)
+                response = self._attempt(method, server + path, deadline, body, file)
                 if response.status_code in accepted:
                     result = decode(response)
                     self._preferred = index
                     return result
-                problem = f"{self.urls[index]}: {response.status_code} {_detail(response)}"
-                if response.status_code not in _RETRIED:
-                    raise ServerError(problem)
-                asked = response.headers.get("retry-after", "")
-                wait = float(asked) if asked.isdigit() and len(asked) < 6 else 0.0
-                failures += response.status_code != 429
             except (httpx.RequestError, ValueError, LookupError, TypeError, AttributeError) as error:
-                problem = f"{self.urls[index]}: {type(error).__name__}: {error}"
-                failures += 1
-            if failures >= self.retries.attempts * len(self.urls):
-                break
-            if (attempt + 1) % len(self.urls) == 0:
-                self._wait(max(wait, self._backoff(attempt // len(self.urls))), deadline)
-            if time.monotonic() >= deadline or self._closed.is_set():
-                break
-        raise ServerError(f"no usable answer in time or after {self.retries.attempts} rounds: {problem}")
+                raise _Retry(f"{server}: {type(error).__name__}: {error}") from None
+            problem, seconds = _problem(response), response.headers.get("retry-after", "")
+            if response.status_code not in _RETRIED_STATUSES:
+                raise ServerError(f"{server}: {problem}")
+            retry_after = float(seconds) if seconds.isdigit() and len(seconds) < 6 else 0.0
+            raise _Retry(f"{server}: {problem}", response.status_code == 429, retry_after)
+
+        first_wait, longest_wait = self.retries.first_wait_seconds, self.retries.longest_wait_seconds
+        backoff = wait_random_exponential(first_wait, longest_wait, 2 ** (1 / n_servers), first_wait / 2)
+
+        def wait(state: RetryCallState) -> float:
+            end_of_round = state.attempt_number % n_servers == 0
+            return max(backoff(state), _failure(state).retry_after) if end_of_round else 0.0
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(_Retry),
+            wait=wait,
+            stop=stop_when_event_set(self._closed)
+            | stop_before_delay(deadline - time.monotonic())
+            | _TooManyFailures(self.retries.attempts * n_servers),
+            sleep=sleep_using_event(self._closed),
+            reraise=True,
+        )
+        try:
+            return retrying(try_next_server)
+        except _Retry as last:
+            rounds = self.retries.attempts
+            raise ServerError(f"no usable answer in time or after {rounds} rounds: {last}") from None
 
     def _attempt(
         self, method: str, url: str, deadline: float, body: object, file: IO[bytes] | None
     ) -> httpx.Response:
-        """One request whose body is read no longer than until the deadline."""
+        """Send one request; stop reading its response at the deadline."""
         left = max(0.001, deadline - time.monotonic())
         timeout = httpx.Timeout(min(left, self.timeout_seconds), connect=min(left, 10.0))
         with self._http.stream(method, url, json=body, timeout=timeout) as response:
@@ -131,25 +168,32 @@ class RetryingClient:
             for chunk in response.iter_bytes():
                 sink.write(chunk)
                 if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the deadline passed while the answer came in")
+                    raise httpx.ReadTimeout("the deadline passed while the response arrived")
             headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
             return httpx.Response(response.status_code, headers=headers, content=content.getvalue())
 
-    def _wait(self, seconds: float, deadline: float) -> None:
-        self._closed.wait(max(0.0, min(seconds, deadline - time.monotonic())))
 
-    def _backoff(self, rounds: int) -> float:
-        longest = min(
-            self.retries.longest_wait_seconds, self.retries.first_wait_seconds * 2.0 ** min(rounds, 30)
-        )
-        return longest * random.uniform(0.5, 1.0)
+class _TooManyFailures(stop_base):
+    """Stop after a number of failed attempts, without those that a full queue (429) refused."""
+
+    def __init__(self, max_failures: int):
+        self.left = max_failures
+
+    def __call__(self, state: RetryCallState) -> bool:
+        self.left -= not _failure(state).busy
+        return self.left <= 0
 
 
-def _detail(response: httpx.Response) -> str:
+def _failure(state: RetryCallState) -> _Retry:
+    assert state.outcome is not None
+    error = state.outcome.exception()
+    assert isinstance(error, _Retry)
+    return error
+
+
+def _problem(response: httpx.Response) -> str:
     try:
-        content = response.json()
-    except ValueError:
-        content = None
-    return str(
-        content["detail"] if isinstance(content, dict) and "detail" in content else response.text[:500]
-    )
+        detail = response.json()["detail"]
+    except (ValueError, LookupError, TypeError):
+        detail = response.text[:500]
+    return f"{response.status_code} {detail}"
