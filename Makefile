@@ -26,7 +26,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 fuzz: $(VENV)/installed-dev
-	$(BIN)/python tests/serving/fuzz_wire.py -max_total_time=300 -rss_limit_mb=4096 $(ARGS)
+	$(BIN)/python tests/serving/protocol/fuzz_parsers.py -max_total_time=300 -rss_limit_mb=4096 $(ARGS)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python bench/cpu.py $(ARGS)

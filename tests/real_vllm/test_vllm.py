@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from fused_distill.huggingface.loading import tokenizer_fingerprint
-from fused_distill.rollouts.base import Completion, Sampling, TransformersRollouts
+from fused_distill.rollouts.base import Completion, Sampling
+from fused_distill.rollouts.transformers import TransformersRollouts
 from fused_distill.rollouts.vllm import VllmRollouts
 from fused_distill.serving.client.client import TeacherClient
 from fused_distill.serving.client.retry import ServerError
@@ -23,7 +24,7 @@ from fused_distill.serving.server.transformers_engine import TransformersEngine
 from fused_distill.trainer.config import TrainConfig
 from fused_distill.trainer.loop import train
 from servers import START_SECONDS, running
-from test_serving import serving
+from serving_cases import serving
 
 PYTHON = os.environ.get("FUSED_DISTILL_VLLM_PYTHON")
 transformers = pytest.importorskip("transformers")

@@ -23,7 +23,7 @@ from fused_distill.trainer.student import pretrained
 from fused_distill.trainer.targets import TopKTargets
 from fused_distill.trainer.teachers import ServedTeacher
 from pyarrow import parquet
-from test_serving import serving, serving_app
+from serving_cases import serving, serving_app
 from trainer_cases import ABOUT_THE_TRAINER, Lab, losses, save_model, transformers
 from trainer_cases import lab as lab
 

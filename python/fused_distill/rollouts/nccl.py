@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import httpx
 from torch import nn
 
 from ..serving.client.retry import RetryingClient, RetryPolicy
 from .vllm import check_reset
+
+if TYPE_CHECKING:
+    import httpx
 
 T = TypeVar("T")
 

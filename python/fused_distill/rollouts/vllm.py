@@ -6,13 +6,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from ..serving.client.retry import RetryingClient, RetryPolicy, ServerError
 from ..serving.protocol.openai import first_model
 from .base import Completion, Sampling, checked_prompts
+
+if TYPE_CHECKING:
+    import httpx
 
 _CONCURRENCY = 32  # requests in flight; the server batches them
 _CACHE_KEPT = "vLLM did not reset its prefix cache; it refuses while requests run"

@@ -1,7 +1,7 @@
 """A teacher's top-k log-probabilities of a data set's completions, written once and read when training.
 
 The folder holds teacher.json, which says what they are, and part-*.parquet: a row for each completion with
-the SHA-256 of its prompt's length and its tokens, and the answer to it in the binary form of `serving.protocol.logprobs`.
+the SHA-256 of its prompt's length and its tokens, and the answer to it in the binary form of the server.
 """
 
 from __future__ import annotations

@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 _RETRIED_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
+# What decoding an unreadable response may raise.
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+
 
 class ServerError(ConnectionError):
     """No server gave a usable answer; the message holds the last server's response or error."""
@@ -124,7 +127,7 @@ class RetryingClient:
                     result = decode(response)
                     self._preferred = index
                     return result
-            except (httpx.RequestError, ValueError, LookupError, TypeError, AttributeError) as error:
+            except (httpx.RequestError, *_UNREADABLE) as error:
                 raise _Retry(f"{server}: {type(error).__name__}: {error}") from None
             problem, seconds = _problem(response), response.headers.get("retry-after", "")
             if response.status_code not in _RETRIED_STATUSES:

@@ -91,9 +91,9 @@ class TransformersEngine:
         tokens = (*range(min(4, self.info.vocab_size)), 0)
         rows = torch.tensor([tokens], device=self.hidden_state_model.device)
         with torch.inference_mode():
-            states = self.hidden_state_model.forward_padded([TokenSequence(tokens, 1)])
+            logits = self.head.logits(self.hidden_state_model.forward_padded([TokenSequence(tokens, 1)]))
             model_logits = self.model(input_ids=rows, use_cache=False).logits[0, :-1]
-        if not close_in_norm(self.head.logits(states), model_logits):
+        if not close_in_norm(logits, model_logits):
             raise ValueError(
                 "model must have logits that follow from its LM head and config, "
                 f"got {type(self.model).__name__}, which computes others"

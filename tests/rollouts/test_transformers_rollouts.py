@@ -1,23 +1,20 @@
-"""Rollouts by transformers: what is sampled, from which distribution, and how it is labelled."""
+"""Rollouts by transformers: sampled from the model's distribution and labelled."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
-from cases import INTERPRETED
-from fused_distill.rollouts.base import Sampling, TransformersRollouts
-from fused_distill.rollouts.vllm import VllmRollouts
-from fused_distill.serving.client.retry import RetryPolicy, ServerError
+from fused_distill.rollouts.base import Sampling
+from fused_distill.rollouts.transformers import TransformersRollouts
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
+
 
 VOCAB, END = 12, 1
+
+
 PROMPTS = [[3, 4, 5], [6], [7, 8]]
 
 
@@ -109,17 +106,24 @@ def test_samples_follow_the_models_distribution(model: Any) -> None:
     assert (counts - want).abs().max() < 4 * (0.25 / n) ** 0.5
 
 
-def test_the_models_mode_is_left_as_it_was(model: Any) -> None:
+def test_the_models_training_mode_is_restored(model: Any) -> None:
     model.train()
     TransformersRollouts(model).generate([[3]], Sampling(max_tokens=1))
     assert model.training
 
 
-BAD = [("n", 0), ("max_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1)]
+INVALID_OPTIONS = [
+    ("n", 0),
+    ("max_tokens", 0),
+    ("temperature", -1.0),
+    ("top_p", 0.0),
+    ("top_p", 1.5),
+    ("top_k", -1),
+]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD)
-def test_bad_sampling_is_named(name: str, value: Any) -> None:
+@pytest.mark.parametrize(("name", "value"), INVALID_OPTIONS)
+def test_an_invalid_sampling_option_is_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} must"):
         Sampling(**{name: value})
 
@@ -127,50 +131,9 @@ def test_bad_sampling_is_named(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "prompts", "groups"), [("prompts", [[1], []], None), ("groups", [[1], [2]], [0])]
 )
-def test_bad_prompts_are_named(model: Any, name: str, prompts: Any, groups: Any) -> None:
+def test_invalid_prompts_are_named(model: Any, name: str, prompts: Any, groups: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):
         TransformersRollouts(model).generate(prompts, Sampling(), groups)
-
-
-def choice(index: int, **changes: Any) -> dict[str, Any]:
-    whole = {
-        "index": index,
-        "token_ids": [index],
-        "logprobs": {"token_logprobs": [-1.0]},
-        "finish_reason": "stop",
-    }
-    return {**whole, **changes}
-
-
-def vllm(*choices: dict[str, Any]) -> VllmRollouts:
-    transport = httpx.MockTransport(lambda _: httpx.Response(200, json={"choices": list(choices)}))
-    return VllmRollouts("http://vllm", model="m", transport=transport, retries=RetryPolicy(2, 0.01, 0.01))
-
-
-def test_a_servers_choices_are_taken_by_index() -> None:
-    found = vllm(choice(3), choice(0), choice(2), choice(1)).generate(
-        [[5], [6]], Sampling(n=2), groups=[8, 4]
-    )
-    assert [(c.group, c.prompt, c.tokens) for c in found] == [
-        (8, [5], [0]),
-        (8, [5], [1]),
-        (4, [6], [2]),
-        (4, [6], [3]),
-    ]
-
-
-@pytest.mark.parametrize(
-    "choices",
-    [[choice(0)], [choice(0), choice(1, finish_reason="abort")], [choice(0), choice(1, token_ids=[1, 2])]],
-)
-def test_an_answer_that_is_not_whole_is_an_error(choices: list[dict[str, Any]]) -> None:
-    with pytest.raises(ServerError, match=r"expected 2|not whole"):
-        vllm(*choices).generate([[5], [6]], Sampling())
-
-
-def test_a_checkpoint_that_is_not_there_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match="folder must hold a checkpoint"):
-        vllm().sync_from_disk("/nowhere")
 
 
 def test_a_generation_config_does_not_change_what_is_sampled(model: Any) -> None:
@@ -184,28 +147,3 @@ def test_a_generation_config_does_not_change_what_is_sampled(model: Any) -> None
     finally:
         model.generation_config.update(**kept)
     assert again == plain
-
-
-def test_a_server_is_told_to_sample_the_model_itself() -> None:
-    asked: list[dict[str, Any]] = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(json.loads(request.content))
-        return httpx.Response(200, json={"choices": [choice(0)]})
-
-    with VllmRollouts("http://vllm", model="m", transport=httpx.MockTransport(answer)) as rollouts:
-        rollouts.generate([[5]], Sampling())
-    neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
-    assert neutral.items() <= asked[-1].items()
-
-
-def test_a_prefix_cache_that_was_kept_is_an_error(tmp_path: Path) -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, json={"success": request.url.path != "/reset_prefix_cache"})
-
-    retries = RetryPolicy(attempts=2, first_wait_seconds=0.01)
-    with (
-        VllmRollouts("http://vllm", transport=httpx.MockTransport(answer), retries=retries) as rollouts,
-        pytest.raises(ServerError, match="kept its prefix cache"),
-    ):
-        rollouts.sync_from_disk(tmp_path)
