@@ -42,7 +42,7 @@ def unpack(
     try:
         tensors = load(payload)
         header_bytes = int.from_bytes(payload[:8], "little")
-        metadata: dict[str, str] = json.loads(payload[8 : 8 + header_bytes])["__metadata__"]
+        metadata: dict[str, str] = dict(json.loads(payload[8 : 8 + header_bytes])["__metadata__"])
         version = metadata.pop("version")
     except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
         raise WireError(f"payload is not a valid binary response: {type(error).__name__}: {error}") from None
