@@ -19,6 +19,7 @@ from serving_cases import (
     in_background,
     one_position,
     random_sequences,
+    wait_until,
 )
 
 
@@ -91,3 +92,61 @@ def test_the_deadline_ends_all_attempts() -> None:
     with pytest.raises(ServerError, match="503"):
         client.get_sequence_logprobs([[1, 2]], [1])
     assert len(seen) == 1
+
+
+def test_a_full_queue_is_retried_beyond_the_number_of_attempts() -> None:
+    busy = [httpx.Response(429)] * (FAST_RETRIES.attempts + 2)
+    client, requests = client_of_responses(*busy, one_position())
+    client.get_sequence_logprobs([[1, 2]], [1])
+    assert len(requests) == len(busy) + 1
+
+
+def test_retry_after_is_a_lower_bound_of_the_wait() -> None:
+    client, _ = client_of_responses(httpx.Response(429, headers={"Retry-After": "1"}), one_position())
+    started = time.monotonic()
+    client.get_sequence_logprobs([[1, 2]], [1])
+    assert time.monotonic() - started >= 1
+
+
+def test_every_server_is_tried_in_every_round() -> None:
+    hosts: list[str] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        hosts.append(request.url.host)
+        return httpx.Response(503)
+
+    urls = ["http://first", "http://second"]
+    transport = httpx.MockTransport(handle)
+    client = TeacherClient(urls, protocol="fused-distill", retries=FAST_RETRIES, transport=transport)
+    with pytest.raises(ServerError, match="http://second: 503"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert hosts == ["first", "second"] * FAST_RETRIES.attempts
+
+
+def test_a_response_with_a_number_out_of_range_is_retried() -> None:
+    # Python's JSON has integers of any size, which no float holds.
+    position = '{"2": {"logprob": 1' + "0" * 400 + "}}"
+    body = '{"data": [{"id": "m"}], "choices": [{"index": 0, "prompt_logprobs": [null, POSITION]}]}'
+    response = httpx.Response(200, text=body.replace("POSITION", position))
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=response.content))
+    client = TeacherClient("http://vllm", protocol="openai", retries=FAST_RETRIES, transport=transport)
+    with pytest.raises(ServerError, match="OverflowError"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+
+
+def test_closing_a_client_ends_its_pending_call() -> None:
+    client, requests = client_of_responses(httpx.Response(503, headers={"Retry-After": "600"}))
+    with in_background(1, lambda _: client.get_sequence_logprobs([[1, 2]], [1])) as futures:
+        wait_until(lambda: len(requests) == 1)
+        client.close()
+        with pytest.raises(ServerError, match="closed"):
+            futures[0].result()
+    assert len(requests) == 1
+
+
+def test_a_closed_client_sends_no_request() -> None:
+    client, requests = client_of_responses(one_position())
+    client._http.close()
+    with pytest.raises(ServerError, match="closed"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert not requests

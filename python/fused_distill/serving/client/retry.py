@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,15 +11,14 @@ from typing import IO, TypeVar
 
 import httpx
 from tenacity import (
-    RetryCallState,
     Retrying,
     retry_if_exception_type,
     sleep_using_event,
     stop_before_delay,
     stop_when_event_set,
+    wait_exception,
     wait_random_exponential,
 )
-from tenacity.stop import stop_base
 
 T = TypeVar("T")
 
@@ -34,12 +32,12 @@ class ServerError(ConnectionError):
     """No server gave a usable answer; the message holds the last server's response or error."""
 
 
-class _Retry(Exception):
-    """One server failed, but the next one or a later attempt may succeed."""
+class _RoundFailed(Exception):
+    """No server answered in one round, but a later round may succeed."""
 
-    def __init__(self, reason: str, busy: bool = False, retry_after: float = 0.0):
-        super().__init__(reason)
-        self.busy, self.retry_after = busy, retry_after
+    def __init__(self, problem: str, retry_after: float):
+        super().__init__(f"no usable answer: {problem}")
+        self.retry_after = retry_after  # seconds
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class RetryPolicy:
     """How requests are retried. Every request made here is idempotent."""
 
     attempts: int = 6  # rounds over all servers; rounds of 429 (full queue) are limited by the deadline only
-    first_wait_seconds: float = 0.25  # after a round; doubles every time, with jitter
+    first_wait_seconds: float = 0.25  # after a round; doubles every time, with jitter, plus Retry-After
     longest_wait_seconds: float = 8.0
 
 
@@ -113,49 +111,49 @@ class RetryingClient:
         Raises:
             ServerError: a server refused the request, or none gave a good response in time.
         """
-        n_servers, first = len(self.urls), self._preferred
-        order = itertools.cycle([*range(first, n_servers), *range(first)])
+        failed_rounds = 0
 
-        def try_next_server() -> T:
-            if self._closed.is_set():
-                raise ServerError("no usable answer: the client is closed")
-            index = next(order)
-            server = self.urls[index]
-            try:
-                response = self._attempt(method, server + path, deadline, body, file)
-                if response.status_code in accepted:
-                    result = decode(response)
-                    self._preferred = index
-                    return result
-            except (httpx.RequestError, *_UNREADABLE) as error:
-                raise _Retry(f"{server}: {type(error).__name__}: {error}") from None
-            problem, seconds = _problem(response), response.headers.get("retry-after", "")
-            if response.status_code not in _RETRIED_STATUSES:
-                raise ServerError(f"{server}: {problem}")
-            retry_after = float(seconds) if seconds.isdigit() and len(seconds) < 6 else 0.0
-            raise _Retry(f"{server}: {problem}", response.status_code == 429, retry_after)
+        def one_round() -> T:
+            nonlocal failed_rounds
+            problem, busy, retry_after, first = "the client is closed", True, 0.0, self._preferred
+            for i in range(len(self.urls)):
+                if self._closed.is_set() or (i and time.monotonic() >= deadline):
+                    break
+                index = (first + i) % len(self.urls)
+                server = self.urls[index]
+                try:
+                    response = self._attempt(method, server + path, deadline, body, file)
+                    if response.status_code in accepted:
+                        result = decode(response)
+                        self._preferred = index
+                        return result
+                except (httpx.RequestError, *_UNREADABLE) as error:
+                    problem, busy = f"{server}: {type(error).__name__}: {error}", False
+                    continue
+                problem = f"{server}: {response.status_code} {_detail(response)}"
+                if response.status_code not in _RETRIED_STATUSES:
+                    raise ServerError(problem)
+                busy &= response.status_code == 429
+                seconds = response.headers.get("retry-after", "")
+                retry_after = float(seconds) if seconds.isdigit() and len(seconds) < 6 else 0.0
+            failed_rounds += not busy
+            if failed_rounds >= self.retries.attempts:
+                raise ServerError(f"no usable answer in {failed_rounds} rounds: {problem}")
+            raise _RoundFailed(problem, retry_after)
 
         first_wait, longest_wait = self.retries.first_wait_seconds, self.retries.longest_wait_seconds
-        backoff = wait_random_exponential(first_wait, longest_wait, 2 ** (1 / n_servers), first_wait / 2)
-
-        def wait(state: RetryCallState) -> float:
-            end_of_round = state.attempt_number % n_servers == 0
-            return max(backoff(state), _failure(state).retry_after) if end_of_round else 0.0
-
         retrying = Retrying(
-            retry=retry_if_exception_type(_Retry),
-            wait=wait,
-            stop=stop_when_event_set(self._closed)
-            | stop_before_delay(deadline - time.monotonic())
-            | _TooManyFailures(self.retries.attempts * n_servers),
+            retry=retry_if_exception_type(_RoundFailed),
+            wait=wait_random_exponential(first_wait, longest_wait, min=first_wait / 2)
+            + wait_exception(lambda error: getattr(error, "retry_after", 0.0)),
+            stop=stop_when_event_set(self._closed) | stop_before_delay(deadline - time.monotonic()),
             sleep=sleep_using_event(self._closed),
             reraise=True,
         )
         try:
-            return retrying(try_next_server)
-        except _Retry as last:
-            rounds = self.retries.attempts
-            raise ServerError(f"no usable answer in time or after {rounds} rounds: {last}") from None
+            return retrying(one_round)
+        except _RoundFailed as error:
+            raise ServerError(f"{error} (closed or past the deadline)") from None
 
     def _attempt(
         self, method: str, url: str, deadline: float, body: object, file: IO[bytes] | None
@@ -176,27 +174,8 @@ class RetryingClient:
             return httpx.Response(response.status_code, headers=headers, content=content.getvalue())
 
 
-class _TooManyFailures(stop_base):
-    """Stop after a number of failed attempts, without those that a full queue (429) refused."""
-
-    def __init__(self, max_failures: int):
-        self.left = max_failures
-
-    def __call__(self, state: RetryCallState) -> bool:
-        self.left -= not _failure(state).busy
-        return self.left <= 0
-
-
-def _failure(state: RetryCallState) -> _Retry:
-    assert state.outcome is not None
-    error = state.outcome.exception()
-    assert isinstance(error, _Retry)
-    return error
-
-
-def _problem(response: httpx.Response) -> str:
+def _detail(response: httpx.Response) -> str:
     try:
-        detail = response.json()["detail"]
+        return str(response.json()["detail"])
     except (ValueError, LookupError, TypeError):
-        detail = response.text[:500]
-    return f"{response.status_code} {detail}"
+        return response.text[:500]
