@@ -130,7 +130,7 @@ def waiting_requests(url: str) -> int:
 
 
 def client_of_responses(*responses: httpx.Response) -> tuple[TeacherClient, list[httpx.Request]]:
-    """A client whose server gives these responses, then the last one again and again; and its requests."""
+    """Return a client whose server gives these responses, repeating the last, and the requests it gets."""
     requests: list[httpx.Request] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
@@ -146,7 +146,7 @@ def client_of_responses(*responses: httpx.Response) -> tuple[TeacherClient, list
 
 
 def one_position(logprob: float = -1.0, actual: float = -2.0) -> httpx.Response:
-    """A binary response of one position with K 1."""
+    """Return a binary response of one position with K 1."""
     answer = TeacherLogprobs(
         np.array([1]),
         np.array([[logprob]], np.float32),

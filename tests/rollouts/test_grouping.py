@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 
 class Rollout(NamedTuple):
-    """The least that a rollout has, and a number of its own."""
+    """The members that grouping needs, and a number that identifies the rollout."""
 
     group: int
     tokens: range
@@ -29,8 +29,8 @@ def cycles(draw: st.DrawFn, most_groups: int = 12) -> tuple[list[Rollout], int]:
     more = draw(st.lists(st.sampled_from(groups), max_size=20))
     order = draw(st.permutations(groups + more))
     lengths = draw(st.lists(st.integers(0, 30), min_size=len(order), max_size=len(order)))
-    made = [Rollout(g, range(n), i) for i, (g, n) in enumerate(zip(order, lengths, strict=True))]
-    return made, draw(st.integers(1, len(groups)))
+    rollouts = [Rollout(g, range(n), i) for i, (g, n) in enumerate(zip(order, lengths, strict=True))]
+    return rollouts, draw(st.integers(1, len(groups)))
 
 
 def load(part: list[Rollout]) -> int:
@@ -79,7 +79,10 @@ def test_the_largest_slice_is_within_a_third_of_the_best(cycle: tuple[list[Rollo
     for rollout in rollouts:
         sizes[rollout.group] += len(rollout.tokens)
     best = min(
-        max(sum(s for s, own in zip(sizes.values(), owners, strict=True) if own == i) for i in range(slices))
+        max(
+            sum(s for s, owner in zip(sizes.values(), owners, strict=True) if owner == i)
+            for i in range(slices)
+        )
         for owners in product(range(slices), repeat=len(sizes))
     )
     largest = max(map(load, split_on_groups(rollouts, slices)))

@@ -31,10 +31,10 @@ def model() -> Any:
         bos_token_id=None,
         eos_token_id=END,
     )
-    made = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        made.lm_head.weight.mul_(20)
-    return made
+        model.lm_head.weight.mul_(20)
+    return model
 
 
 def logprobs_of(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
@@ -45,9 +45,9 @@ def logprobs_of(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tenso
 
 def test_every_prompt_gets_n_completions_of_its_group(model: Any) -> None:
     rollouts = TransformersRollouts(model, batch_size=2)
-    found = rollouts.generate(PROMPTS, Sampling(n=3, max_tokens=5, seed=0), groups=[9, 7, 9])
-    assert [c.group for c in found] == [9] * 3 + [7] * 3 + [9] * 3
-    assert [c.prompt for c in found] == [p for p in PROMPTS for _ in range(3)]
+    completions = rollouts.generate(PROMPTS, Sampling(n=3, max_tokens=5, seed=0), groups=[9, 7, 9])
+    assert [c.group for c in completions] == [9] * 3 + [7] * 3 + [9] * 3
+    assert [c.prompt for c in completions] == [p for p in PROMPTS for _ in range(3)]
 
 
 def test_logprobs_are_the_models_own_whatever_the_temperature(model: Any) -> None:
@@ -71,15 +71,15 @@ def test_without_logprobs_the_same_tokens_come_and_no_logits_are_kept(
         return output
 
     monkeypatch.setattr(model, "generate", watched)
-    found = TransformersRollouts(model, logprobs=False).generate(PROMPTS, sampling)
-    assert found == [c._replace(logprobs=[]) for c in want]
+    completions = TransformersRollouts(model, logprobs=False).generate(PROMPTS, sampling)
+    assert completions == [c._replace(logprobs=[]) for c in want]
     assert kept == [None]
 
 
 def test_completions_end_with_the_end_token_or_at_the_limit(model: Any) -> None:
-    found = TransformersRollouts(model).generate(PROMPTS * 8, Sampling(max_tokens=6, seed=0))
-    assert {c.finish_reason for c in found} == {"stop", "length"}
-    for completion in found:
+    completions = TransformersRollouts(model).generate(PROMPTS * 8, Sampling(max_tokens=6, seed=0))
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    for completion in completions:
         stopped = completion.finish_reason == "stop"
         assert (completion.tokens[-1] == END) == stopped
         assert END not in completion.tokens[:-1]
@@ -99,8 +99,8 @@ def test_a_seed_repeats_a_call_and_leaves_the_callers_random_numbers_alone(model
 
 def test_samples_follow_the_models_distribution(model: Any) -> None:
     n = 4000
-    found = TransformersRollouts(model).generate([[3]], Sampling(n=n, max_tokens=1, seed=0))
-    counts = torch.bincount(torch.tensor([c.tokens[0] for c in found]), minlength=VOCAB) / n
+    completions = TransformersRollouts(model).generate([[3]], Sampling(n=n, max_tokens=1, seed=0))
+    counts = torch.bincount(torch.tensor([c.tokens[0] for c in completions]), minlength=VOCAB) / n
     with torch.no_grad():
         want = torch.softmax(model(input_ids=torch.tensor([[3]])).logits[0, -1], -1)
     assert (counts - want).abs().max() < 4 * (0.25 / n) ** 0.5
@@ -139,10 +139,10 @@ def test_invalid_prompts_are_named(model: Any, name: str, prompts: Any, groups: 
 def test_a_generation_config_does_not_change_what_is_sampled(model: Any) -> None:
     greedy, warm = Sampling(temperature=0, max_tokens=8), Sampling(temperature=2, max_tokens=8, n=6, seed=0)
     plain = [TransformersRollouts(model).generate(PROMPTS, sampling) for sampling in (greedy, warm)]
-    asked = {"repetition_penalty": 2.0, "no_repeat_ngram_size": 1, "min_p": 0.99}
-    kept = {name: getattr(model.generation_config, name) for name in asked}
+    options = {"repetition_penalty": 2.0, "no_repeat_ngram_size": 1, "min_p": 0.99}
+    kept = {name: getattr(model.generation_config, name) for name in options}
     try:
-        model.generation_config.update(**asked)
+        model.generation_config.update(**options)
         again = [TransformersRollouts(model).generate(PROMPTS, sampling) for sampling in (greedy, warm)]
     finally:
         model.generation_config.update(**kept)

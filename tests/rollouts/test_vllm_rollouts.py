@@ -15,13 +15,13 @@ from fused_distill.serving.client.retry import RetryPolicy, ServerError
 
 
 def choice(index: int, **changes: Any) -> dict[str, Any]:
-    whole = {
+    defaults = {
         "index": index,
         "token_ids": [index],
         "logprobs": {"token_logprobs": [-1.0]},
         "finish_reason": "stop",
     }
-    return {**whole, **changes}
+    return {**defaults, **changes}
 
 
 def vllm(*choices: dict[str, Any]) -> VllmRollouts:
@@ -30,10 +30,10 @@ def vllm(*choices: dict[str, Any]) -> VllmRollouts:
 
 
 def test_a_servers_choices_are_ordered_by_index() -> None:
-    found = vllm(choice(3), choice(0), choice(2), choice(1)).generate(
+    completions = vllm(choice(3), choice(0), choice(2), choice(1)).generate(
         [[5], [6]], Sampling(n=2), groups=[8, 4]
     )
-    assert [(c.group, c.prompt, c.tokens) for c in found] == [
+    assert [(c.group, c.prompt, c.tokens) for c in completions] == [
         (8, [5], [0]),
         (8, [5], [1]),
         (4, [6], [2]),
@@ -56,16 +56,16 @@ def test_a_missing_checkpoint_is_named() -> None:
 
 
 def test_a_server_is_told_to_sample_the_model_itself() -> None:
-    asked: list[dict[str, Any]] = []
+    bodies: list[dict[str, Any]] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(json.loads(request.content))
+        bodies.append(json.loads(request.content))
         return httpx.Response(200, json={"choices": [choice(0)]})
 
     with VllmRollouts("http://vllm", model="m", transport=httpx.MockTransport(answer)) as rollouts:
         rollouts.generate([[5]], Sampling())
     neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
-    assert neutral.items() <= asked[-1].items()
+    assert neutral.items() <= bodies[-1].items()
 
 
 def test_a_prefix_cache_that_was_kept_is_an_error(tmp_path: Path) -> None:
@@ -84,6 +84,6 @@ def test_completions_are_grouped_by_an_explicit_id() -> None:
     # The server's order is any, prompts repeat in different groups, and groups have different sizes.
     choices = [choice(i) for i in range(6)]
     random.Random(0).shuffle(choices)
-    found = vllm(*choices).generate([[5], [5], [5]], Sampling(n=2), groups=[7, 3, 7])
-    members = {group: {c.tokens[0] for c in found if c.group == group} for group in (3, 7)}
+    completions = vllm(*choices).generate([[5], [5], [5]], Sampling(n=2), groups=[7, 3, 7])
+    members = {group: {c.tokens[0] for c in completions if c.group == group} for group in (3, 7)}
     assert members == {7: {0, 1, 4, 5}, 3: {2, 3}}

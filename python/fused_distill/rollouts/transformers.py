@@ -59,7 +59,7 @@ class TransformersRollouts:
     ) -> list[Completion]:
         longest = max(map(len, prompts))
         device = self.model.device
-        rows = [[0] * (longest - len(p)) + p for p in prompts]
+        padded = [[0] * (longest - len(p)) + p for p in prompts]
         attention = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
         options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
@@ -71,7 +71,7 @@ class TransformersRollouts:
                 "min_p": 0.0,
             }
         output = self.model.generate(
-            input_ids=torch.tensor(rows, device=device),
+            input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(attention, device=device),
             max_new_tokens=sampling.max_tokens,
             num_return_sequences=sampling.n,
@@ -83,13 +83,14 @@ class TransformersRollouts:
             **options,
         )
         tokens: Tensor = output.sequences[:, longest:]
+        rows: list[list[int]] = tokens.tolist()
         steps = [
             torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, i : i + 1])
             for i, logits in enumerate(output.logits or ())
         ]
         logprobs: list[list[float]] = torch.cat(steps, -1).tolist() if steps else [[]] * len(tokens)
         completions: list[Completion] = []
-        for i, row in enumerate(tokens.tolist()):
+        for i, row in enumerate(rows):
             end = next((t + 1 for t, token in enumerate(row) if token in self.ends), None)
             length = end or len(row)
             group, prompt = groups[i // sampling.n], prompts[i // sampling.n]

@@ -61,18 +61,18 @@ def test_hidden_states_and_the_head_give_the_loss_of_a_local_teacher(
     states = [torch.empty(0, 16)]
     for tokens, prompt_length in zip(sequences, prompts, strict=True):
         with torch.no_grad():
-            whole = model.get_decoder()(input_ids=torch.tensor([tokens])).last_hidden_state[0, :-1]
-        states.append(whole[max(prompt_length, 1) - 1 :])
+            hidden = model.get_decoder()(input_ids=torch.tensor([tokens])).last_hidden_state[0, :-1]
+        states.append(hidden[max(prompt_length, 1) - 1 :])
     local = torch.cat(states)
     student, student_head = torch.randn(len(local), 8), torch.randn(VOCAB, 8)
     with TeacherClient(url, request_tokens=30) as client:
         head = client.head(tmp_path)
         answer = client.get_hidden_states(sequences, prompts, dtype="float32")
     teacher = align_hidden_states(answer, torch.ones(len(local), dtype=torch.bool))
-    own = lm_head_of(model)
+    local_head = lm_head_of(model)
 
     def loss(hidden: torch.Tensor, head: LMHeadParams) -> torch.Tensor:
         options: Any = {"teacher_softcap": head.softcap, "teacher_logit_scale": head.logit_scale}
         return fused_linear_jsd(student, student_head, hidden, head.weight.detach(), **options)
 
-    torch.testing.assert_close(loss(teacher, head), loss(local, own), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss(teacher, head), loss(local, local_head), rtol=1e-5, atol=0)

@@ -15,17 +15,17 @@ from serving_cases import (
 
 
 def vllm_server(logprobs: list[dict[str, Any] | None]) -> tuple[TeacherClient, list[httpx.Request]]:
-    seen: list[httpx.Request] = []
+    requests: list[httpx.Request] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
-        seen.append(request)
+        requests.append(request)
         if request.url.path == "/v1/teacher":
             return httpx.Response(404)
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "stock"}]})
         return httpx.Response(200, json={"choices": [{"index": 0, "prompt_logprobs": logprobs}]})
 
-    return TeacherClient("http://vllm", retries=FAST_RETRIES, transport=httpx.MockTransport(handle)), seen
+    return TeacherClient("http://vllm", retries=FAST_RETRIES, transport=httpx.MockTransport(handle)), requests
 
 
 def test_a_stock_vllm_server_is_detected_and_asked_for_prompt_logprobs() -> None:
@@ -34,13 +34,13 @@ def test_a_stock_vllm_server_is_detected_and_asked_for_prompt_logprobs() -> None
         "3": {"logprob": -1.5, "rank": 2},
         "9": {"logprob": -4.0, "rank": 20},
     }
-    client, seen = vllm_server([None, position])
+    client, requests = vllm_server([None, position])
     answer = client.get_sequence_logprobs([[1, 9]], [1], top_logprobs=2)
     assert answer.ids.tolist() == [[7, 3]]
     assert answer.logprobs.tolist() == [[-0.5, -1.5]]
     assert answer.actual_logprobs.tolist() == [-4.0]
-    asked = json.loads(seen[-1].content)
-    assert (asked["model"], asked["prompt"], asked["prompt_logprobs"]) == ("stock", [[1, 9]], 2)
+    body = json.loads(requests[-1].content)
+    assert (body["model"], body["prompt"], body["prompt_logprobs"]) == ("stock", [[1, 9]], 2)
 
 
 @pytest.mark.parametrize(

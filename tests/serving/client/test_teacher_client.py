@@ -37,7 +37,7 @@ def test_score_ids_get_their_log_probabilities(url: str, model: Any) -> None:
     ids = [generator.integers(0, VOCAB, (count, 3)).tolist() for count in counts]
     with TeacherClient(url, request_tokens=20) as client:
         answer = client.get_sequence_logprobs(sequences, prompts, score_ids=ids)
-    chosen = torch.tensor([row for own in ids for row in own])
+    chosen = torch.tensor([row for sequence_ids in ids for row in sequence_ids])
     want = direct_logprobs(model, sequences, prompts).gather(-1, chosen)
     assert answer.score_logprobs is not None
     np.testing.assert_allclose(answer.score_logprobs, want.numpy(), atol=2e-5)

@@ -74,7 +74,7 @@ def test_parts_without_positions_join_with_any_k() -> None:
 
 @given(st.lists(st.booleans(), min_size=1, max_size=6))
 def test_joined_responses_all_carry_score_logprobs_or_none_does(with_scores: list[bool]) -> None:
-    made = [
+    parts = [
         TeacherLogprobs(
             np.array([1]),
             np.full((1, 2), -i, np.float32),
@@ -86,10 +86,10 @@ def test_joined_responses_all_carry_score_logprobs_or_none_does(with_scores: lis
     ]
     if len(set(with_scores)) == 2:
         with pytest.raises(WireError, match="all responses must carry score_logprobs or none, got a mixture"):
-            TeacherLogprobs.join(made)
+            TeacherLogprobs.join(parts)
     else:
-        for part, whole in zip(TeacherLogprobs.join(made).split(), made, strict=True):
-            assert_same_response(part, whole)
+        for got, want in zip(TeacherLogprobs.join(parts).split(), parts, strict=True):
+            assert_same_response(got, want)
 
 
 @given(logprob_responses())
@@ -99,8 +99,8 @@ def test_binary_and_json_carry_the_same_fields(answer: TeacherLogprobs) -> None:
 
 
 def test_binary_and_json_carry_the_lowest_float32() -> None:
-    least = float(np.finfo(np.float32).min)  # what a masked logit often is
-    answer = decode_binary(one_position(logprob=least, actual=least).content)
+    lowest = float(np.finfo(np.float32).min)  # as masked logits often have
+    answer = decode_binary(one_position(logprob=lowest, actual=lowest).content)
     assert_same_response(from_json(encode_json(answer)), answer)
 
 

@@ -112,8 +112,8 @@ class BrokenEngine(FakeEngine):
 @pytest.mark.parametrize("response_format", ["binary", "json"])
 def test_invalid_answers_of_an_engine_are_500_and_the_server_lives(response_format: str) -> None:
     with serving(BrokenEngine()) as served:
-        asked = {"sequences": [[1, 2], [3, 4]], "prompt_lengths": [1, 1], "response_format": response_format}
-        assert [post(served.url, **asked).status_code for _ in range(5)] == [500, 500, 500, 500, 200]
+        body = {"sequences": [[1, 2], [3, 4]], "prompt_lengths": [1, 1], "response_format": response_format}
+        assert [post(served.url, **body).status_code for _ in range(5)] == [500, 500, 500, 500, 200]
 
 
 def test_a_request_that_takes_too_long_answers_504() -> None:

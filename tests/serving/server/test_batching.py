@@ -38,7 +38,7 @@ def test_requests_of_several_clients_share_a_batch_within_the_token_budget() -> 
             answer = from_json(future.result().json())
             assert answer.actual_logprobs.tolist() == [-2, -3, -(20 + i)]
         assert first[0].result().status_code == 200
-    # 4 requests of either K; 3 of them are 12 tokens. Odd ones asked for K 1.
+    # 4 requests of either K; 3 of them are 12 tokens. Odd requests have K 1.
     assert sorted(len(batch) for batch, _ in engine.batches) == [1, 1, 1, 3, 3]
     for batch, options in engine.batches:
         assert {s.tokens[-1] % 2 for s in batch} == {options.top_logprobs}
@@ -131,14 +131,14 @@ def test_one_thread_calls_the_engine_one_batch_at_a_time() -> None:
             other = ("/v1/teacher", "/health", "/metrics")[i % 3]
             if i % 2:
                 return httpx.get(f"{served.url}{other}", timeout=60).status_code
-            asked = {"sequences": [[20 + i, 1]], "prompt_lengths": [1], "top_logprobs": i % 8}
-            return post(served.url, **asked).status_code
+            body = {"sequences": [[20 + i, 1]], "prompt_lengths": [1], "top_logprobs": i % 8}
+            return post(served.url, **body).status_code
 
         with in_background(48, ask) as futures:
             assert {future.result() for future in futures} == {200}
     assert engine.overlaps == 0
     assert len(engine.threads) == 1
-    assert sum(engine.threads.values()) >= 4  # as many as there are different top_logprobs
+    assert sum(engine.threads.values()) >= 4  # one batch per value of top_logprobs
 
 
 def test_an_error_reaches_every_request_of_its_batch_and_no_other() -> None:
@@ -148,8 +148,8 @@ def test_an_error_reaches_every_request_of_its_batch_and_no_other() -> None:
 
         def ask(i: int) -> httpx.Response:
             # Three sequences of four tokens make a batch; a request of two sequences may lie in two batches.
-            own = [[20 + i, 1, 1, 13 if i in (3, 9) else 1]] * (1 + i % 2)
-            return post(served.url, sequences=own, prompt_lengths=[1] * len(own))
+            sequences = [[20 + i, 1, 1, 13 if i in (3, 9) else 1]] * (1 + i % 2)
+            return post(served.url, sequences=sequences, prompt_lengths=[1] * len(sequences))
 
         with in_background(1, lambda _: ask(0)):
             assert engine.started.wait(30)

@@ -90,12 +90,12 @@ def test_slow_clients_do_not_delay_others(row: FaultCounts) -> None:
                 return is_long_answer(stream + read_to_end(connection))
 
         def send_slowly(i: int) -> bool:
-            whole = http_request(sequences=[question(i)], prompt_lengths=[1])
+            request = http_request(sequences=[question(i)], prompt_lengths=[1])
             with raw(served) as connection:
-                connection.sendall(whole[:-30])
+                connection.sendall(request[:-30])
                 begun.release()
                 assert others_are_done.wait(60)
-                for byte in whole[-30:]:
+                for byte in request[-30:]:
                     connection.sendall(bytes([byte]))
                 ((status, content),) = responses(read_to_end(connection))
             return status == 200 and is_answer(decode_binary(content), i)

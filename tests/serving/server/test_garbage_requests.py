@@ -80,8 +80,8 @@ def test_bodies_with_changed_bytes_are_understood_or_get_a_4xx(row: FaultCounts)
             row.refused += response.status_code == 422
             if response.status_code == 200:
                 lengths = from_json(response.json()).lengths.tolist()
-                asked = json.loads(body)
-                pairs = zip(asked["sequences"], asked["prompt_lengths"], strict=True)
+                request = json.loads(body)
+                pairs = zip(request["sequences"], request["prompt_lengths"], strict=True)
                 row.right += lengths == [scored_positions(len(s), p) for s, p in pairs]
     assert row.right + row.refused == row.asked == 600
     assert row.right > 0
@@ -93,8 +93,8 @@ def test_bytes_that_are_not_http_get_a_4xx_and_the_server_lives(row: FaultCounts
         for _ in range(200):
             with raw(served) as connection:
                 connection.sendall(b"\0" + generator.randbytes(generator.randrange(1, 300)) + b"\r\n\r\n")
-                found = responses(read_to_end(connection))
+                answers = responses(read_to_end(connection))
             row.asked += 1
-            row.refused += [status for status, _ in found] == [400]
+            row.refused += [status for status, _ in answers] == [400]
         assert httpx.get(f"{served.url}/health").status_code == 200
     assert row == FaultCounts(row.fault, 200, 0, 200)

@@ -136,8 +136,8 @@ def test_a_body_full_of_errors_makes_one_error(body: dict[str, Any]) -> None:
     # An error takes about 800 bytes while the request is looked at: 64 MB of them take 25 GB.
     with pytest.raises(RequestError) as refused:
         parse_request(json.dumps(body).encode(), FakeEngine(), ServerLimits())
-    found: Any = refused.value.__context__
-    assert found is None or found.error_count() <= 2
+    cause: Any = refused.value.__context__
+    assert cause is None or cause.error_count() <= 2
 
 
 @pytest.mark.parametrize(

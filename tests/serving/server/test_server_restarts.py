@@ -42,7 +42,7 @@ def unused_port() -> int:
 
 @contextmanager
 def command(model: Path, port: int, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`fused-distill serve-teacher` in a process of its own, ready to answer."""
+    """`fused-distill serve-teacher` as a process that is ready to answer."""
     arguments = [sys.executable, "-m", "fused_distill.cli", "serve-teacher", str(model), "--port", str(port)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("FUSED_DISTILL_TOKEN", None)
@@ -68,10 +68,10 @@ def command(model: Path, port: int, *options: str) -> Iterator[tuple[subprocess.
 
 @pytest.fixture(scope="module")
 def scored_sequences(tiny_model: Path) -> list[tuple[list[int], TeacherLogprobs]]:
-    """Sequences, and what the model says of each on its own."""
+    """Return sequences and the engine's answer to each of them alone."""
     engine = TransformersEngine.load(str(tiny_model), "cpu", "float32")
     generator = random.Random(3)
-    made: list[tuple[list[int], TeacherLogprobs]] = []
+    pairs: list[tuple[list[int], TeacherLogprobs]] = []
     for _ in range(400):
         tokens = [generator.randrange(3, 90) for _ in range(generator.randint(3, 20))]
         sequences, options = parse_request(
@@ -81,8 +81,8 @@ def scored_sequences(tiny_model: Path) -> list[tuple[list[int], TeacherLogprobs]
         )[1:]
         (answer,) = engine.score(sequences, options)
         assert isinstance(answer, TeacherLogprobs)
-        made.append((tokens, answer))
-    return made
+        pairs.append((tokens, answer))
+    return pairs
 
 
 def is_close(got: TeacherLogprobs, want: TeacherLogprobs) -> bool:
@@ -137,11 +137,11 @@ def test_sigterm_answers_pending_requests_and_refuses_new_ones(
     ):
 
         def ask(i: int) -> bool:
-            own = scored_sequences[i * 20 : i * 20 + size]
-            body = {"sequences": [t for t, _ in own], "prompt_lengths": [1] * len(own), "top_logprobs": 5}
+            batch = scored_sequences[i * 20 : i * 20 + size]
+            body = {"sequences": [t for t, _ in batch], "prompt_lengths": [1] * len(batch), "top_logprobs": 5}
             response = http.post(url + SCORE_PATH, json={**body, "response_format": "binary"})
             return is_close(
-                decode_binary(response.content), TeacherLogprobs.join([answer for _, answer in own])
+                decode_binary(response.content), TeacherLogprobs.join([answer for _, answer in batch])
             )
 
         asking = threading.Thread(target=ask_all, args=(row, count, count, ask))

@@ -43,11 +43,11 @@ def openai_answer(
     actual: list[float] = []
     for tokens, prompt_length, choice in zip(sequences, prompt_lengths, choices, strict=True):
         start = first_scored_index(prompt_length)
-        positions = (choice.get("prompt_logprobs") or [])[start:]
+        positions: list[dict[str, dict[str, Any]] | None] = (choice.get("prompt_logprobs") or [])[start:]
         lengths.append(len(positions))
         for token, position in zip(tokens[start:], positions, strict=False):
             entries = {int(key): entry for key, entry in (position or {}).items()}
-            ranks = {key: entry.get("rank") or np.inf for key, entry in entries.items()}
+            ranks: dict[int, float] = {key: entry.get("rank") or np.inf for key, entry in entries.items()}
             top = sorted((key for key in ranks if ranks[key] <= top_logprobs), key=lambda key: ranks[key])
             n_absent = top_logprobs - len(top[:top_logprobs])
             logprobs.append([_logprob(entries[key]) for key in top[:top_logprobs]] + [np.nan] * n_absent)

@@ -47,7 +47,7 @@ class _Job:
     options: ScoringOptions
     result: asyncio.Future[list[Result]]
     waiting: deque[int] = field(init=False)
-    answers: dict[int, Result] = field(default_factory=dict)
+    answers: dict[int, Result] = field(default_factory=dict[int, Result])
 
     def __post_init__(self) -> None:
         order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i].tokens))

@@ -135,5 +135,5 @@ def close_in_norm(a: Tensor, b: Tensor) -> bool:
 
 def _rope_types(config: Any) -> set[str]:
     """Return the types of rotary positions, which some families configure per kind of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     return {section.get("rope_type", "") for section in (rope, *rope.values()) if isinstance(section, dict)}
