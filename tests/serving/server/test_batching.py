@@ -151,9 +151,13 @@ def test_an_error_reaches_every_request_of_its_batch_and_no_other() -> None:
             sequences = [[20 + i, 1, 1, 13 if i in (3, 9) else 1]] * (1 + i % 2)
             return post(served.url, sequences=sequences, prompt_lengths=[1] * len(sequences))
 
+        def ask_in_order(i: int) -> httpx.Response:
+            wait_until(lambda: waiting_requests(served.url) == i)
+            return ask(i)
+
         with in_background(1, lambda _: ask(0)):
             assert engine.started.wait(30)
-            with in_background(12, ask) as futures:
+            with in_background(12, ask_in_order) as futures:
                 wait_until(lambda: waiting_requests(served.url) == 12)
                 engine.gate.set()
         failed = {i for i, future in enumerate(futures) if future.result().status_code == 500}
