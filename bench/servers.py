@@ -1,4 +1,4 @@
-"""Servers in processes of their own, for the benchmarks and the tests."""
+"""Server processes for the benchmarks and the tests."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Server(NamedTuple):
 
 @contextmanager
 def running(command: list[str], log: Path, **environment: str) -> Iterator[Server]:
-    """A server on an unused port of 127.0.0.1, from its first answer at /health on, and ended afterwards.
+    """Run a server on an unused port of 127.0.0.1, yield when /health answers, and end it afterwards.
 
-    The command gets --port and the port at its end.
+    `--port PORT` is appended to the command.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

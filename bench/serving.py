@@ -1,12 +1,12 @@
-"""Bytes and milliseconds per position of teacher servers: our binary and JSON beside stock vLLM's JSON.
+"""Bytes and milliseconds per position of teacher servers: binary and JSON responses and stock vLLM's JSON.
 
     make bench-serving
     FUSED_DISTILL_VLLM_PYTHON=PYTHON python bench/serving.py [--output FILE] [--small]
 
-The model is a random Llama of two layers, so that what is measured is the way from its log-probabilities to
-the client's arrays; at V 32000 the head alone takes most of a binary answer's time. A request is 8 sequences
-of 257 tokens, 2048 positions, on an idle server, from the request's body to arrays, median of five. Without
-FUSED_DISTILL_VLLM_PYTHON, a Python that has vLLM and this package, only the transformers engine is measured.
+The model is a random Llama of two layers, so that the path from its log-probabilities to the client's arrays
+dominates; at V 32000 the LM head alone takes most of the time of a binary response. A request has 8 sequences
+of 257 tokens, 2048 positions. Times are medians of five on an idle server, from the request's body to arrays.
+Without FUSED_DISTILL_VLLM_PYTHON, a Python with vLLM and this package, only the transformers engine runs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy as np
 import torch
 import transformers
 from fused_distill.serving.protocol.hidden_states import decode_hidden
-from fused_distill.serving.protocol.logprobs import SCORE_PATH, decode_binary, decode_json
+from fused_distill.serving.protocol.logprobs import decode_binary
 from fused_distill.serving.protocol.openai import openai_answer, openai_request
-from fused_distill.serving.protocol.request import ScoringOptions, TokenSequence
+from fused_distill.serving.protocol.request import SCORE_PATH, ScoringOptions, TokenSequence
 from fused_distill.serving.server.transformers_engine import TransformersEngine
 from servers import running
 from suite import header, results_folder, write_json
@@ -37,11 +37,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 SUPPORTS = (1, 16, 64, 256)
 VOCABS = (2048, 32000)
 HIDDEN, LENGTH, SEQUENCES, ROUNDS = 128, 257, 8, 5
-TITLE = "{} a position, V {}, {} positions in a request"
+TITLE = "{} per position, V {}, {} positions in a request"
 
 
-class Way(NamedTuple):
-    """How one server is asked and its answer read."""
+class Endpoint(NamedTuple):
+    """A server's endpoint: its request and how the response is decoded."""
 
     name: str
     path: str
@@ -49,44 +49,50 @@ class Way(NamedTuple):
     decode: Callable[[httpx.Response], object]
 
 
-def ours(engine: str, form: str, dtype: str = "float32") -> Way:
+def json_arrays(response: httpx.Response) -> list[object]:
+    """The arrays of a JSON response whose sequences have equal lengths."""
+    content = response.json()
+    return [np.array(content[name], np.float32) for name in ("logprobs", "ids", "actual_logprobs")]
+
+
+def own_server(engine: str, form: str, dtype: str = "float32") -> Endpoint:
     def body(sequences: list[list[int]], k: int) -> dict[str, Any]:
-        asked = {"sequences": sequences, "prompt_lengths": [1] * len(sequences), "top_logprobs": k}
-        return {**asked, "response_format": form, "dtype": dtype}
+        request = {"sequences": sequences, "prompt_lengths": [1] * len(sequences), "top_logprobs": k}
+        return {**request, "response_format": form, "dtype": dtype}
 
-    read = (lambda r: decode_binary(r.content)) if form == "binary" else (lambda r: decode_json(r.json()))
+    read = (lambda r: decode_binary(r.content)) if form == "binary" else json_arrays
     label = f"{form} {dtype}" if form == "binary" else "JSON"
-    return Way(f"fused-distill, {engine}, {label}", SCORE_PATH, body, read)
+    return Endpoint(f"fused-distill, {engine}, {label}", SCORE_PATH, body, read)
 
 
-def stock(model: str, sequences: list[list[int]]) -> Way:
+def stock_vllm(model: str, sequences: list[list[int]]) -> Endpoint:
     def decode(response: httpx.Response) -> object:
         content = response.json()
         k = len(content["choices"][0]["prompt_logprobs"][1]) - 1
         return openai_answer(content, sequences, [1] * len(sequences), k)
 
-    return Way("stock vLLM, JSON", "/v1/completions", lambda s, k: openai_request(model, s, k), decode)
+    return Endpoint("stock vLLM, JSON", "/v1/completions", lambda s, k: openai_request(model, s, k), decode)
 
 
-def hidden_states() -> Way:
+def hidden_states() -> Endpoint:
     def body(sequences: list[list[int]], _: int) -> dict[str, Any]:
-        asked = {"sequences": sequences, "prompt_lengths": [1] * len(sequences), "response": "hidden_states"}
-        return {**asked, "response_format": "binary"}
+        request = {"sequences": sequences, "prompt_lengths": [1] * len(sequences)}
+        return {**request, "response": "hidden_states", "response_format": "binary"}
 
-    return Way(
+    return Endpoint(
         "fused-distill, transformers, hidden states", SCORE_PATH, body, lambda r: decode_hidden(r.content)
     )
 
 
-def measured(url: str, way: Way, sequences: list[list[int]], k: int) -> tuple[float, int]:
-    """Median seconds and bytes of an answer; the first request warms up."""
+def measured(url: str, endpoint: Endpoint, sequences: list[list[int]], k: int) -> tuple[float, int]:
+    """Median seconds and bytes of a response, after one request to warm up."""
     seconds, size = [], 0
     with httpx.Client(base_url=url, timeout=600) as http:
         for _ in range(ROUNDS + 1):
             started = time.perf_counter()
-            response = http.post(way.path, json=way.body(sequences, k))
+            response = http.post(endpoint.path, json=endpoint.body(sequences, k))
             response.raise_for_status()
-            way.decode(response)
+            endpoint.decode(response)
             seconds.append(time.perf_counter() - started)
             size = len(response.content)
     return statistics.median(seconds[1:]), size
@@ -98,20 +104,24 @@ def rows(folder: Path, vocab: int, supports: tuple[int, ...], length: int) -> It
     positions = SEQUENCES * (length - 1)
     with_vllm, name = os.environ.get("FUSED_DISTILL_VLLM_PYTHON"), str(folder)
     command = ["-m", "fused_distill.cli", "serve-teacher", name, "--dtype", "float32"]
-    servers = [([sys.executable, *command], [ours("transformers", "binary"), hidden_states()])]
+    servers = [([sys.executable, *command], [own_server("transformers", "binary"), hidden_states()])]
     if with_vllm:
         options = ["--engine", "vllm", "--max-length", "511", "--engine-options", '{"enforce_eager": true}']
-        ways = [ours("vLLM", "binary"), ours("vLLM", "binary", "float16"), ours("vLLM", "json")]
-        servers.append(([with_vllm, *command, *options], ways))
+        endpoints = [
+            own_server("vLLM", "binary"),
+            own_server("vLLM", "binary", "float16"),
+            own_server("vLLM", "json"),
+        ]
+        servers.append(([with_vllm, *command, *options], endpoints))
         server = [with_vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", name]
         server += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-logprobs", "256"]
-        servers.append(([*server, "--host", "127.0.0.1"], [stock(name, sequences)]))
-    for arguments, ways in servers:
+        servers.append(([*server, "--host", "127.0.0.1"], [stock_vllm(name, sequences)]))
+    for arguments, endpoints in servers:
         with running(arguments, folder / "log", VLLM_CPU_KVCACHE_SPACE="1") as server:
-            for way in ways:
+            for endpoint in endpoints:
                 for k in supports:
-                    seconds, size = measured(server.url, way, sequences, k)
-                    of_k = {"case": way.name, "provider": f"K {k}"}
+                    seconds, size = measured(server.url, endpoint, sequences, k)
+                    of_k = {"case": endpoint.name, "provider": f"K {k}"}
                     for unit, value, text in (
                         ("Bytes", size / positions, f"{size / positions:.0f}"),
                         ("Milliseconds", 1e3 * seconds / positions, f"{1e3 * seconds / positions:.3f}"),
@@ -123,12 +133,13 @@ def rows(folder: Path, vocab: int, supports: tuple[int, ...], length: int) -> It
                             "text": text,
                         }
                     print(
-                        f"{way.name}, K {k}: {size / positions:.0f} bytes, {1e3 * seconds:.0f} ms", flush=True
+                        f"{endpoint.name}, K {k}: {size / positions:.0f} bytes, {1e3 * seconds:.0f} ms",
+                        flush=True,
                     )
 
 
 def sharing_rows(folder: Path, vocab: int, length: int) -> Iterator[dict[str, Any]]:
-    """Generations of one prompt, the prompt run once and run for each: the forward pass, without the head."""
+    """Time of the forward pass, without LM head, of generations of one prompt: prompt once or each time."""
     engine = TransformersEngine.load(str(folder), "cpu", "float32")
     generator = np.random.default_rng(0)
     prompt, rests = (
@@ -138,7 +149,7 @@ def sharing_rows(folder: Path, vocab: int, length: int) -> Iterator[dict[str, An
     batch = [TokenSequence((*prompt.tolist(), *rest.tolist()), len(prompt)) for rest in rests]
     title = f"8 generations of {length // 4} tokens for a prompt of {len(prompt)}, transformers, milliseconds"
     for provider, shared in (("prompt once", True), ("prompt each time", False)):
-        engine.decoder.shares_prompts, seconds = shared, []
+        engine.hidden_state_model.shares_prompts, seconds = shared, []
         for _ in range(ROUNDS + 1):
             started = time.perf_counter()
             engine.score(batch, ScoringOptions(0, None, 1.0, "hidden_states"))
@@ -167,7 +178,7 @@ def save_model(folder: Path, vocab: int) -> None:
         bos_token_id=None,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    # Stock vLLM writes every token's text into its answer.
+    # Stock vLLM returns the text of every token.
     words = Tokenizer(models.WordLevel({f"word{i}": i for i in range(vocab)}, unk_token="word0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="word1")
@@ -182,15 +193,15 @@ def main() -> None:
     command = f"python bench/serving.py {' '.join(sys.argv[1:])}".strip()
     output = arguments.output or results_folder(arguments.small) / "serving.json"
     supports, length = ((1, 4), 9) if arguments.small else (SUPPORTS, LENGTH)
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for vocab in VOCABS[:1] if arguments.small else VOCABS:
         with TemporaryDirectory() as name:
             folder = Path(name)
             save_model(folder, vocab)
-            found += rows(folder, vocab, supports, length)
+            results += rows(folder, vocab, supports, length)
             if vocab == VOCABS[-1]:
-                found += sharing_rows(folder, vocab, length)
-    write_json(output, {**header(command), "rows": found})
+                results += sharing_rows(folder, vocab, length)
+    write_json(output, {**header(command), "rows": results})
     print(output)
 
 

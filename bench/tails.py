@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from fused_distill.huggingface.lm_head import lm_head_of
-from fused_distill.rollouts.base import Sampling, TransformersRollouts
+from fused_distill.rollouts.base import Sampling
+from fused_distill.rollouts.transformers import TransformersRollouts
 from fused_distill.trainer.data import Batch, Sample
 from suite import ROOT, header, results_folder, write_json
 from torch import Tensor

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fused_distill.rollouts.base import Sampling, TransformersRollouts
+from fused_distill.rollouts.base import Sampling
+from fused_distill.rollouts.transformers import TransformersRollouts
 from fused_distill.trainer.config import ConfigError, TrainConfig, load_config
 from fused_distill.trainer.loop import train
 from rich.console import Console

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from . import env
 
 if TYPE_CHECKING:
-    from .serving.server.transformers_engine import TeacherEngine
+    from .serving.server.engine import TeacherEngine
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,8 +116,9 @@ def serve_teacher(options: argparse.Namespace) -> None:
 
     If the environment variable FUSED_DISTILL_TOKEN is set, clients must send it as a bearer token.
     """
-    from .serving.server.app import ServerLimits, check_token, create_app
+    from .serving.server.app import check_token, create_app
     from .serving.server.batching import BatchLimits
+    from .serving.server.validation import ServerLimits
 
     # Validate before loading a model.
     limits = ServerLimits(request_seconds=options.request_seconds, numbers=options.answer_numbers)

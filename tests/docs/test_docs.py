@@ -18,10 +18,11 @@ import yaml
 from cases import INTERPRETED
 from fastapi import FastAPI, Request
 from fused_distill.cli import parse_arguments
-from fused_distill.rollouts.base import Sampling, TransformersRollouts
+from fused_distill.rollouts.base import Sampling
+from fused_distill.rollouts.transformers import TransformersRollouts
 from fused_distill.serving.server.transformers_engine import TransformersEngine
 from fused_distill.trainer.config import load_config
-from test_serving import serving, serving_app
+from serving_cases import serving, serving_app
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 

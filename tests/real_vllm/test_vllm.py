@@ -1,4 +1,4 @@
-"""Against a real vLLM server: `make test-vllm` installs one in a venv of its own and runs these."""
+"""Against a real vLLM server: `make test-vllm` installs vLLM in a separate venv and runs these tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from fused_distill.huggingface.loading import tokenizer_fingerprint
-from fused_distill.rollouts.base import Completion, Sampling, TransformersRollouts
+from fused_distill.rollouts.base import Completion, Sampling
+from fused_distill.rollouts.transformers import TransformersRollouts
 from fused_distill.rollouts.vllm import VllmRollouts
 from fused_distill.serving.client.client import TeacherClient
 from fused_distill.serving.client.retry import ServerError
@@ -23,7 +24,7 @@ from fused_distill.serving.server.transformers_engine import TransformersEngine
 from fused_distill.trainer.config import TrainConfig
 from fused_distill.trainer.loop import train
 from servers import START_SECONDS, running
-from test_serving import serving
+from serving_cases import serving
 
 PYTHON = os.environ.get("FUSED_DISTILL_VLLM_PYTHON")
 transformers = pytest.importorskip("transformers")
@@ -119,7 +120,7 @@ def in_vllm(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def texts(count: int) -> tuple[list[list[int]], list[int]]:
+def random_sequences(count: int) -> tuple[list[list[int]], list[int]]:
     generator = np.random.default_rng(0)
     sequences = [generator.integers(3, VOCAB, generator.integers(2, 40)).tolist() for _ in range(count)]
     return sequences, [int(generator.integers(0, len(s))) for s in sequences]
@@ -129,29 +130,29 @@ def texts(count: int) -> tuple[list[list[int]], list[int]]:
 def test_stock_vllm_our_server_with_vllm_and_with_transformers_agree(
     vllm: str, ours_vllm: str, ours: str, k: int
 ) -> None:
-    sequences, prompts = texts(12)
+    sequences, prompts = random_sequences(12)
 
     def answer(url: str) -> TeacherLogprobs:
         with TeacherClient(url) as client:
             return client.get_sequence_logprobs(sequences, prompts, top_logprobs=k)
 
-    mine = answer(ours)
-    for theirs in (answer(vllm), answer(ours_vllm)):
-        np.testing.assert_array_equal(theirs.lengths, mine.lengths)
-        np.testing.assert_allclose(theirs.actual_logprobs, mine.actual_logprobs, atol=1e-4)
-        np.testing.assert_allclose(theirs.logprobs, mine.logprobs, atol=1e-4)
-        assert (theirs.ids == mine.ids).mean() > 0.99  # near ties may fall either way
+    reference = answer(ours)
+    for other in (answer(vllm), answer(ours_vllm)):
+        np.testing.assert_array_equal(other.lengths, reference.lengths)
+        np.testing.assert_allclose(other.actual_logprobs, reference.actual_logprobs, atol=1e-4)
+        np.testing.assert_allclose(other.logprobs, reference.logprobs, atol=1e-4)
+        assert (other.ids == reference.ids).mean() > 0.99  # near ties may fall either way
 
 
-def test_our_server_with_vllm_tells_what_it_can(ours_vllm: str, folder: Path) -> None:
+def test_our_server_with_vllm_describes_its_capabilities(ours_vllm: str, folder: Path) -> None:
     with TeacherClient(ours_vllm) as client:
         info = client.info()
         assert (info["vocab_size"], info["max_length"], info["capabilities"]) == (VOCAB, 511, [])
         assert info["tokenizer_fingerprint"] == tokenizer_fingerprint(
             transformers.AutoTokenizer.from_pretrained(folder)
         )
-        whole = client.get_sequence_logprobs([[5] * 511], [0])
-        assert whole.lengths.tolist() == [510]
+        longest = client.get_sequence_logprobs([[5] * 511], [0])
+        assert longest.lengths.tolist() == [510]
         with pytest.raises(ServerError, match="temperature"):
             client.get_sequence_logprobs([[5, 6]], [1], temperature=0.5)
         with pytest.raises(ServerError, match="score_ids"):
@@ -159,7 +160,7 @@ def test_our_server_with_vllm_tells_what_it_can(ours_vllm: str, folder: Path) ->
 
 
 def test_a_stock_vllm_server_ignores_temperature_for_prompt_logprobs(vllm: str) -> None:
-    # Why the client refuses it there. The day this fails the client may learn to ask.
+    # The reason why the client refuses other temperatures. If this fails, the client can support them.
     body = {"model": httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"], "prompt": [[5, 9, 30]]}
     body |= {"max_tokens": 1, "prompt_logprobs": 3}
     cold, warm = (
@@ -176,9 +177,9 @@ def load(folder: Path) -> Any:
 def test_greedy_rollouts_equal_those_of_transformers(vllm: str, folder: Path) -> None:
     prompts, sampling = [[5, 9, 30], [7], [8, 8]], Sampling(temperature=0, max_tokens=12)
     with VllmRollouts(vllm) as rollouts:
-        theirs = rollouts.generate(prompts, sampling, groups=[4, 5, 4])
-    mine = TransformersRollouts(load(folder)).generate(prompts, sampling, groups=[4, 5, 4])
-    for a, b in zip(theirs, mine, strict=True):
+        answers = rollouts.generate(prompts, sampling, groups=[4, 5, 4])
+    reference = TransformersRollouts(load(folder)).generate(prompts, sampling, groups=[4, 5, 4])
+    for a, b in zip(answers, reference, strict=True):
         assert (a.group, a.prompt, a.tokens, a.finish_reason) == (
             b.group,
             b.prompt,
@@ -200,12 +201,13 @@ if __name__ == "__main__":
     rollouts = VllmInProcessRollouts(llm)
     greedy = Sampling(temperature=0, max_tokens=12)
     prompts = [[5, 9, 30], [7], [8, 8]]
-    found = [rollouts.generate(prompts, greedy, groups=[4, 5, 4])]
-    found += [rollouts.generate([[5, 9], [5, 9]], Sampling(n=4, max_tokens=10, seed=3)) for _ in range(2)]
+    completions = [rollouts.generate(prompts, greedy, groups=[4, 5, 4])]
+    seeded = Sampling(n=4, max_tokens=10, seed=3)
+    completions += [rollouts.generate([[5, 9], [5, 9]], seeded) for _ in range(2)]
     rollouts.sync_from_disk(changed)
-    found.append(rollouts.generate(prompts, greedy))
+    completions.append(rollouts.generate(prompts, greedy))
     llm.llm_engine.engine_core.shutdown()
-    print(json.dumps(found))
+    print(json.dumps(completions))
 """
 
 
@@ -224,12 +226,12 @@ def test_in_process_rollouts_are_transformers_repeat_by_seed_and_follow_new_weig
     folder: Path, changed: Path
 ) -> None:
     prompts, greedy = [[5, 9, 30], [7], [8, 8]], Sampling(temperature=0, max_tokens=12)
-    found = in_vllm(IN_PROCESS, str(folder), str(changed))
-    first, seeded, again, after = [[Completion(*c) for c in part] for part in found]
+    completions = in_vllm(IN_PROCESS, str(folder), str(changed))
+    first, seeded, again, after = [[Completion(*c) for c in part] for part in completions]
     for got, want in ((first, folder), (after, changed)):
-        wanted = TransformersRollouts(load(want)).generate(prompts, greedy)
-        assert [c.tokens for c in got] == [c.tokens for c in wanted]
-        for a, b in zip(got, wanted, strict=True):
+        expected = TransformersRollouts(load(want)).generate(prompts, greedy)
+        assert [c.tokens for c in got] == [c.tokens for c in expected]
+        for a, b in zip(got, expected, strict=True):
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     assert [c.group for c in first] == [4, 5, 4]
     assert seeded == again
@@ -323,10 +325,10 @@ def test_a_run_with_rollouts_of_a_vllm_server_and_our_teacher_server(
     before, after = (line["loss"] for line in lines if line["kind"] == "evaluation")
     assert after < before
     with VllmRollouts(vllm) as rollouts:
-        # The server wrote the last evaluation's texts with the weights of the last sync.
+        # The server generated the last evaluation's completions with the weights of the last sync.
         rollouts.sync_from_disk(trained)
         prompts, greedy = [[5, 9, 30]], Sampling(temperature=0, max_tokens=8)
-        found = rollouts.generate(prompts, greedy)
+        completions = rollouts.generate(prompts, greedy)
         rollouts.sync_from_disk(folder)
     want = TransformersRollouts(load(trained)).generate(prompts, greedy)
-    assert [c.tokens for c in found] == [c.tokens for c in want]
+    assert [c.tokens for c in completions] == [c.tokens for c in want]

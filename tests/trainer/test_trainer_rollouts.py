@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_distill.rollouts.base import TransformersRollouts
+from fused_distill.rollouts.transformers import TransformersRollouts
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.loop import Trainer, train

@@ -23,7 +23,7 @@ from fused_distill.trainer.data import Batch, Sample
 from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.targets import TopKTargets
 from pyarrow import parquet
-from test_serving import serving
+from serving_cases import serving
 from trainer_cases import NOT_INTERPRETED, Lab, losses, transformers
 from trainer_cases import lab as lab
 

@@ -19,7 +19,7 @@ from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.student import load_pretrained
 from fused_distill.trainer.targets import TopKTargets
 from fused_distill.trainer.teachers import ServedTeacher
-from test_serving import serving, serving_app
+from serving_cases import serving, serving_app
 from trainer_cases import NOT_INTERPRETED, Lab, losses, save_model, transformers
 from trainer_cases import lab as lab
 

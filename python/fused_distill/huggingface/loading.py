@@ -13,25 +13,25 @@ _log = logging.getLogger(__name__)
 
 
 def weights_dtype(name: str, device: str) -> torch.dtype:
-    """A dtype by its name; "auto" is bfloat16, on the CPU float32."""
+    """Return a dtype by its name; "auto" is bfloat16, or float32 on a CPU."""
     if name == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16
     return getattr(torch, name)
 
 
 def load_tokenizer(name: str) -> Any | None:
-    """The tokenizer of a local path or hub name; None, with a warning, where there is none to be had."""
+    """Return the tokenizer of a local path or hub name, or None, with a warning, if it has none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        _log.warning("%s: no tokenizer, so that clients cannot compare it with theirs: %s", name, reason)
+        _log.warning("%s has no tokenizer, so clients cannot compare it with their own: %s", name, reason)
         return None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary: equal for tokenizers that give a token the same id."""
+    """Return the SHA-256 of the vocabulary, equal for tokenizers that give every token the same id."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     return hashlib.sha256(vocabulary.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The rollouts of one gradient-accumulation cycle, cut into slices between groups."""
+"""Rollouts of one gradient-accumulation cycle, split into balanced slices without splitting a group."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Protocol, TypeVar
 
 
 class Rollout(Protocol):
-    """What is needed of a completion; `fused_distill.serving.rollouts.Completion` has it."""
+    """The members of a completion that are used here, e.g. of `fused_distill.rollouts.base.Completion`."""
 
     @property
     def group(self) -> int:
-        """Shared by the completions of one prompt."""
+        """Id shared by the completions of one prompt."""
         ...
 
     @property
     def tokens(self) -> Sized:
-        """The completion's tokens."""
+        """Tokens of the completion."""
         ...
 
 
@@ -25,21 +25,21 @@ R = TypeVar("R", bound=Rollout)
 
 
 def split_on_groups(rollouts: Sequence[R], slices: int) -> list[list[R]]:
-    """Slices of about as many tokens each, none of which divides a group.
+    """Split rollouts into slices with about equal numbers of tokens, none of which divides a group.
 
-    Groups go, the largest first, to the slice with the fewest tokens so far: the largest slice has at most
-    4/3 of the tokens of the best division (Graham, Bounds on Multiprocessing Timing Anomalies, 1969).
-    Which groups share a slice does not depend on the order of the rollouts; within a slice it is kept.
+    Groups are assigned largest first, each to the slice with the fewest tokens so far. The largest slice then
+    has at most 4/3 of the tokens of the best division (Graham, Bounds on Multiprocessing Timing Anomalies,
+    1969). The order of the rollouts does not matter, and it is kept within a slice.
 
     Args:
-        rollouts: of a whole cycle, in any order; those of a group need not be neighbours.
-        slices: steps of gradient accumulation.
+        rollouts: rollouts of a whole cycle, in any order; the rollouts of a group need not be neighbours.
+        slices: number of gradient-accumulation steps.
 
     Returns:
-        `slices` lists, none empty. Every rollout is in one of them.
+        `slices` lists, none empty. Every rollout is in exactly one of them.
 
     Raises:
-        ValueError: fewer than one slice, or fewer groups than slices.
+        ValueError: slices is less than 1 or more than the number of groups.
     """
     if slices < 1:
         raise ValueError(f"slices must be at least 1, got {slices}")
@@ -47,11 +47,12 @@ def split_on_groups(rollouts: Sequence[R], slices: int) -> list[list[R]]:
     for rollout in rollouts:
         tokens[rollout.group] += len(rollout.tokens)
     if len(tokens) < slices:
-        raise ValueError(f"rollouts must have at least {slices} groups, one a slice, got {len(tokens)}")
-    # Tokens, groups, slice: an empty slice comes before one whose groups have no tokens.
+        raise ValueError(f"rollouts must have at least {slices} groups, one per slice, got {len(tokens)}")
+    # (tokens, groups, slice): between slices without tokens, the one with fewer groups comes first.
     loads = [(0, 0, i) for i in range(slices)]
-    owner: dict[int, int] = {}
+    slice_of: dict[int, int] = {}
     for group in sorted(tokens, key=lambda g: (-tokens[g], g)):
-        load, groups, owner[group] = min(loads)
-        loads[owner[group]] = (load + tokens[group], groups + 1, owner[group])
-    return [[r for r in rollouts if owner[r.group] == i] for i in range(slices)]
+        load, n_groups, i = min(loads)
+        slice_of[group] = i
+        loads[i] = (load + tokens[group], n_groups + 1, i)
+    return [[r for r in rollouts if slice_of[r.group] == i] for i in range(slices)]

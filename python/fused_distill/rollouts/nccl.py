@@ -1,37 +1,42 @@
-"""The student's weights to a vLLM server on other GPUs over NCCL, by vLLM's own weight transfer."""
+"""Weight synchronisation over NCCL to a vLLM server on other GPUs, by vLLM's own weight transfer."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import httpx
 from torch import nn
 
 from ..serving.client.retry import RetryingClient, RetryPolicy
-from .vllm import check_emptied
+from .vllm import check_reset
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
 
 
 class NcclWeightSync:
-    """Sends a model's weights, after every optimizer step or every few, without a disk between.
+    """Send a model's weights to a vLLM server without going through a disk.
 
     The server must run with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{"backend": "nccl"}', and
-    vLLM must be installed beside the trainer. With several trainer processes every one makes this object and
-    calls `sync`; the first sends. Sharded parameters (FSDP2) are gathered one by one.
+    vLLM must be installed in the trainer's environment. With several trainer processes, each constructs this
+    object and calls `sync`; the first process sends. Sharded parameters (FSDP2) are gathered one by one.
 
     Args:
         url: the server.
-        model: whose parameters have the names of the server's checkpoint.
-        address: of this machine, as the server's GPUs reach it.
-        port: free on this machine.
+        model: a model whose parameters have the names of the server's checkpoint.
+        address: address of this machine as seen from the server's GPUs.
+        port: a free port of this machine.
         token: bearer token.
-        rank: of this trainer process.
-        timeout_seconds: between two bytes of an answer.
-        transport: of httpx.
+        rank: rank of this trainer process.
+        timeout_seconds: limit between two bytes of a response.
+        transport: httpx transport.
 
     Raises:
-        ImportError: without vLLM.
-        ServerError: the server refused, say for want of VLLM_SERVER_DEV_MODE=1.
+        ImportError: vLLM is missing.
+        ServerError: the server refused, e.g. because it runs without VLLM_SERVER_DEV_MODE=1.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class NcclWeightSync:
                 NCCLTrainerInitInfo,
             )
         except ImportError as error:
-            raise ImportError("NcclWeightSync needs vLLM beside the trainer: pip install vllm") from error
+            raise ImportError("NcclWeightSync needs vLLM in this environment: pip install vllm") from error
         self._control = _Control(url, token, timeout_seconds, transport)
         self._is_first = rank == 0
         workers = self._control.world_size() if self._is_first else 0
@@ -66,19 +71,19 @@ class NcclWeightSync:
         )
 
     def sync(self) -> None:
-        """Send the weights as they are now; the server's prefix cache is emptied."""
+        """Send the current weights and reset the server's prefix cache."""
         self._engine.send_weights()
         if self._is_first:
-            self._control.reset_prefix_cache()
+            self._control.send("POST", "/reset_prefix_cache", check_reset)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the NCCL group and close the connection."""
         self._engine.shutdown()
         self._control.close()
 
 
 class _Control:
-    """The calls that vLLM's sender makes. None is repeated: the server waits for NCCL inside them."""
+    """HTTP calls that vLLM's sender makes. None is retried, because the server waits for NCCL inside them."""
 
     def __init__(
         self, url: str, token: str | None, timeout_seconds: float, transport: httpx.BaseTransport | None
@@ -93,29 +98,26 @@ class _Control:
         )
         self.close = self._http.close
 
+    def send(self, method: str, path: str, decode: Callable[[httpx.Response], T], body: object = None) -> T:
+        return self._http.send(method, path, time.monotonic() + self.timeout_seconds, decode, body)
+
     def world_size(self) -> int:
-        deadline = time.monotonic() + self.timeout_seconds
-        return self._http.send("GET", "/get_world_size", deadline, lambda r: int(r.json()["world_size"]))
-
-    def post(self, path: str, **body: Any) -> None:
-        deadline = time.monotonic() + self.timeout_seconds
-        self._http.send("POST", path, deadline, lambda _: None, body)
-
-    def reset_prefix_cache(self) -> None:
-        deadline = time.monotonic() + self.timeout_seconds
-        self._http.send("POST", "/reset_prefix_cache", deadline, check_emptied)
+        return self.send("GET", "/get_world_size", lambda r: int(r.json()["world_size"]))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.post("/init_weight_transfer_engine", init_info=init_info)
+        self._post("/init_weight_transfer_engine", init_info=init_info)
 
     def shutdown_weight_transfer_engine(self) -> None:
-        self.post("/shutdown_weight_transfer_engine")
+        self._post("/shutdown_weight_transfer_engine")
 
     def start_weight_update(self) -> None:
-        self.post("/start_weight_update")
+        self._post("/start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        self.post("/update_weights", update_info=update_info)
+        self._post("/update_weights", update_info=update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.post("/finish_weight_update", weight_version=weight_version)
+        self._post("/finish_weight_update", weight_version=weight_version)
+
+    def _post(self, path: str, **body: Any) -> None:
+        self.send("POST", path, lambda _: None, body)

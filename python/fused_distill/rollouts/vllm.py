@@ -1,4 +1,4 @@
-"""Completions by vLLM, on a stock server or in process, and the student's weights on their way there."""
+"""Rollouts by vLLM, on a stock server (needs the extra `client`) or in this process."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from ..serving.client.retry import RetryingClient, RetryPolicy, ServerError
 from ..serving.protocol.openai import first_model
 from .base import Completion, Sampling, checked_prompts
 
-# Against what a model's generation_config.json may ask for: rollouts are samples of the model itself.
-_PLAIN = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
-_CONCURRENCY = 32  # requests to a server, which puts them into batches of its own
+if TYPE_CHECKING:
+    import httpx
+
+_CONCURRENCY = 32  # requests in flight; the server batches them
+_CACHE_KEPT = "vLLM did not reset its prefix cache; it refuses while requests run"
 
 
 class VllmRollouts:
-    """A stock vLLM server: token ids in and out, weights synchronised from disk.
+    """See RolloutEngine. A stock vLLM server generates; weights are synchronised from disk.
 
     Args:
-        url: one server. For `sync_from_disk` it must run with VLLM_SERVER_DEV_MODE=1.
+        url: one server. `sync_from_disk` requires that it runs with VLLM_SERVER_DEV_MODE=1.
         token: bearer token.
-        model: the model's name. None: the first that the server lists.
-        timeout_seconds: between two bytes of an answer.
-        deadline_seconds: of one call, all attempts together.
-        batch_size: prompts of one request.
+        model: model name. None: the first that the server lists.
+        timeout_seconds: limit between two bytes of a response.
+        deadline_seconds: limit of one call, all attempts together.
+        batch_size: prompts per request.
         retries: see RetryPolicy.
-        transport: of httpx.
+        transport: httpx transport.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class VllmRollouts:
         prompts, groups = checked_prompts(prompts, groups)
         deadline = time.monotonic() + self.deadline_seconds
         model = self._model or self._http.send("GET", "/v1/models", deadline, first_model)["id"]
-        # vLLM seeds completion j of every prompt of a request with seed + j: prompts that repeat would repeat
-        # their completions. Hence a request, and seeds of its own, for each prompt.
+        # vLLM seeds completion j of every prompt of a request with seed + j, so equal prompts in one request
+        # would get equal completions. With a seed, every prompt goes in a request of its own.
         size = self.batch_size if sampling.seed is None else 1
 
         def request(start: int) -> list[Completion]:
@@ -77,14 +77,12 @@ class VllmRollouts:
             body = {
                 "model": model,
                 "prompt": prompts[batch],
-                "n": sampling.n,
-                "max_tokens": sampling.max_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "seed": _seed(sampling, start),
-                **_PLAIN,
-                "logprobs": 0,
+                **_vllm_options(sampling, start),
+                # Override the model's generation_config.json: rollouts are samples of the model itself.
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+                "min_p": 0.0,
                 "return_token_ids": True,
             }
 
@@ -98,27 +96,28 @@ class VllmRollouts:
         return [completion for part in parts for completion in part]
 
     def sync_from_disk(self, folder: Path | str) -> None:
-        """Make the server load the weights of `folder`, a checkpoint that the server can read.
+        """Load the weights of a checkpoint into the server and reset its prefix cache.
 
-        The prefix cache is emptied: what it holds was computed with the old weights.
+        Args:
+            folder: a checkpoint that the server can read too.
 
         Raises:
-            FileNotFoundError: no such folder.
-            ServerError: the server refused, say for want of VLLM_SERVER_DEV_MODE=1, or kept its cache, as it
-                does while requests run.
+            FileNotFoundError: the folder does not exist.
+            ServerError: the server refused, e.g. because it runs without VLLM_SERVER_DEV_MODE=1, or kept its
+                cache, as it does while requests run.
         """
         path = _checkpoint(folder)
         deadline = time.monotonic() + self.deadline_seconds
         call = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         self._http.send("POST", "/collective_rpc", deadline, lambda _: None, call)
-        self._http.send("POST", "/reset_prefix_cache", deadline, check_emptied)
+        self._http.send("POST", "/reset_prefix_cache", deadline, check_reset)
 
 
 class VllmInProcessRollouts:
-    """A vLLM engine in this process.
+    """See RolloutEngine. A vLLM engine in this process generates; weights are synchronised from disk.
 
     Args:
-        llm: a vllm.LLM; nothing else may use it meanwhile.
+        llm: a vllm.LLM. Nothing else may use it at the same time.
     """
 
     def __init__(self, llm: Any):
@@ -128,48 +127,36 @@ class VllmInProcessRollouts:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, groups: Sequence[int] | None = None
     ) -> list[Completion]:
         """See RolloutEngine."""
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm import SamplingParams  # pyright: ignore
 
         prompts, groups = checked_prompts(prompts, groups)
-        params = [
-            SamplingParams(
-                n=sampling.n,
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=_seed(sampling, i),
-                logprobs=0,
-                detokenize=False,
-            )
-            for i in range(len(prompts))
-        ]
+        params = [SamplingParams(detokenize=False, **_vllm_options(sampling, i)) for i in range(len(prompts))]
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        found: list[Completion] = []
+        completions: list[Completion] = []
         for prompt, group, output in zip(prompts, groups, outputs, strict=True):
-            for one in output.outputs:
-                tokens = list(one.token_ids)
-                steps = zip(tokens, one.logprobs, strict=True)
+            for generated in output.outputs:
+                tokens = list(generated.token_ids)
+                steps = zip(tokens, generated.logprobs, strict=True)
                 logprobs = [step[token].logprob for token, step in steps]
-                found.append(_completion(group, prompt, tokens, logprobs, one.finish_reason))
-        return found
+                completions.append(_completion(group, prompt, tokens, logprobs, generated.finish_reason))
+        return completions
 
     def sync_from_disk(self, folder: Path | str) -> None:
-        """Load the weights of `folder`, a checkpoint; the prefix cache is emptied.
+        """Load the weights of a checkpoint and reset the prefix cache.
 
         Raises:
-            FileNotFoundError: no such folder.
-            ServerError: vLLM would not empty its cache.
+            FileNotFoundError: the folder does not exist.
+            ServerError: vLLM did not reset its cache.
         """
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": _checkpoint(folder)})
         if not self.llm.reset_prefix_cache():
-            raise ServerError("vLLM kept its prefix cache, as it does while requests run")
+            raise ServerError(_CACHE_KEPT)
 
 
-def check_emptied(response: httpx.Response) -> None:
-    """Of /reset_prefix_cache. Raises ValueError, for another attempt, where the cache was kept."""
+def check_reset(response: httpx.Response) -> None:
+    """Raise ValueError, for another attempt, if /reset_prefix_cache answered that the cache was kept."""
     if not response.json()["success"]:
-        raise ValueError("vLLM kept its prefix cache, as it does while requests run")
+        raise ValueError(_CACHE_KEPT)
 
 
 def _checkpoint(folder: Path | str) -> str:
@@ -179,9 +166,17 @@ def _checkpoint(folder: Path | str) -> str:
     return str(path)
 
 
-def _seed(sampling: Sampling, prompt: int) -> int | None:
-    """vLLM seeds completion j of a prompt with seed + j; every prompt has seeds of its own."""
-    return None if sampling.seed is None else sampling.seed + prompt * sampling.n
+def _vllm_options(sampling: Sampling, prompt: int) -> dict[str, Any]:
+    """Return vLLM's names for the options; the seed depends on the prompt's position in the call."""
+    return {
+        "n": sampling.n,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": None if sampling.seed is None else sampling.seed + prompt * sampling.n,
+        "logprobs": 0,
+    }
 
 
 def _completions(
@@ -190,16 +185,18 @@ def _completions(
     choices = sorted(content["choices"], key=lambda choice: choice["index"])
     if len(choices) != n * len(prompts):
         raise ServerError(f"the answer has {len(choices)} completions, expected {n * len(prompts)}")
-    found: list[Completion] = []
+    completions: list[Completion] = []
     for i, choice in enumerate(choices):
         logprobs, reason = choice["logprobs"]["token_logprobs"], choice["finish_reason"]
-        found.append(_completion(groups[i // n], prompts[i // n], choice["token_ids"], logprobs, reason))
-    return found
+        completions.append(
+            _completion(groups[i // n], prompts[i // n], choice["token_ids"], logprobs, reason)
+        )
+    return completions
 
 
 def _completion(
     group: int, prompt: list[int], tokens: list[int], logprobs: list[float], reason: Any
 ) -> Completion:
     if reason not in ("stop", "length") or len(tokens) != len(logprobs):
-        raise ServerError(f"a completion of prompt {prompt[:8]}... is not whole: it ended by {reason!r}")
+        raise ServerError(f"a completion of prompt {prompt[:8]}... is incomplete: it ended by {reason!r}")
     return Completion(group, prompt, tokens, logprobs, reason)

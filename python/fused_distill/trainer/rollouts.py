@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from ..rollouts.base import Completion, Sampling, TransformersRollouts
+from ..rollouts.base import Completion, Sampling
 from ..rollouts.nccl import NcclWeightSync
+from ..rollouts.transformers import TransformersRollouts
 from ..rollouts.vllm import VllmInProcessRollouts, VllmRollouts
 from .config import ConfigError, RolloutConfig, TrainConfig
 

@@ -1,1 +1,5 @@
-"""The client of a teacher server."""
+"""The client of a teacher server. Needs `pip install 'fused-distill[client]'`."""
+
+from .. import require_packages
+
+require_packages("client")

@@ -1,11 +1,10 @@
-"""From a teacher's answer to the tensors of the losses."""
+"""Placement of a teacher's answer at the hidden states that it belongs to, as the losses take it."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..protocol.hidden_states import HiddenStates
@@ -13,7 +12,7 @@ from ..protocol.logprobs import TeacherLogprobs
 
 
 class AlignedAnswer(NamedTuple):
-    """An answer's numbers at the hidden states that they belong to; absent (-inf, id 0) elsewhere."""
+    """Log-probabilities where the mask is True; absent entries (-inf, id 0) elsewhere."""
 
     logprobs: Tensor  # (..., K) float32
     ids: Tensor  # (..., K) int64
@@ -24,45 +23,48 @@ class AlignedAnswer(NamedTuple):
 def align(answer: TeacherLogprobs, mask: Tensor) -> AlignedAnswer:
     """Put an answer's positions where `mask` is True, in order.
 
-    The mask is that of the loss: True at a hidden state whose next token was scored. It may come from
-    left-padded prompts, right-padded completions or rows that pack several sequences: only the order counts,
-    sequence by sequence and token by token.
+    The mask is the mask of the loss: True at a hidden state whose next token was scored. Left-padded prompts,
+    right-padded completions and rows that pack several sequences all work, because only the order of the
+    positions counts: sequence by sequence and token by token.
 
     Args:
         answer: P positions.
-        mask: (...) bool with P True entries; its device is that of the tensors.
+        mask: (...) bool with P True entries. The results are on its device.
 
     Raises:
         ValueError, TypeError: the mask does not fit the answer.
     """
-    places = _places(mask, len(answer.actual_logprobs))
-
-    def spread(values: NDArray[Any], fill: float, dtype: torch.dtype) -> Tensor:
-        return _spread(torch.as_tensor(values, dtype=dtype, device=mask.device), fill, mask, places)
-
+    scores = answer.score_logprobs
     return AlignedAnswer(
-        spread(answer.logprobs, -torch.inf, torch.float32),
-        spread(answer.ids, 0, torch.int64),
-        spread(answer.actual_logprobs, 0.0, torch.float32),
-        None if answer.score_logprobs is None else spread(answer.score_logprobs, -torch.inf, torch.float32),
+        _scatter(torch.as_tensor(answer.logprobs), mask, -torch.inf),
+        _scatter(torch.as_tensor(answer.ids).long(), mask, 0),
+        _scatter(torch.as_tensor(answer.actual_logprobs), mask, 0.0),
+        None if scores is None else _scatter(torch.as_tensor(scores), mask, -torch.inf),
     )
 
 
 def align_hidden_states(hidden: HiddenStates, mask: Tensor) -> Tensor:
-    """The same for hidden states: the (..., Dt) teacher_hidden of `fused_linear_jsd`, 0 elsewhere."""
-    places = _places(mask, len(hidden.states))
-    return _spread(hidden.states.to(mask.device), 0.0, mask, places)
+    """Put hidden states where `mask` is True and 0 elsewhere: the teacher_hidden of `fused_linear_jsd`.
+
+    Args:
+        hidden: P positions.
+        mask: (...) bool with P True entries, as for `align`.
+
+    Returns:
+        (..., Dt) on the mask's device.
+
+    Raises:
+        ValueError, TypeError: the mask does not fit the hidden states.
+    """
+    return _scatter(hidden.states, mask, 0.0)
 
 
-def _places(mask: Tensor, positions: int) -> Tensor:
+def _scatter(rows: Tensor, mask: Tensor, fill: float) -> Tensor:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
-    places = mask.reshape(-1).nonzero().squeeze(1)
-    if len(places) != positions:
-        raise ValueError(f"mask must be True at the answer's {positions} positions, got {len(places)}")
-    return places
-
-
-def _spread(rows: Tensor, fill: float, mask: Tensor, places: Tensor) -> Tensor:
-    whole = rows.new_full((mask.numel(), *rows.shape[1:]), fill)
-    return whole.index_copy_(0, places, rows).reshape(*mask.shape, *rows.shape[1:])
+    index = mask.reshape(-1).nonzero().squeeze(1)
+    if len(index) != len(rows):
+        raise ValueError(f"mask must be True at the answer's {len(rows)} positions, got {len(index)}")
+    rows = rows.to(mask.device)
+    filled = rows.new_full((mask.numel(), *rows.shape[1:]), fill)
+    return filled.index_copy_(0, index, rows).reshape(*mask.shape, *rows.shape[1:])

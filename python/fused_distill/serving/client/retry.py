@@ -1,10 +1,8 @@
-"""HTTP with patience: several servers, attempts repeated, a deadline over all."""
+"""HTTP client with retries, failover between servers and a deadline."""
 
 from __future__ import annotations
 
 import io
-import itertools
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,37 +10,57 @@ from dataclasses import dataclass
 from typing import IO, TypeVar
 
 import httpx
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_before_delay,
+    stop_when_event_set,
+    wait_exception,
+    wait_random_exponential,
+)
 
 T = TypeVar("T")
 
-_RETRIED = {408, 425, 429, 500, 502, 503, 504}
+_RETRIED_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+
+# What decoding an unreadable response may raise.
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 class ServerError(ConnectionError):
-    """A server gave no usable answer; the message says what it said."""
+    """No server gave a usable answer; the message holds the last server's response or error."""
+
+
+class _RoundFailed(Exception):
+    """No server answered in one round, but a later round may succeed."""
+
+    def __init__(self, problem: str, retry_after: float):
+        super().__init__(f"no usable answer: {problem}")
+        self.retry_after = retry_after  # seconds
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How a request is repeated. Every request made here is idempotent."""
+    """How requests are retried. Every request made here is idempotent."""
 
-    attempts: int = 6  # rounds over all servers; a full queue (429) does not count, only the deadline does
-    first_wait_seconds: float = 0.25  # after a round; doubled every time, half of it random
+    attempts: int = 6  # rounds over all servers; rounds of 429 (full queue) are limited by the deadline only
+    first_wait_seconds: float = 0.25  # after a round; doubles every time, with jitter, plus Retry-After
     longest_wait_seconds: float = 8.0
 
 
 class RetryingClient:
-    """Requests to one of several servers that serve the same. Threads may share it.
+    """Send requests to one of several servers with the same content. Threads may share a client.
 
     Args:
-        url: a server, or several; a failing one is passed over for the next.
+        url: one server, or several; when one fails, the next is tried.
         token: bearer token.
-        timeout_seconds: between two bytes of one attempt.
+        timeout_seconds: limit between two bytes of one attempt.
         retries: see RetryPolicy.
-        transport: of httpx.
+        transport: httpx transport.
 
     Raises:
-        ValueError: no url, or one without http.
+        ValueError: url is empty or does not begin with http:// or https://.
     """
 
     def __init__(
@@ -57,22 +75,22 @@ class RetryingClient:
         self.urls = [u.rstrip("/") for u in ([url] if isinstance(url, str) else url)]
         if not self.urls:
             raise ValueError("url must name at least one server, got none")
-        for one in self.urls:
-            if not one.startswith(("http://", "https://")):
-                raise ValueError(f"url must begin with http:// or https://, got {one!r}")
+        for server in self.urls:
+            if not server.startswith(("http://", "https://")):
+                raise ValueError(f"url must begin with http:// or https://, got {server!r}")
         self.retries = retries or RetryPolicy()
         self.timeout_seconds = timeout_seconds
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(headers=headers, transport=transport)
-        self._preferred = 0  # the server that answered last
+        self._preferred = 0  # index of the server that answered last
         self._closed = threading.Event()
 
     def stop_waiting(self) -> None:
-        """Make requests under way fail instead of trying again."""
+        """Make pending requests fail instead of retrying."""
         self._closed.set()
 
     def close(self) -> None:
-        """Give up the connections."""
+        """Close the connections; pending requests fail."""
         self._closed.set()
         self._http.close()
 
@@ -86,41 +104,61 @@ class RetryingClient:
         accepted: tuple[int, ...] = (200,),
         file: IO[bytes] | None = None,
     ) -> T:
-        """What `decode` makes of the first good response of any server; repeats what may succeed later.
+        """Return the decoded first good response of any server, retrying until `deadline` (time.monotonic()).
 
-        A good response's body goes into `file`, if there is one, and is not kept in memory.
+        With `file`, the body of a good response is written there instead of being kept in memory.
+
+        Raises:
+            ServerError: a server refused the request, or none gave a good response in time.
         """
-        problem, first, failures = "no attempt was made", self._preferred, 0
-        for attempt in itertools.count():
-            index = (first + attempt) % len(self.urls)
-            wait = 0.0
-            try:
-                response = self._attempt(method, self.urls[index] + path, deadline, body, file)
-                if response.status_code in accepted:
-                    result = decode(response)
-                    self._preferred = index
-                    return result
-                problem = f"{self.urls[index]}: {response.status_code} {_detail(response)}"
-                if response.status_code not in _RETRIED:
+        failed_rounds = 0
+
+        def one_round() -> T:
+            nonlocal failed_rounds
+            problem, busy, retry_after, first = "the client is closed", True, 0.0, self._preferred
+            for i in range(len(self.urls)):
+                if self._closed.is_set() or (i and time.monotonic() >= deadline):
+                    break
+                index = (first + i) % len(self.urls)
+                server = self.urls[index]
+                try:
+                    response = self._attempt(method, server + path, deadline, body, file)
+                    if response.status_code in accepted:
+                        result = decode(response)
+                        self._preferred = index
+                        return result
+                except (httpx.RequestError, *_UNREADABLE) as error:
+                    problem, busy = f"{server}: {type(error).__name__}: {error}", False
+                    continue
+                problem = f"{server}: {response.status_code} {_detail(response)}"
+                if response.status_code not in _RETRIED_STATUSES:
                     raise ServerError(problem)
-                asked = response.headers.get("retry-after", "")
-                wait = float(asked) if asked.isdigit() and len(asked) < 6 else 0.0
-                failures += response.status_code != 429
-            except (httpx.RequestError, ValueError, LookupError, TypeError, AttributeError) as error:
-                problem = f"{self.urls[index]}: {type(error).__name__}: {error}"
-                failures += 1
-            if failures >= self.retries.attempts * len(self.urls):
-                break
-            if (attempt + 1) % len(self.urls) == 0:
-                self._wait(max(wait, self._backoff(attempt // len(self.urls))), deadline)
-            if time.monotonic() >= deadline or self._closed.is_set():
-                break
-        raise ServerError(f"no usable answer in time or after {self.retries.attempts} rounds: {problem}")
+                busy &= response.status_code == 429
+                seconds = response.headers.get("retry-after", "")
+                retry_after = float(seconds) if seconds.isdigit() and len(seconds) < 6 else 0.0
+            failed_rounds += not busy
+            if failed_rounds >= self.retries.attempts:
+                raise ServerError(f"no usable answer in {failed_rounds} rounds: {problem}")
+            raise _RoundFailed(problem, retry_after)
+
+        first_wait, longest_wait = self.retries.first_wait_seconds, self.retries.longest_wait_seconds
+        retrying = Retrying(
+            retry=retry_if_exception_type(_RoundFailed),
+            wait=wait_random_exponential(first_wait, longest_wait, min=first_wait / 2)
+            + wait_exception(lambda error: getattr(error, "retry_after", 0.0)),
+            stop=stop_when_event_set(self._closed) | stop_before_delay(deadline - time.monotonic()),
+            sleep=sleep_using_event(self._closed),
+            reraise=True,
+        )
+        try:
+            return retrying(one_round)
+        except _RoundFailed as error:
+            raise ServerError(f"{error} (closed or past the deadline)") from None
 
     def _attempt(
         self, method: str, url: str, deadline: float, body: object, file: IO[bytes] | None
     ) -> httpx.Response:
-        """One request whose body is read no longer than until the deadline."""
+        """Send one request; stop reading its response at the deadline."""
         left = max(0.001, deadline - time.monotonic())
         timeout = httpx.Timeout(min(left, self.timeout_seconds), connect=min(left, 10.0))
         with self._http.stream(method, url, json=body, timeout=timeout) as response:
@@ -131,25 +169,13 @@ class RetryingClient:
             for chunk in response.iter_bytes():
                 sink.write(chunk)
                 if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the deadline passed while the answer came in")
+                    raise httpx.ReadTimeout("the deadline passed while the response arrived")
             headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
             return httpx.Response(response.status_code, headers=headers, content=content.getvalue())
-
-    def _wait(self, seconds: float, deadline: float) -> None:
-        self._closed.wait(max(0.0, min(seconds, deadline - time.monotonic())))
-
-    def _backoff(self, rounds: int) -> float:
-        longest = min(
-            self.retries.longest_wait_seconds, self.retries.first_wait_seconds * 2.0 ** min(rounds, 30)
-        )
-        return longest * random.uniform(0.5, 1.0)
 
 
 def _detail(response: httpx.Response) -> str:
     try:
-        content = response.json()
-    except ValueError:
-        content = None
-    return str(
-        content["detail"] if isinstance(content, dict) and "detail" in content else response.text[:500]
-    )
+        return str(response.json()["detail"])
+    except (ValueError, LookupError, TypeError):
+        return response.text[:500]

@@ -1,26 +1,19 @@
-"""The wire format of hidden states: the teacher's last hidden state before every scored token.
+"""Responses with the teacher's last hidden state before every scored token.
 
-With the teacher's head (`head.py`) they give the whole next-token distribution: 2 Dt bytes a position in
-bfloat16, whatever the vocabulary. Positions are those of `wire`. With P of them the binary form is,
-little-endian and without padding:
+Together with the teacher's LM head they give the whole next-token distribution, for 2 Dt bytes per position
+in bfloat16 whatever the size of the vocabulary. A response of n sequences with P positions in all is a
+safetensors file with the tensors
 
-    offset  type            field
-    0       3 bytes         b"FDH"
-    3       u8              version, 1
-    4       u8              dtype: 0 float32, 1 bfloat16
-    5       32 bytes        SHA-256 of the head's file
-    37      u32             Dt
-    41      u32             number of sequences n
-    45      u32 x n         positions of each sequence, P in all
-            dtype x P x Dt  hidden states
-            u32             CRC-32 of everything before it
+    lengths   int32 (n,)                      positions of each sequence; their sum is P
+    states    float32 or bfloat16 (P, Dt)     the sequences one after the other
 
-and the base64 form is {"version": 1, "binary": "<the binary form in base64>"}.
+and the metadata `version` ("1") and `head_sha256`, the SHA-256 of the file of the LM head. Hidden states have
+no plain JSON form; their base64 form is {"version": 1, "binary": "<the file in base64>"}.
 """
 
 from __future__ import annotations
 
-import struct
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,44 +22,44 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .packing import VERSION, WireError, seal, unseal
+from .packing import WireError, pack, unpack
 
 HiddenDtype = Literal["float32", "bfloat16"]
 
-_MAGIC = b"FDH"
-_HEADER = struct.Struct("<3sBB32sII")
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {"lengths": (torch.int32,), "states": (torch.float32, torch.bfloat16)}
 
 
 @dataclass(frozen=True, eq=False)
 class HiddenStates:
-    """A teacher's last hidden states at the positions of some sequences, one after the other."""
+    """A teacher's last hidden states at the positions of some sequences, one sequence after the other."""
 
     lengths: NDArray[np.int64]  # (n,) positions of each sequence
     states: Tensor  # (P, Dt)
-    head_sha256: str  # of the head that they belong to; 64 hexadecimal digits
+    head_sha256: str  # SHA-256 of the matching LM head, 64 hexadecimal digits
 
     def __post_init__(self) -> None:
         positions = int(self.lengths.sum())
-        if self.states.ndim != 2 or len(self.states) != positions:
+        if self.lengths.ndim != 1 or (self.lengths < 0).any():
+            raise WireError("lengths must be a vector of numbers that are not negative")
+        if self.states.ndim != 2 or len(self.states) != positions or not self.states.shape[1]:
             raise WireError(f"states must have shape ({positions}, Dt), got {tuple(self.states.shape)}")
 
     @property
     def valid(self) -> bool:
-        """Whether every number is finite."""
+        """True if every number is finite."""
         return bool(self.states.isfinite().all())
 
     def split(self) -> list[HiddenStates]:
-        """Those of each sequence."""
+        """Return one object per sequence."""
         parts = self.states.split(self.lengths.tolist())
         return [HiddenStates(self.lengths[i : i + 1], part, self.head_sha256) for i, part in enumerate(parts)]
 
     @classmethod
     def join(cls, parts: list[HiddenStates]) -> HiddenStates:
-        """All of them one after the other.
+        """Concatenate the sequences of all parts.
 
         Raises:
-            WireError: none at all, or of different heads.
+            WireError: there is no part, or the parts belong to different heads.
         """
         if not parts:
             raise WireError("parts must not be empty")
@@ -78,33 +71,22 @@ class HiddenStates:
 
 
 def encode_hidden(hidden: HiddenStates, dtype: HiddenDtype = "bfloat16") -> bytes:
-    """The binary form."""
-    states = hidden.states.to(getattr(torch, dtype)).contiguous()
-    header = _HEADER.pack(
-        _MAGIC,
-        VERSION,
-        _DTYPES.index(states.dtype),
-        bytes.fromhex(hidden.head_sha256),
-        states.shape[1],
-        len(hidden.lengths),
-    )
-    return seal(header, hidden.lengths, [states.view(torch.uint8).numpy().tobytes()])
+    """Return the binary form."""
+    tensors = {
+        "lengths": torch.from_numpy(hidden.lengths.astype(np.int32)),
+        "states": hidden.states.to(getattr(torch, dtype)),
+    }
+    return pack(tensors, head_sha256=hidden.head_sha256)
 
 
 def decode_hidden(payload: bytes) -> HiddenStates:
-    """Hidden states from their binary form.
+    """Decode the binary form.
 
     Raises:
-        WireError: anything but one whole, unchanged payload of this version.
+        WireError: the payload is not one whole, valid response of this version.
     """
-    (code, sha256, width), lengths, body = unseal(payload, _HEADER, _MAGIC, _position_bytes)
-    # Little-endian bytes, as on every machine that PyTorch runs on.
-    raw = torch.from_numpy(np.frombuffer(bytearray(body), np.uint8))
-    states = raw.view(_DTYPES[code]).reshape(int(lengths.sum()), width)
-    return HiddenStates(lengths, states, sha256.hex())
-
-
-def _position_bytes(code: int, _: bytes, width: int) -> int:
-    if code >= len(_DTYPES) or not width:
-        raise WireError("header is corrupted")
-    return width * (4 >> code)
+    tensors, metadata = unpack(payload, _DTYPES)
+    head_sha256 = metadata.get("head_sha256", "")
+    if metadata.keys() != {"head_sha256"} or not re.fullmatch("[0-9a-f]{64}", head_sha256):
+        raise WireError("the metadata must be a version and a head_sha256 of 64 hexadecimal digits")
+    return HiddenStates(tensors["lengths"].numpy().astype(np.int64), tensors["states"], head_sha256)

@@ -1,4 +1,4 @@
-"""A teacher's head as a file: what `/v1/teacher/head` serves and the client keeps."""
+"""The teacher's LM head as a safetensors file, served at /v1/teacher/head and cached by the client."""
 
 from __future__ import annotations
 
@@ -16,26 +16,52 @@ from ...huggingface.lm_head import LMHeadParams
 
 
 def save_head(head: LMHeadParams, path: Path) -> str:
-    """Write it as safetensors: "weight" (V, Dt), "bias" (V,) if there is one; returns the file's SHA-256."""
+    """Save "weight" (V, Dt) and, if the head has one, "bias" (V,). Return the SHA-256 of the file."""
     tensors = {"weight": head.weight, "bias": head.bias}
-    rest = {"logit_scale": head.logit_scale, "softcap": head.softcap}
+    scalars = {"logit_scale": head.logit_scale, "softcap": head.softcap}
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None},
         path,
-        {"lm_head_of": json.dumps(rest)},
+        {"lm_head_of": json.dumps(scalars)},
     )
     return file_sha256(path)
 
 
+def load_head(path: Path) -> LMHeadParams:
+    """Load a file of `save_head` to the CPU.
+
+    Raises:
+        ValueError: the file is not an LM head.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            scalars = json.loads((file.metadata() or {})["lm_head_of"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return LMHeadParams(
+                tensors["weight"], tensors.get("bias"), scalars["logit_scale"], scalars["softcap"]
+            )
+    except (SafetensorError, LookupError, ValueError, TypeError) as error:
+        raise ValueError(f"path must be a teacher's LM head, got {path}: {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 class SavedHead(NamedTuple):
-    """A file of `save_head`."""
+    """A file of `save_head` and its checksum."""
 
     path: Path
     sha256: str
 
 
 class HeadFile:
-    """A head that is written to a temporary file when it is first asked for. Threads may share it."""
+    """A head that is saved to a temporary file on first use. Threads may share it."""
 
     def __init__(self, head: LMHeadParams):
         self.head = head
@@ -44,9 +70,9 @@ class HeadFile:
         self._saved: SavedHead | None = None
 
     def saved(self) -> SavedHead:
-        """The file, which stays until `close`."""
+        """Return the file, which exists until `close`."""
         with self._lock:
-            # Whoever cleans temporary folders may have taken the file.
+            # A cleaner of temporary folders may have removed the file.
             if self._saved is None or not self._saved.path.exists():
                 self._folder = TemporaryDirectory(prefix="fused-distill-head-")
                 path = Path(self._folder.name) / "head.safetensors"
@@ -59,27 +85,3 @@ class HeadFile:
             if self._folder is not None:
                 self._folder.cleanup()
             self._folder = self._saved = None
-
-
-def load_head(path: Path, device: str = "cpu") -> LMHeadParams:
-    """The head of `save_head`.
-
-    Raises:
-        ValueError: the file holds none.
-    """
-    try:
-        with safe_open(path, "pt", device=device) as file:
-            rest = json.loads((file.metadata() or {})["lm_head_of"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return LMHeadParams(tensors["weight"], tensors.get("bias"), rest["logit_scale"], rest["softcap"])
-    except (SafetensorError, LookupError, ValueError, TypeError) as error:
-        raise ValueError(f"path must be a teacher's head, got {path}: {error}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

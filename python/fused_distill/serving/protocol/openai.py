@@ -1,4 +1,4 @@
-"""A stock vLLM server's /v1/completions with prompt_logprobs, as a teacher."""
+"""Teacher log-probabilities from the prompt_logprobs of a stock vLLM server's /v1/completions."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 import httpx
 import numpy as np
 
-from .logprobs import TeacherLogprobs, first_scored
+from .logprobs import TeacherLogprobs
+from .request import first_scored_index
 
 
 def first_model(response: httpx.Response) -> dict[str, Any]:
-    """The first entry of /v1/models."""
+    """Return the first entry of a response of /v1/models."""
     return dict(response.json()["data"][0])
 
 
 def openai_request(model: str, sequences: list[list[int]], top_logprobs: int) -> dict[str, Any]:
-    """The body that makes vLLM score prompts and generate nothing worth having."""
+    """Return a request body that scores prompts. vLLM generates at least one token, which is discarded."""
     return {
         "model": model,
         "prompt": sequences,
-        "max_tokens": 1,  # vLLM's least
+        "max_tokens": 1,
         "temperature": 0.0,
         "prompt_logprobs": top_logprobs,
         "return_tokens_as_token_ids": True,
@@ -30,10 +31,10 @@ def openai_request(model: str, sequences: list[list[int]], top_logprobs: int) ->
 def openai_answer(
     content: dict[str, Any], sequences: list[list[int]], prompt_lengths: list[int], top_logprobs: int
 ) -> TeacherLogprobs:
-    """vLLM's answer as ours; a number that is not there becomes NaN, for the client to complain about.
+    """Convert vLLM's response. A missing number becomes NaN, which the client reports with its position.
 
-    Each position is {token id: {"logprob", "rank", ...}} of the top_logprobs most likely tokens and of the
-    actual one, whatever its rank.
+    vLLM gives each position as {token id: {"logprob", "rank", ...}}, with the top_logprobs most likely tokens
+    and the actual token, whatever its rank.
     """
     choices = sorted(content["choices"], key=lambda choice: choice["index"])
     lengths: list[int] = []
@@ -41,19 +42,17 @@ def openai_answer(
     ids: list[list[int]] = []
     actual: list[float] = []
     for tokens, prompt_length, choice in zip(sequences, prompt_lengths, choices, strict=True):
-        start = first_scored(prompt_length)
-        positions = (choice.get("prompt_logprobs") or [])[start:]
+        start = first_scored_index(prompt_length)
+        positions: list[dict[str, dict[str, Any]] | None] = (choice.get("prompt_logprobs") or [])[start:]
         lengths.append(len(positions))
         for token, position in zip(tokens[start:], positions, strict=False):
-            found = {int(key): entry for key, entry in (position or {}).items()}
-            ranked = [
-                (e["rank"], key) for key, e in found.items() if (e.get("rank") or np.inf) <= top_logprobs
-            ]
-            best = [(key, found[key]) for _, key in sorted(ranked)][:top_logprobs]
-            absent = top_logprobs - len(best)
-            logprobs.append([_number(entry) for _, entry in best] + [np.nan] * absent)
-            ids.append([key for key, _ in best] + [0] * absent)
-            actual.append(_number(found.get(token, {})))
+            entries = {int(key): entry for key, entry in (position or {}).items()}
+            ranks: dict[int, float] = {key: entry.get("rank") or np.inf for key, entry in entries.items()}
+            top = sorted((key for key in ranks if ranks[key] <= top_logprobs), key=lambda key: ranks[key])
+            n_absent = top_logprobs - len(top[:top_logprobs])
+            logprobs.append([_logprob(entries[key]) for key in top[:top_logprobs]] + [np.nan] * n_absent)
+            ids.append(top[:top_logprobs] + [0] * n_absent)
+            actual.append(_logprob(entries.get(token, {})))
     return TeacherLogprobs(
         np.array(lengths, dtype=np.int64),
         np.array(logprobs, dtype=np.float32).reshape(len(actual), top_logprobs),
@@ -62,6 +61,6 @@ def openai_answer(
     )
 
 
-def _number(entry: dict[str, Any]) -> float:
+def _logprob(entry: dict[str, Any]) -> float:
     value = entry.get("logprob")
     return np.nan if value is None else float(value)

@@ -1,76 +1,57 @@
-"""What binary answers share: a header, the positions of each sequence, arrays, a checksum; base64 in JSON."""
+"""Binary responses: named tensors and string metadata as safetensors."""
 
 from __future__ import annotations
 
-import base64
-import struct
-import zlib
-from collections.abc import Callable
-from typing import Any
+import json
+from collections.abc import Mapping
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
 VERSION = 1
-# What a decoder allocates for is bounded by the payload's own size; this bounds absurd counts before that.
-_MOST_SEQUENCES = 1 << 20
 
 
 class WireError(ValueError):
-    """A payload that is not an answer: truncated, oversized, corrupted, of another version."""
+    """A payload that is not one whole, valid response of this version."""
 
 
-def seal(header: bytes, lengths: NDArray[np.int64], arrays: list[bytes]) -> bytes:
-    """One payload of them, with its CRC-32 at the end."""
-    body = b"".join([header, lengths.astype("<u4").tobytes(), *arrays])
-    return body + struct.pack("<I", zlib.crc32(body))
+def pack(tensors: Mapping[str, Tensor], **metadata: str) -> bytes:
+    """Return the tensors, the metadata and the version as the bytes of a safetensors file."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return save(contiguous, {"version": str(VERSION), **metadata})
 
 
-def unseal(
-    payload: bytes, header: struct.Struct, magic: bytes, position_bytes: Callable[..., int]
-) -> tuple[tuple[Any, ...], NDArray[np.int64], memoryview]:
-    """The header's fields, the lengths and what follows them.
+def unpack(
+    payload: bytes, dtypes: Mapping[str, tuple[torch.dtype, ...]], optional: frozenset[str] = frozenset()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata (without the version) that `pack` was given.
+
+    safetensors checks that the payload has exactly the bytes that its header announces. What the numbers mean
+    is for the caller to check; there is no checksum.
 
     Args:
-        payload: of `seal`.
-        header: begins with magic and version and ends with the number of sequences.
-        magic: the kind of payload.
-        position_bytes: bytes of one position, from the fields between version and number of sequences.
+        payload: one binary response.
+        dtypes: every tensor's name and the dtypes that it may have.
+        optional: the tensors that may be missing.
 
     Raises:
-        WireError: anything but one whole, unchanged payload of this kind and version.
+        WireError: the payload is truncated, too long or of another version, or its tensors do not fit.
     """
-    if len(payload) < header.size + 4:
-        raise WireError(f"payload must have at least {header.size + 4} bytes, got {len(payload)}")
-    found, version, *fields, n = header.unpack_from(payload)
-    if found != magic:
-        raise WireError(f"payload must begin with {magic!r}, got {found!r}")
-    if version != VERSION:
-        raise WireError(f"version must be {VERSION}, got {version}")
-    if n > _MOST_SEQUENCES:
-        raise WireError("header is corrupted")
-    each = position_bytes(*fields)
-    body, at = memoryview(payload)[:-4], header.size
-    if len(body) < at + 4 * n:
-        raise WireError(f"payload is truncated: {len(payload)} bytes for {n} sequences")
-    lengths = np.frombuffer(body, "<u4", n, at).astype(np.int64)
-    at += 4 * n
-    expected = at + int(lengths.sum()) * each + 4
-    if len(payload) != expected:
-        raise WireError(f"payload must have {expected} bytes by its header, got {len(payload)}")
-    if zlib.crc32(body) != struct.unpack_from("<I", payload, len(body))[0]:
-        raise WireError("payload is corrupted: its CRC-32 does not fit")
-    return tuple(fields), lengths, body[at:]
-
-
-def to_base64(payload: bytes) -> dict[str, Any]:
-    """A payload inside JSON."""
-    return {"version": VERSION, "binary": base64.b64encode(payload).decode()}
-
-
-def from_base64(text: str) -> bytes:
-    """The payload of "binary". Raises WireError where it is not base64."""
     try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise WireError("binary is not base64") from error
+        tensors = load(payload)
+        header_bytes = int.from_bytes(payload[:8], "little")
+        metadata: dict[str, str] = dict(json.loads(payload[8 : 8 + header_bytes])["__metadata__"])
+        version = metadata.pop("version")
+    except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise WireError(f"payload is not a valid binary response: {type(error).__name__}: {error}") from None
+    if version != str(VERSION):
+        raise WireError(f"version must be {VERSION}, got {str(version)[:20]}")
+    missing, unknown = dtypes.keys() - optional - tensors.keys(), tensors.keys() - dtypes.keys()
+    if missing or unknown:
+        raise WireError(f"payload lacks the tensors {sorted(missing)} and has unknown {sorted(unknown)[:5]}")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes[name]:
+            raise WireError(f"{name} must have a dtype in {dtypes[name]}, got {tensor.dtype}")
+    return tensors, metadata

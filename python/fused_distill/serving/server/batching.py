@@ -1,4 +1,4 @@
-"""Requests of many clients through one engine: one owner, bounded waiting, errors that stay in a batch."""
+"""Dynamic batching with a bounded queue. One thread owns the engine; an error stays within its batch."""
 
 from __future__ import annotations
 
@@ -10,79 +10,82 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..protocol.request import ScoringOptions, TokenSequence
-from .transformers_engine import Result, TeacherEngine
+from .engine import Result, TeacherEngine
 
-_FAILURES = 5  # batches in a row
+_MAX_FAILURES = 5  # consecutive failed batches after which the engine counts as failing
 
 
 class QueueFull(Exception):
-    """No place is free; the client should come again."""
+    """The queue is full; the client should try again later."""
 
 
 class Stopped(Exception):
-    """The server is stopping and takes nothing new."""
+    """The server is shutting down."""
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How requests wait and are put together."""
+    """Limits of the queue and of a batch."""
 
-    max_waiting: int = 256  # requests
-    batch_tokens: int = 16384  # of one engine call, padding included; a longer sequence goes alone
-    window_seconds: float = 0.005  # how long a batch waits for company
+    max_waiting: int = 256  # requests in the queue
+    batch_tokens: int = 16384  # per engine call, padding included; a longer sequence goes alone
+    window_seconds: float = 0.005  # how long a batch waits for further requests
 
     def __post_init__(self) -> None:
-        if self.max_waiting < 1 or self.batch_tokens < 1 or not self.window_seconds >= 0:
-            raise ValueError(f"batch limits must be positive, got {self}")
+        for name in ("max_waiting", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.window_seconds >= 0:
+            raise ValueError(f"window_seconds must not be negative, got {self.window_seconds}")
 
 
 @dataclass(eq=False)
 class _Job:
-    """One request; its sequences may go through the engine in several batches, the longest first."""
+    """One request. Its sequences may go through the engine in several batches, longest first."""
 
     sequences: list[TokenSequence]
-    execution: ScoringOptions
+    options: ScoringOptions
     result: asyncio.Future[list[Result]]
     waiting: deque[int] = field(init=False)
-    answers: dict[int, Result] = field(default_factory=dict)
+    answers: dict[int, Result] = field(default_factory=dict[int, Result])
 
     def __post_init__(self) -> None:
         order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i].tokens))
         self.waiting = deque(order)
 
-    def take(self, index: int, answer: Result) -> None:
-        """Keep one sequence's answer; with the last one the request is done."""
+    def add(self, index: int, answer: Result) -> None:
+        """Store the answer of one sequence; complete the request with the last one."""
         self.answers[index] = answer
         if len(self.answers) == len(self.sequences) and not self.result.done():
             self.result.set_result([self.answers[i] for i in range(len(self.sequences))])
 
     def fail(self, error: Exception) -> None:
-        """The request is done with this error."""
+        """Complete the request with an error."""
         self.waiting.clear()
         if not self.result.done():
             self.result.set_exception(error)
 
 
 class Batcher:
-    """The engine's one owner: `submit` from the event loop, the engine runs in a thread of its own."""
+    """Owner of the engine: the event loop calls `submit`, the engine runs in a thread of its own."""
 
     def __init__(self, engine: TeacherEngine, limits: BatchLimits | None = None):
         self.engine = engine
         self.limits = limits or BatchLimits()
-        self.queue: deque[_Job] = deque()  # requests with sequences that wait
+        self.queue: deque[_Job] = deque()  # requests with waiting sequences
         self.running = 0  # sequences in the engine
-        self._failures = 0  # batches in a row that the engine raised on
+        self._failures = 0  # consecutive batches that raised
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Batcher:
-        """Start taking requests."""
+        """Start accepting requests."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-engine")
         self._task = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop: whoever still waits gets `Stopped`, a running engine call is waited for."""
+        """Fail waiting requests with `Stopped` and wait for a running engine call."""
         task, self._task = self._task, None
         assert task is not None
         task.cancel()
@@ -93,32 +96,32 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken."""
+        """True while requests are accepted."""
         return self._task is not None and not self._task.done()
 
     @property
     def failing(self) -> bool:
-        """Whether the engine seems to be dead: it has raised on every one of the last batches."""
-        return self._failures >= _FAILURES
+        """True if the engine raised on each of the last batches."""
+        return self._failures >= _MAX_FAILURES
 
-    async def submit(self, sequences: list[TokenSequence], execution: ScoringOptions) -> Result:
-        """The answer for these sequences, at least one. Cancelling this call frees its place.
+    async def submit(self, sequences: list[TokenSequence], options: ScoringOptions) -> Result:
+        """Return the joined answer for these sequences, at least one. Cancelling the call frees its place.
 
         Raises:
-            QueueFull: `max_waiting` requests wait already.
-            Stopped: the server is stopping.
+            QueueFull: `max_waiting` requests are waiting already.
+            Stopped: the server is shutting down.
             Exception: whatever the engine raised on a batch with one of the sequences.
         """
         if not self.alive:
             raise Stopped
         if len(self.queue) >= self.limits.max_waiting:
             raise QueueFull(f"{len(self.queue)} requests are waiting")
-        job = _Job(sequences, execution, asyncio.get_running_loop().create_future())
+        job = _Job(sequences, options, asyncio.get_running_loop().create_future())
         self.queue.append(job)
         self._arrived.set()
         try:
             parts: list[Any] = await job.result
-            return await asyncio.to_thread(type(parts[0]).join, parts)  # may be long
+            return await asyncio.to_thread(type(parts[0]).join, parts)  # takes long for large answers
         finally:
             job.waiting.clear()
             if job in self.queue:
@@ -135,17 +138,17 @@ class Batcher:
                     await self._score(batch)
 
     def _next_batch(self) -> Iterator[tuple[_Job, int]]:
-        """Sequences of the first request and of those behind it with its execution, within the budget."""
+        """Yield sequences of the first request and of those with equal options, within the token budget."""
         longest = count = 0
-        execution = None
+        options = None
         for job in list(self.queue):
-            if execution not in (None, job.execution):
+            if options not in (None, job.options):
                 continue
             while job.waiting:
                 length = max(longest, len(job.sequences[job.waiting[0]].tokens))
                 if count and length * (count + 1) > self.limits.batch_tokens:
                     break
-                longest, count, execution = length, count + 1, job.execution
+                longest, count, options = length, count + 1, job.options
                 yield job, job.waiting.popleft()
             if not job.waiting:
                 self.queue.remove(job)
@@ -156,7 +159,7 @@ class Batcher:
         self.running = len(batch)
         try:
             answers = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._answers, sequences, jobs[0].execution
+                self._thread, self._call_engine, sequences, jobs[0].options
             )
             self._failures = 0
         except asyncio.CancelledError:
@@ -174,11 +177,11 @@ class Batcher:
             if answer is None:
                 job.fail(RuntimeError(f"the engine gave numbers that are not finite for sequence {index}"))
             else:
-                job.take(index, answer)
+                job.add(index, answer)
 
-    def _answers(self, sequences: list[TokenSequence], execution: ScoringOptions) -> list[Result | None]:
-        """The engine's, None where a number is missing."""
-        answers = self.engine.score(sequences, execution)
+    def _call_engine(self, sequences: list[TokenSequence], options: ScoringOptions) -> list[Result | None]:
+        """Return the engine's answers, None for one that has an invalid number."""
+        answers = self.engine.score(sequences, options)
         if len(answers) != len(sequences):
             raise RuntimeError(f"the engine gave {len(answers)} answers for {len(sequences)} sequences")
         return [answer if answer.valid else None for answer in answers]

@@ -1,9 +1,8 @@
-"""What scores sequences: one small interface, and the engine on transformers."""
+"""Engine on transformers: any causal language model, on any device, through `topk_logprobs`."""
 
 from __future__ import annotations
 
-import logging
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,47 +16,23 @@ from ..protocol.hidden_states import HiddenStates
 from ..protocol.lm_head import HeadFile
 from ..protocol.logprobs import TeacherLogprobs
 from ..protocol.request import ScoringOptions, TokenSequence
-from .prefix_sharing import Decoder, agree
-
-_log = logging.getLogger(__name__)
-
-Result = TeacherLogprobs | HiddenStates
-Results = list[TeacherLogprobs] | list[HiddenStates]
-Capability = Literal["temperature", "score_ids", "vocab_size", "hidden_states"]
-LOGPROBS: tuple[Capability, ...] = ("temperature", "score_ids", "vocab_size")
-
-
-class TeacherInfo(NamedTuple):
-    """What a client must know of a teacher."""
-
-    model: str
-    vocab_size: int
-    max_length: int
-    tokenizer_fingerprint: str | None
-    capabilities: tuple[Capability, ...] = LOGPROBS  # beyond top log-probabilities
-
-
-class TeacherEngine(Protocol):
-    """Scores a batch at a time, called from one thread only; `head_file` may be read from any."""
-
-    info: TeacherInfo
-
-    @property
-    def head_file(self) -> HeadFile | None:
-        """The head, None without the capability "hidden_states"."""
-        ...
-
-    def score(self, batch: list[TokenSequence], execution: ScoringOptions) -> Results:
-        """For each sequence what `execution.response` names."""
-        ...
-
-    def close(self) -> None:
-        """Give up processes and files."""
-        ...
+from .engine import Results, TeacherInfo
+from .prefix_sharing import HiddenStateModel, close_in_norm
 
 
 class TransformersEngine:
-    """Any causal language model of transformers, on any device, through `topk_logprobs`."""
+    """See TeacherEngine.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer, for the fingerprint that clients compare. None: no fingerprint.
+        name: the name that clients see. None: the model's path.
+        max_length: length of the longest sequence. None: the model's number of positions.
+        hidden_states: offer hidden states and the LM head. Every client can then download the head.
+
+    Raises:
+        ValueError: max_length is needed, or the model's logits are not those of its LM head.
+    """
 
     def __init__(
         self,
@@ -67,28 +42,25 @@ class TransformersEngine:
         max_length: int | None = None,
         hidden_states: bool = True,
     ):
-        """Raises ValueError where max_length is needed, or the model's logits are not those of its head.
-
-        With hidden_states, whoever may ask the server may also download the head.
-        """
         self.model = model.eval()
         self.head = lm_head_of(model)
         config = model.config.get_text_config()
         max_length = max_length or getattr(config, "max_position_embeddings", None)
         if max_length is None:
-            raise ValueError(f"max_length must be given for {type(model).__name__}, whose config names none")
+            raise ValueError(f"max_length must be given: the config of {type(model).__name__} has none")
+        vocab_size = min(config.vocab_size, len(self.head.weight))
         self.info = TeacherInfo(
             name or model.config.name_or_path or type(model).__name__,
-            min(config.vocab_size, len(self.head.weight)),
+            vocab_size,
             max_length,
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-            (*LOGPROBS, "hidden_states") if hidden_states else LOGPROBS,
         )
-        vocabulary = slice(self.info.vocab_size)
-        bias = None if self.head.bias is None else self.head.bias[vocabulary]
-        head = self.head._replace(weight=self.head.weight[vocabulary], bias=bias)
-        self.head_file = HeadFile(head) if hidden_states else None
-        self.decoder = Decoder(model, self.info.vocab_size, max_length, self.head.weight.device)
+        self.head_file = None
+        if hidden_states:
+            self.info = self.info._replace(capabilities=(*self.info.capabilities, "hidden_states"))
+            bias = None if self.head.bias is None else self.head.bias[:vocab_size]
+            self.head_file = HeadFile(self.head._replace(weight=self.head.weight[:vocab_size], bias=bias))
+        self.hidden_state_model = HiddenStateModel(model, vocab_size, max_length, self.head.weight.device)
         self._check_head()
 
     @classmethod
@@ -100,10 +72,10 @@ class TransformersEngine:
         max_length: int | None = None,
         hidden_states: bool = True,
     ) -> TransformersEngine:
-        """From a local path or a hub name.
+        """Load the model and the tokenizer of a local path or hub name.
 
         Raises:
-            ImportError: without transformers, naming the extra.
+            ImportError: transformers is missing.
         """
         try:
             from transformers import AutoModelForCausalLM
@@ -115,64 +87,57 @@ class TransformersEngine:
         return cls(model.to(device), load_tokenizer(name), name, max_length, hidden_states)
 
     def _check_head(self) -> None:
-        """The head as read from the config gives the model's own logits; a family may compute others."""
-        tokens = [*range(min(4, self.info.vocab_size)), 0]
-        rows = torch.tensor([tokens], device=self.decoder.device)
+        """Check that the LM head, as read from the config, gives the model's own logits."""
+        tokens = (*range(min(4, self.info.vocab_size)), 0)
+        rows = torch.tensor([tokens], device=self.hidden_state_model.device)
         with torch.inference_mode():
-            logits = self.head.logits(self.decoder.apart([TokenSequence(tuple(tokens), 1)]))
-            own = self.model(input_ids=rows, use_cache=False).logits[0, :-1]
-        if not agree(logits, own):
+            logits = self.head.logits(self.hidden_state_model.forward_padded([TokenSequence(tokens, 1)]))
+            model_logits = self.model(input_ids=rows, use_cache=False).logits[0, :-1]
+        if not close_in_norm(logits, model_logits):
             raise ValueError(
-                "model must have logits that follow from its head and config, "
-                f"got {type(self.model).__name__}, whose own are different"
+                "model must have logits that follow from its LM head and config, "
+                f"got {type(self.model).__name__}, which computes others"
             )
 
-    def score(self, batch: list[TokenSequence], execution: ScoringOptions) -> Results:
-        """The model's hidden states; the head at scored positions only."""
+    def score(self, batch: list[TokenSequence], options: ScoringOptions) -> Results:
+        """See TeacherEngine. The LM head runs at scored positions only."""
+        lengths = np.array([s.positions for s in batch], dtype=np.int64)
         with torch.inference_mode():
-            states = self.decoder.states(batch)
-            if execution.response == "hidden_states":
-                return self._hidden_states(states, batch).split()
-            return self._logprobs(states, batch, execution).split()
+            states = self.hidden_state_model.states(batch)
+            if options.response == "hidden_states":
+                assert self.head_file is not None  # checked by the server
+                return HiddenStates(lengths, states.cpu(), self.head_file.saved().sha256).split()
+            return self._logprobs(states, lengths, batch, options).split()
 
     def close(self) -> None:
-        """Remove the head's file."""
+        """Remove the file of the LM head."""
         if self.head_file is not None:
             self.head_file.close()
 
-    def _hidden_states(self, states: Tensor, batch: list[TokenSequence]) -> HiddenStates:
-        assert self.head_file is not None  # the server asks for nothing that is no capability
-        return HiddenStates(_lengths(batch), states.cpu(), self.head_file.saved().sha256)
-
     def _logprobs(
-        self, states: Tensor, batch: list[TokenSequence], execution: ScoringOptions
+        self, states: Tensor, lengths: NDArray[np.int64], batch: list[TokenSequence], options: ScoringOptions
     ) -> TeacherLogprobs:
-        device = states.device
         actual = [token for s in batch for token in s.tokens[s.start :]]
-        asked = torch.tensor(actual, dtype=torch.int64, device=device).unsqueeze(-1)
-        if execution.score_count is not None:
+        query_ids = torch.tensor(actual, dtype=torch.int64, device=states.device).unsqueeze(-1)
+        if options.score_count is not None:
             rows = [row for s in batch for row in s.score_ids or ()]
-            chosen = torch.tensor(rows, dtype=torch.int64, device=device)
-            asked = torch.cat([asked, chosen.reshape(len(asked), execution.score_count)], -1)
+            score_ids = torch.tensor(rows, dtype=torch.int64, device=states.device)
+            query_ids = torch.cat([query_ids, score_ids.reshape(len(query_ids), options.score_count)], -1)
         top = topk_logprobs(
             states,
             self.head.weight,
-            execution.top_logprobs,
-            asked,
-            temperature=execution.temperature,
+            options.top_logprobs,
+            query_ids,
+            temperature=options.temperature,
             **self.head.options(),
-            vocab_size=execution.vocab_size or self.info.vocab_size,
+            vocab_size=options.vocab_size or self.info.vocab_size,
         )
         assert top.actual_logprobs is not None
-        asked_logprobs = top.actual_logprobs.float().cpu().numpy()
+        query_logprobs = top.actual_logprobs.float().cpu().numpy()
         return TeacherLogprobs(
-            _lengths(batch),
+            lengths,
             top.logprobs.float().cpu().numpy(),
             top.ids.int().cpu().numpy(),
-            asked_logprobs[:, 0],
-            None if execution.score_count is None else asked_logprobs[:, 1:],
+            query_logprobs[:, 0],
+            None if options.score_count is None else query_logprobs[:, 1:],
         )
-
-
-def _lengths(batch: list[TokenSequence]) -> NDArray[np.int64]:
-    return np.array([s.positions for s in batch], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""A vLLM engine in the teacher server's process."""
+"""Engine on vLLM in the teacher server's process."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import numpy as np
 from ...huggingface.loading import load_tokenizer, tokenizer_fingerprint
 from ..protocol.logprobs import TeacherLogprobs
 from ..protocol.request import ScoringOptions, TokenSequence
-from .transformers_engine import TeacherInfo
+from .engine import TeacherInfo
 
 
 class VllmEngine:
-    """Any model of vLLM, through the prompt log-probabilities of `vllm.LLM`.
+    """See TeacherEngine. Scores by the prompt log-probabilities of `vllm.LLM`.
 
-    vLLM gives its own top tokens at temperature 1: no score_ids, no other temperature, no hidden states.
-    A prompt that several sequences share runs for each: vLLM's prefix cache holds no log-probabilities.
+    vLLM gives its own top tokens at temperature 1: no score_ids, no other temperature, no hidden states. A
+    prompt shared by several sequences runs for each of them, because vLLM's prefix cache holds no
+    log-probabilities.
 
     Args:
-        llm: a vllm.LLM with max_logprobs=-1 or as many as clients will ask for; nothing else may use it.
-        tokenizer: of transformers; None: the model has none.
-        name: what clients see. None: the model's path.
+        llm: a vllm.LLM with max_logprobs=-1 or the largest K of any client. Nothing else may use it.
+        tokenizer: its transformers tokenizer, for the fingerprint that clients compare. None: no fingerprint.
+        name: the name that clients see. None: the model's path.
     """
 
     head_file = None
@@ -32,67 +33,64 @@ class VllmEngine:
         self.info = TeacherInfo(
             name or config.model,
             config.get_vocab_size(),
-            config.max_model_len - 1,  # vLLM insists on generating a token
+            config.max_model_len - 1,  # vLLM always generates at least one token
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-            (),
+            capabilities=(),
         )
 
     @classmethod
     def load(
         cls, name: str, dtype: str, max_length: int | None = None, options: dict[str, Any] | None = None
     ) -> VllmEngine:
-        """From a local path or a hub name.
+        """Load the model and the tokenizer of a local path or hub name.
 
         Args:
             name: local path or hub name.
-            dtype: "auto" or a torch dtype's name.
-            max_length: longest sequence. None: the model's.
-            options: further arguments of vllm.LLM, say {"tensor_parallel_size": 4}.
+            dtype: "auto" or the name of a torch dtype.
+            max_length: length of the longest sequence. None: the model's.
+            options: further arguments of vllm.LLM, e.g. {"tensor_parallel_size": 4}.
 
         Raises:
-            ImportError: without vLLM.
+            ImportError: vLLM is missing.
         """
         try:
             from vllm import LLM  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ImportError("the vllm engine needs vLLM beside this package: pip install vllm") from error
+            raise ImportError("the vllm engine needs vLLM in this environment: pip install vllm") from error
         tokenizer = load_tokenizer(name)
-        llm = LLM(
-            **{
-                "model": name,
-                "dtype": dtype,
-                "max_logprobs": -1,
-                "max_model_len": None if max_length is None else max_length + 1,
-                "skip_tokenizer_init": tokenizer is None,
-                **(options or {}),
-            }
-        )
-        return cls(llm, tokenizer, name)
+        settings: dict[str, Any] = {
+            "dtype": dtype,
+            "max_logprobs": -1,
+            "max_model_len": None if max_length is None else max_length + 1,
+            "skip_tokenizer_init": tokenizer is None,
+            **(options or {}),
+        }
+        return cls(LLM(name, **settings), tokenizer, name)
 
-    def score(self, batch: list[TokenSequence], execution: ScoringOptions) -> list[TeacherLogprobs]:
-        """All sequences handed to vLLM at once, which schedules them as it likes."""
+    def score(self, batch: list[TokenSequence], options: ScoringOptions) -> list[TeacherLogprobs]:
+        """See TeacherEngine. vLLM schedules the sequences itself."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         params = SamplingParams(
             max_tokens=1,
             temperature=0,
-            prompt_logprobs=execution.top_logprobs,
+            prompt_logprobs=options.top_logprobs,
             flat_logprobs=True,
             detokenize=False,
         )
         prompts = [{"prompt_token_ids": list(sequence.tokens)} for sequence in batch]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [_answer(s, output.prompt_logprobs) for s, output in zip(batch, outputs, strict=True)]
+        return [_convert(s, output.prompt_logprobs) for s, output in zip(batch, outputs, strict=True)]
 
     def close(self) -> None:
-        """End vLLM's processes, which would outlive a server that dies of SIGTERM."""
+        """End vLLM's processes, which would outlive a server that is ended by SIGTERM."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def _answer(sequence: TokenSequence, flat: Any) -> TeacherLogprobs:
-    """From vLLM's FlatLogprobs: per token but the first its own log-probability, then the top K."""
-    before = len(sequence.tokens) - 1
-    width = len(flat.logprobs) // before if before else 1
+def _convert(sequence: TokenSequence, flat: Any) -> TeacherLogprobs:
+    """Convert vLLM's FlatLogprobs, which hold per token but the first the actual token, then the top K."""
+    n_positions = len(sequence.tokens) - 1
+    width = len(flat.logprobs) // n_positions if n_positions else 1
     first = (sequence.start - 1) * width
     logprobs = np.array(flat.logprobs[first:], dtype=np.float32).reshape(-1, width)
     ids = np.array(flat.token_ids[first:], dtype=np.int32).reshape(-1, width)

@@ -9,12 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cases import INTERPRETED
 from fused_distill.cli import main
 from fused_distill.serving.client.client import TeacherClient
 from servers import Server, running
-
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 
 
 @pytest.fixture

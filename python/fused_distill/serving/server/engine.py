@@ -1,0 +1,43 @@
+"""The interface between the server and whatever scores sequences."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+from ..protocol.hidden_states import HiddenStates
+from ..protocol.lm_head import HeadFile
+from ..protocol.logprobs import TeacherLogprobs
+from ..protocol.request import ScoringOptions, TokenSequence
+
+Result = TeacherLogprobs | HiddenStates
+Results = list[TeacherLogprobs] | list[HiddenStates]
+Capability = Literal["temperature", "score_ids", "vocab_size", "hidden_states"]
+
+
+class TeacherInfo(NamedTuple):
+    """Description of a teacher for clients."""
+
+    model: str
+    vocab_size: int
+    max_length: int
+    tokenizer_fingerprint: str | None
+    capabilities: tuple[Capability, ...] = ("temperature", "score_ids", "vocab_size")  # beyond top log-probs
+
+
+class TeacherEngine(Protocol):
+    """Score one batch at a time, always from the same thread; any thread may read `head_file`."""
+
+    info: TeacherInfo
+
+    @property
+    def head_file(self) -> HeadFile | None:
+        """The LM head; None without the capability "hidden_states"."""
+        ...
+
+    def score(self, batch: list[TokenSequence], options: ScoringOptions) -> Results:
+        """Return one result per sequence, of the kind that `options.response` names."""
+        ...
+
+    def close(self) -> None:
+        """Release processes and files."""
+        ...

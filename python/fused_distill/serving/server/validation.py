@@ -1,0 +1,181 @@
+"""Validation of request bodies: limits, the body's fields, and what the engine has to do for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Annotated, get_args
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+
+from ..protocol.hidden_states import HiddenDtype
+from ..protocol.logprobs import Dtype, Format
+from ..protocol.request import Response, ScoringOptions, TokenSequence, check_request
+from .engine import Capability, TeacherEngine
+
+MAX_REASON_CHARS = 500  # an error message may quote what the client sent
+
+
+class _FirstError(FailFast):
+    """Stop at the first invalid element; a body with millions of them must not produce as many messages."""
+
+    def __hash__(self) -> int:  # unions of annotated types need it
+        return id(self)
+
+
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], _FirstError()]
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Limits of one request."""
+
+    body_bytes: int = 64 << 20
+    sequences: int = 512
+    tokens: int = 1 << 20  # of all sequences together
+    top_logprobs: int = 4096
+    score_ids: int = 4096  # per position
+    numbers: int = 1 << 26  # values in one response
+    request_seconds: float = 300.0
+    retry_after_seconds: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+
+class RequestBody(BaseModel):
+    """Body of POST /get_sequence_logprobs/."""
+
+    model_config = ConfigDict(extra="allow", strict=True)  # parse_request reports the first extra field
+
+    sequences: Annotated[list[_Ids], Field(min_length=1), _FirstError()]
+    prompt_lengths: Annotated[list[int], _FirstError()]
+    top_logprobs: int = Field(1, ge=0)
+    temperature: float = Field(1.0, ge=1e-3, le=1e3)
+    score_ids: Annotated[list[Annotated[list[_Ids], _FirstError()]], _FirstError()] | None = Field(
+        None, description="M token ids per sequence and position"
+    )
+    vocab_size: int | None = Field(
+        None, ge=1, description="take the distribution over the first vocab_size tokens; null: over all"
+    )
+    response: Response = "logprobs"
+    response_format: Format = Field("json", description="binary or base64 for hidden states")
+    dtype: Dtype | HiddenDtype | None = Field(
+        None, description="of binary and base64 responses; null: float32, of hidden states bfloat16"
+    )
+
+
+class RequestError(Exception):
+    """An HTTP error response: status and reason."""
+
+    def __init__(self, status: int, reason: str, **headers: str):
+        if len(reason) > MAX_REASON_CHARS:
+            reason = f"{reason[:MAX_REASON_CHARS]}..."
+        super().__init__(reason)
+        self.response = JSONResponse({"detail": reason}, status, headers)
+
+
+def parse_request(
+    body: bytes, engine: TeacherEngine, limits: ServerLimits
+) -> tuple[RequestBody, list[TokenSequence], ScoringOptions]:
+    """Return a request with its sequences and scoring options.
+
+    Raises:
+        RequestError: a field is invalid (status 422; the reason names the field and the index).
+    """
+    try:
+        request = RequestBody.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "body"
+        raise RequestError(422, f"{field}: {first['msg']}") from None
+    if request.model_extra:
+        raise RequestError(422, f"{next(iter(request.model_extra))}: unknown field")
+    try:
+        return request, *_validate(request, engine, limits)
+    except ValueError as error:
+        raise RequestError(422, str(error)) from None
+
+
+def _validate(
+    request: RequestBody, engine: TeacherEngine, limits: ServerLimits
+) -> tuple[list[TokenSequence], ScoringOptions]:
+    sequences, prompt_lengths, scores = request.sequences, request.prompt_lengths, request.score_ids
+    info = engine.info
+    _check_options(request, info.capabilities)
+    _require_at_most(limits.sequences, "sequences", len(sequences))
+    _require_at_most(limits.tokens, "sequences", sum(map(len, sequences)), " tokens in all")
+    check_request(sequences, prompt_lengths, scores)
+    vocab_size = request.vocab_size or info.vocab_size
+    _require_at_most(info.vocab_size, "vocab_size", vocab_size)
+    _require_at_most(min(limits.top_logprobs, vocab_size), "top_logprobs", request.top_logprobs)
+
+    items: list[TokenSequence] = []
+    score_counts: set[int] = set()
+    for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
+        if not 1 <= len(tokens) <= info.max_length:
+            raise ValueError(f"sequences[{i}] must have 1 to {info.max_length} tokens, got {len(tokens)}")
+        _check_ids(f"sequences[{i}]", tokens, vocab_size)
+        score_ids = None if scores is None else tuple(map(tuple, scores[i]))
+        item = TokenSequence(tuple(tokens), prompt_length, score_ids)
+        items.append(item)
+        if score_ids is not None:
+            if len(score_ids) != item.positions:
+                raise ValueError(f"score_ids[{i}] must have {item.positions} positions, got {len(score_ids)}")
+            score_counts |= set(map(len, score_ids))
+            _check_ids(f"score_ids[{i}]", chain.from_iterable(score_ids), vocab_size)
+    if len(score_counts) > 1:
+        raise ValueError(f"score_ids must have as many ids at every position, got {sorted(score_counts)[:5]}")
+    score_count = max(score_counts, default=0)
+    _require_at_most(limits.score_ids, "score_ids", score_count, " per position")
+    width = 1 + request.top_logprobs + score_count
+    if engine.head_file is not None and request.response == "hidden_states":
+        width = engine.head_file.head.weight.shape[1]
+    numbers = sum(item.positions for item in items) * width
+    _require_at_most(limits.numbers, "sequences", numbers, " numbers in the response")
+    return items, ScoringOptions(
+        request.top_logprobs,
+        None if scores is None else score_count,
+        request.temperature,
+        request.response,
+        request.vocab_size,
+    )
+
+
+def _require_at_most(limit: int, name: str, value: int, unit: str = "") -> None:
+    if value > limit:
+        raise ValueError(f"{name} must be at most {limit}{unit}, got {value}")
+
+
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    highest = max(ids, default=0)
+    if highest >= vocab_size:
+        raise ValueError(f"{name} must hold ids below {vocab_size}, got {highest}")
+
+
+def _check_options(request: RequestBody, capabilities: tuple[Capability, ...]) -> None:
+    hidden = request.response == "hidden_states"
+    needed: dict[Capability, bool] = {
+        "temperature": request.temperature != 1,
+        "score_ids": request.score_ids is not None,
+        "vocab_size": request.vocab_size is not None,
+        "hidden_states": hidden,
+    }
+    for capability, is_needed in needed.items():
+        if is_needed and capability not in capabilities:
+            field = "response" if capability == "hidden_states" else capability
+            raise ValueError(f"{field} must have its default: this teacher's engine has no {capability}")
+    dtypes = get_args(HiddenDtype if hidden else Dtype)
+    if request.dtype is not None and request.dtype not in dtypes:
+        raise ValueError(f"dtype must be one of {dtypes} for {request.response}, got {request.dtype!r}")
+    if not hidden:
+        return
+    if request.response_format == "json":
+        raise ValueError("response_format must be 'binary' or 'base64' for hidden states, got 'json'")
+    options = request.model_fields_set & {"top_logprobs", "temperature", "score_ids", "vocab_size"}
+    if options:
+        raise ValueError(f"{min(options)} must not be given for hidden states, which do not depend on it")

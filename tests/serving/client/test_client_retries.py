@@ -1,0 +1,152 @@
+"""Retries, failover, the deadline and closing of the client."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+import pytest
+from fused_distill.serving.client.client import TeacherClient
+from fused_distill.serving.client.retry import RetryPolicy, ServerError
+from fused_distill.serving.server.app import create_app
+from fused_distill.serving.server.transformers_engine import TransformersEngine
+from serving_cases import (
+    FAST_RETRIES,
+    Served,
+    assert_equals_forward_pass,
+    client_of_responses,
+    in_background,
+    one_position,
+    random_sequences,
+    wait_until,
+)
+
+
+def test_a_call_survives_a_restart_of_the_server(model: Any) -> None:
+    served = Served(create_app(TransformersEngine(model)))
+    sequences, prompts = random_sequences(12)
+    patient = RetryPolicy(attempts=60, first_wait_seconds=0.05, longest_wait_seconds=0.2)
+    with TeacherClient(served.url, request_tokens=1, concurrency=3, retries=patient) as client:
+        client.get_sequence_logprobs(sequences[:1], prompts[:1])
+        served.stop()
+        with in_background(
+            1, lambda _: client.get_sequence_logprobs(sequences, prompts, top_logprobs=4)
+        ) as futures:
+            time.sleep(0.3)
+            again = Served(create_app(TransformersEngine(model)), port=served.port)
+            answer = futures[0].result()
+        again.stop()
+    assert_equals_forward_pass(answer, model, sequences, prompts, 4, 1.0)
+
+
+def test_a_failing_server_is_passed_over_for_the_next(url: str, model: Any) -> None:
+    with TeacherClient(["http://127.0.0.1:9", url], retries=FAST_RETRIES) as client:
+        assert_equals_forward_pass(
+            client.get_sequence_logprobs([[1, 2, 3]], [1], top_logprobs=2), model, [[1, 2, 3]], [1], 2, 1.0
+        )
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_statuses_that_may_pass_are_retried(status: int) -> None:
+    client, seen = client_of_responses(httpx.Response(status), httpx.Response(status), one_position())
+    assert client.get_sequence_logprobs([[1, 2]], [1]).actual_logprobs.tolist() == [-2]
+    assert len(seen) == 3
+    assert len({request.content for request in seen}) == 1
+
+
+BROKEN = [
+    httpx.Response(200, content=b"nonsense"),
+    httpx.Response(200, content=b""),
+    httpx.Response(503, json=[]),
+    httpx.Response(503, json="busy"),
+    httpx.Response(500, content=b"<html>"),
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=range(len(BROKEN)))
+def test_an_unreadable_response_is_retried(broken: httpx.Response) -> None:
+    client, seen = client_of_responses(broken, one_position())
+    assert client.get_sequence_logprobs([[1, 2]], [1]).actual_logprobs.tolist() == [-2]
+    assert len(seen) == 2
+
+
+def test_responses_that_stay_unreadable_are_an_error_after_all_attempts() -> None:
+    client, seen = client_of_responses(httpx.Response(200, content=b"nonsense"))
+    with pytest.raises(ServerError, match="WireError"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert len(seen) == FAST_RETRIES.attempts
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
+def test_statuses_that_will_not_pass_are_not_retried(status: int) -> None:
+    client, seen = client_of_responses(httpx.Response(status, json={"detail": "because"}))
+    with pytest.raises(ServerError, match=f"{status} because"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert len(seen) == 1
+
+
+def test_the_deadline_ends_all_attempts() -> None:
+    client, seen = client_of_responses(httpx.Response(503, headers={"Retry-After": "60"}))
+    client.deadline_seconds = 0.2
+    with pytest.raises(ServerError, match="503"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert len(seen) == 1
+
+
+def test_a_full_queue_is_retried_beyond_the_number_of_attempts() -> None:
+    busy = [httpx.Response(429)] * (FAST_RETRIES.attempts + 2)
+    client, requests = client_of_responses(*busy, one_position())
+    client.get_sequence_logprobs([[1, 2]], [1])
+    assert len(requests) == len(busy) + 1
+
+
+def test_retry_after_is_a_lower_bound_of_the_wait() -> None:
+    client, _ = client_of_responses(httpx.Response(429, headers={"Retry-After": "1"}), one_position())
+    started = time.monotonic()
+    client.get_sequence_logprobs([[1, 2]], [1])
+    assert time.monotonic() - started >= 1
+
+
+def test_every_server_is_tried_in_every_round() -> None:
+    hosts: list[str] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        hosts.append(request.url.host)
+        return httpx.Response(503)
+
+    urls = ["http://first", "http://second"]
+    transport = httpx.MockTransport(handle)
+    client = TeacherClient(urls, protocol="fused-distill", retries=FAST_RETRIES, transport=transport)
+    with pytest.raises(ServerError, match="http://second: 503"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert hosts == ["first", "second"] * FAST_RETRIES.attempts
+
+
+def test_a_response_with_a_number_out_of_range_is_retried() -> None:
+    # Python's JSON has integers of any size, which no float holds.
+    position = '{"2": {"logprob": 1' + "0" * 400 + "}}"
+    body = '{"data": [{"id": "m"}], "choices": [{"index": 0, "prompt_logprobs": [null, POSITION]}]}'
+    response = httpx.Response(200, text=body.replace("POSITION", position))
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=response.content))
+    client = TeacherClient("http://vllm", protocol="openai", retries=FAST_RETRIES, transport=transport)
+    with pytest.raises(ServerError, match="OverflowError"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+
+
+def test_closing_a_client_ends_its_pending_call() -> None:
+    client, requests = client_of_responses(httpx.Response(503, headers={"Retry-After": "600"}))
+    with in_background(1, lambda _: client.get_sequence_logprobs([[1, 2]], [1])) as futures:
+        wait_until(lambda: len(requests) == 1)
+        client.close()
+        with pytest.raises(ServerError, match="closed"):
+            futures[0].result()
+    assert len(requests) == 1
+
+
+def test_a_closed_client_sends_no_request() -> None:
+    client, requests = client_of_responses(one_position())
+    client._http.close()
+    with pytest.raises(ServerError, match="closed"):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert not requests
