@@ -44,6 +44,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pyright --project tests
 
 fuzz: $(VENV)/installed-dev
 	$(BIN)/python tests/serving/protocol/fuzz_parsers.py -max_total_time=300 -rss_limit_mb=4096 $(ARGS)
