@@ -2,7 +2,10 @@
 
 They compute the same terms as the functions of the same names in `fused_distill.rows.elementwise`, which
 explains them. expm1, log1p and tanh are written out because Triton's interpreter cannot call libdevice.
+"""
 
+# The parameters of Triton kernels have no Python types.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 
 import triton
 import triton.language as tl
@@ -13,9 +16,6 @@ TAYLOR_RADIUS = tl.constexpr(0.5)
 @triton.jit
 def taylor_remainder(x):
     """Return (e^x - 1 - x) / x^2 for |x| < TAYLOR_RADIUS, by 8 terms of its Taylor polynomial."""
-
-# The parameters of Triton kernels have no Python types.
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
     value = 2.4801587302e-5 + x * 2.7557319224e-6
     value = 1.9841269841e-4 + x * value
     value = 1.3888888889e-3 + x * value

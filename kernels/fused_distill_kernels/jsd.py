@@ -8,7 +8,10 @@ models in registers. It reads the previous launch's partial sums of the row's ot
     divergence_kernel, WRITE_GRAD   the gradient; for beta > 0 it needs the row's KL(student || mixture) first
 
 So beta = 0 takes two passes over the logits, and other values take three.
+"""
 
+# The parameters of Triton kernels have no Python types.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 
 from __future__ import annotations
 
@@ -39,9 +42,6 @@ BLOCK = 2048
 
 def num_warps(want_stats: bool) -> int:
     """Return warps for 8 columns per thread, or 4 when statistics are requested, to avoid register spills."""
-
-# The parameters of Triton kernels have no Python types.
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
     return 16 if want_stats else 8
 
 

@@ -6,7 +6,10 @@ Both kernels run on a grid of (rows, tiles), one program for one tile of BLOCK c
     tail_gradient_kernel     the gradient, a factor of the row mul_zero_safe its softmax
 
 Two passes over the logits, whatever the divergence: what depends on it has K + 1 numbers per row.
+"""
 
+# The parameters of Triton kernels have no Python types.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 
 from __future__ import annotations
 
@@ -49,9 +52,6 @@ def tail_statistics_kernel(
 
     Reads 4 bytes per column and writes 8 or 16 per tile.
     """
-
-# The parameters of Triton kernels have no Python types.
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_columns
