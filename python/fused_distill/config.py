@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, NamedTuple, ParamSpec, cast, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, distributed
@@ -118,16 +118,18 @@ class LossConfig:
         return torch.tensor(numbers, dtype=dtype)
 
     def changed_fields(self) -> str:
-        """The options that differ from their defaults, e.g. "beta=1.0, temperature=0.9"."""
+        """Return the options that differ from their defaults, e.g. `beta=1.0, temperature=0.9`."""
         values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
         return ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKLossConfig(LossConfig):
-    """Options of `fused_linear_topk_jsd`. It has no teacher logits, so teacher_* keep their defaults."""
+    """Options of `fused_linear_topk_jsd`. The teacher's logits are not known, so they have no options."""
 
     tail: Tail = "bucket"
+    teacher_logit_scale: float = field(default=1.0, init=False)
+    teacher_softcap: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +141,13 @@ class TopKLossConfig(LossConfig):
         return self.tail == "renormalize" and self.hard_weight == 0
 
 
+C = TypeVar("C", bound=LossConfig)
 P = ParamSpec("P")
+
+
+def config_from(config: type[C], arguments: Mapping[str, Any]) -> C:
+    """Create a config from a function's `locals()`, of which it takes the options and ignores the rest."""
+    return config(**{f.name: arguments[f.name] for f in fields(config) if f.init})
 
 
 def keywords_of(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .chunked.loop import fused_loss
 from .chunked.teacher import TopKTeacher
 from .chunked.tensors import LossTensors
-from .config import Backend, Reduction, Tail, TopKLossConfig, keywords_of
+from .config import Backend, Reduction, Tail, TopKLossConfig, config_from, keywords_of
 from .stats import DistillStats
 
 if TYPE_CHECKING:
@@ -137,21 +137,7 @@ def fused_linear_topk_jsd(
         ImportError: backend="triton" without Triton.
         RuntimeError: the loss is differentiated twice.
     """
-    config = TopKLossConfig(
-        tail=tail,
-        beta=beta,
-        temperature=temperature,
-        student_logit_scale=student_logit_scale,
-        student_softcap=student_softcap,
-        hard_weight=hard_weight,
-        soft_weight=soft_weight,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-        return_stats=return_stats,
-        process_group=process_group,
-    )
+    config = config_from(TopKLossConfig, locals())
     return fused_loss(
         LossTensors(
             student_hidden=student_hidden,

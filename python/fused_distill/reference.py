@@ -6,7 +6,7 @@ Slow and memory-hungry on purpose. The tests compare every backend with it in fl
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,20 +14,37 @@ from torch.nn import functional as F
 
 from .chunked.teacher import FullTeacher, TopKTeacher
 from .chunked.tensors import LossTensors
-from .config import LossConfig, TopKLossConfig
+from .config import Backend, LossConfig, Reduction, Tail, TopKLossConfig, config_from
 from .stats import DistillStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 # fmt: off
 @overload
 def linear_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    return_stats: Literal[False] = ..., **keywords: Any,
+    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ...,
+    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
+    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
+    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
+    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
+    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
+    return_stats: Literal[False] = ..., process_group: ProcessGroup | None = ...,
 ) -> Tensor: ...
 @overload
 def linear_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    return_stats: Literal[True], **keywords: Any,
+    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ...,
+    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
+    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
+    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
+    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
+    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
+    return_stats: Literal[True], process_group: ProcessGroup | None = ...,
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
 def linear_jsd(
@@ -39,33 +56,55 @@ def linear_jsd(
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
     teacher_bias: Tensor | None = None,  # (Vt,)
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
     token_weight: Tensor | None = None,  # (...)
     labels: Tensor | None = None,  # (...) int64
+    hard_weight: float = 0.0,
+    soft_weight: float = 1.0,
+    vocab_size: int | None = None,
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
-    **options: Any,
+    workspace_bytes: int | None = None,
+    backend: Backend = "reference",
+    return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    """Compute `fused_linear_jsd` by definition.
-
-    Tensors are not checked. The options are those of `fused_linear_jsd`; backend and workspace_bytes are
-    ignored.
-    """
+    """Compute `fused_linear_jsd` by definition, without checks; backend and workspace_bytes are ignored."""
+    config = config_from(LossConfig, {**locals(), "backend": "reference"})
     teacher = FullTeacher(teacher_hidden, teacher_weight, teacher_bias)
     tensors = LossTensors(
         student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
     )
-    return loss_by_definition(tensors, LossConfig(**{**options, "backend": "reference"}))
+    return loss_by_definition(tensors, config)
 
 
 # fmt: off
 @overload
 def linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    return_stats: Literal[False] = ..., **keywords: Any,
+    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
+    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
+    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
+    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
+    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[False] = ...,
+    process_group: ProcessGroup | None = ...,
 ) -> Tensor: ...
 @overload
 def linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    return_stats: Literal[True], **keywords: Any,
+    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
+    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
+    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
+    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
+    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
+    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[True],
+    process_group: ProcessGroup | None = ...,
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
 def linear_topk_jsd(
@@ -74,23 +113,32 @@ def linear_topk_jsd(
     teacher_logprobs: Tensor,  # (..., K), -inf where absent
     teacher_ids: Tensor,  # (..., K) int
     *,
+    tail: Tail = "bucket",
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
     token_weight: Tensor | None = None,  # (...)
     labels: Tensor | None = None,  # (...) int64
+    hard_weight: float = 0.0,
+    soft_weight: float = 1.0,
+    vocab_size: int | None = None,
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
-    **options: Any,
+    workspace_bytes: int | None = None,
+    backend: Backend = "reference",
+    return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    """Compute `fused_linear_topk_jsd` by definition.
-
-    Tensors are not checked. The options are those of `fused_linear_topk_jsd`; backend and workspace_bytes are
-    ignored.
-    """
+    """Compute `fused_linear_topk_jsd` by definition; see `linear_jsd`."""
+    config = config_from(TopKLossConfig, {**locals(), "backend": "reference"})
     teacher = TopKTeacher(teacher_logprobs, teacher_ids)
     tensors = LossTensors(
         student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
     )
-    return loss_by_definition(tensors, TopKLossConfig(**{**options, "backend": "reference"}))
+    return loss_by_definition(tensors, config)
 
 
 def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tensor, DistillStats]:

@@ -76,7 +76,7 @@ def topk_logprobs(
     require_count("workspace_bytes", workspace_bytes)
     require_count("vocab_size", vocab_size)
     n_columns = compared_columns(vocab_size, {"weight": weight})
-    if not isinstance(k, int) or isinstance(k, bool):
+    if type(k) is not int:
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if not 0 <= k <= n_columns:
         raise ValueError(f"k must be between 0 and the vocabulary size {n_columns}, got {k}")

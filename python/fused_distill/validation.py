@@ -94,7 +94,7 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on the device of the hidden states, {device}, got {tensor.device}")
 
 
-def check_per_token(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
+def check_per_token(name: str, tensor: object, shape: torch.Size, device: torch.device) -> None:
     """Require a tensor with one entry per token."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -146,7 +146,7 @@ def check_support(logprobs: Tensor, ids: Tensor, shape: torch.Size, device: torc
         )
 
 
-def check_ids(name: str, ids: Tensor, device: torch.device) -> None:
+def check_ids(name: str, ids: object, device: torch.device) -> None:
     """Require an int64 or int32 tensor."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
@@ -171,6 +171,6 @@ def check_id_range(
         inside |= ~mask.unsqueeze(-1)
     message = f"{name} must be in [0, {vocab_size}) at every valid token"
     if ids.device.type == "cuda" and torch.version.hip is None:
-        torch._assert_async(inside.all(), message)  # pyright: ignore[reportPrivateImportUsage]
+        torch._assert_async(inside.all(), message)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
     elif not bool(inside.all()):
         raise ValueError(f"{message}, got {int(ids[~inside][0])}")

@@ -468,7 +468,7 @@ def error_of_rank(rank: int, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("boundaries", ValueError, "^teacher_weight must be cut .* at the rows at which student_weight"),
+        ("boundaries", ValueError, "^teacher_weight must be sharded .* at the same rows as student_weight"),
         ("vocab_size", ValueError, "^vocab_size must not exceed .* got 31 with 30"),
         (
             "a rank without rows",

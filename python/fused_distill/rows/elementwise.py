@@ -88,7 +88,7 @@ def mul_zero_safe(p: Tensor, x: Tensor) -> Tensor:
 
 
 def expm1(x: Tensor) -> Tensor:
-    """Return e^x - 1 for x <= 0. (torch.expm1 compiled for the CPU is exp(x) - 1, which cancels.)"""
+    """Return e^x - 1 for x <= 0; torch.expm1 compiled for the CPU is exp(x) - 1, which cancels."""
     return torch.where(_use_taylor(x), x + x * x * taylor_remainder(x), torch.exp(x) - 1)
 
 
