@@ -85,26 +85,17 @@ def statistics_kernel(
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_columns
+    student_row, teacher_row = student_ptr + row * student_stride, teacher_ptr + row * teacher_stride
+    # fmt: off
     y_s, _ = load_logits(
-        student_ptr + row * student_stride,
-        student_bias_ptr,
-        columns,
-        inside,
-        student_scale,
-        student_softcap,
-        HAS_STUDENT_BIAS,
-        HAS_STUDENT_SOFTCAP,
+        student_row, student_bias_ptr, columns, inside, student_scale, student_softcap,
+        HAS_STUDENT_BIAS, HAS_STUDENT_SOFTCAP,
     )
     y_t, _ = load_logits(
-        teacher_ptr + row * teacher_stride,
-        teacher_bias_ptr,
-        columns,
-        inside,
-        teacher_scale,
-        teacher_softcap,
-        HAS_TEACHER_BIAS,
-        HAS_TEACHER_SOFTCAP,
+        teacher_row, teacher_bias_ptr, columns, inside, teacher_scale, teacher_softcap,
+        HAS_TEACHER_BIAS, HAS_TEACHER_SOFTCAP,
     )
+    # fmt: on
     z_s, z_t = y_s * inv_temperature, y_t * inv_temperature
     max_s, max_t = tl.max(z_s, 0), tl.max(z_t, 0)
     larger = tl.maximum(max_s, max_t)
@@ -176,26 +167,17 @@ def divergence_kernel(
 
     columns = tile * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n_columns
+    student_row, teacher_row = student_ptr + row * student_stride, teacher_ptr + row * teacher_stride
+    # fmt: off
     y_s, dlogit_dproj = load_logits(
-        student_ptr + row * student_stride,
-        student_bias_ptr,
-        columns,
-        inside,
-        student_scale,
-        student_softcap,
-        HAS_STUDENT_BIAS,
-        HAS_STUDENT_SOFTCAP,
+        student_row, student_bias_ptr, columns, inside, student_scale, student_softcap,
+        HAS_STUDENT_BIAS, HAS_STUDENT_SOFTCAP,
     )
     y_t, _ = load_logits(
-        teacher_ptr + row * teacher_stride,
-        teacher_bias_ptr,
-        columns,
-        inside,
-        teacher_scale,
-        teacher_softcap,
-        HAS_TEACHER_BIAS,
-        HAS_TEACHER_SOFTCAP,
+        teacher_row, teacher_bias_ptr, columns, inside, teacher_scale, teacher_softcap,
+        HAS_TEACHER_BIAS, HAS_TEACHER_SOFTCAP,
     )
+    # fmt: on
     z_s, z_t = y_s * inv_temperature, y_t * inv_temperature
     p_s, p_t = tl.exp(z_s - max_s) / sum_s, tl.exp(z_t - max_t) / sum_t
     d = log_gap(z_s, z_t) - lse_diff
@@ -296,7 +278,7 @@ def jsd_rows(
         unused if teacher_bias is None else teacher_bias,
     )
     transforms = (
-        1.0 / config.temperature,
+        config.inv_temperature,
         config.student_logit_scale,
         config.teacher_logit_scale,
         config.student_softcap or 1.0,

@@ -150,7 +150,7 @@ def _launch(
             logits.stride(0),
             logits if bias is None else bias,
             *arguments,
-            1.0 / config.temperature,
+            config.inv_temperature,
             config.student_logit_scale,
             config.student_softcap or 1.0,
             HAS_BIAS=bias is not None,

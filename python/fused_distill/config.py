@@ -93,6 +93,11 @@ class LossConfig:
         return 1.0 - self.beta
 
     @property
+    def inv_temperature(self) -> float:
+        """The factor that applies the temperature to logits."""
+        return 1.0 / self.temperature
+
+    @property
     def needs_two_softmaxes(self) -> bool:
         """True if the cross entropy and the divergence use different temperatures."""
         return self.hard_weight != 0 and self.temperature != 1
@@ -104,18 +109,8 @@ class LossConfig:
 
     def scalars(self, dtype: torch.dtype) -> Tensor:
         """(9,) CPU tensor of the options that enter the row arithmetic, in the order of `Scalars`."""
-        numbers = [
-            self.beta,
-            self.one_minus_beta,
-            1.0 / self.temperature,
-            self.student_logit_scale,
-            self.teacher_logit_scale,
-            self.student_softcap or 1.0,
-            self.teacher_softcap or 1.0,
-            self.hard_weight,
-            self.soft_weight,
-        ]
-        return torch.tensor(numbers, dtype=dtype)
+        numbers = (getattr(self, name) for name in Scalars._fields)
+        return torch.tensor([1.0 if number is None else number for number in numbers], dtype=dtype)
 
     def changed_fields(self) -> str:
         """Return the options that differ from their defaults, e.g. `beta=1.0, temperature=0.9`."""

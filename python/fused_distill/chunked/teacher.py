@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,38 +21,6 @@ ReadRows = Callable[["slice | Tensor"], TeacherRows]  # from the tokens of a chu
 _NO_ID = torch.iinfo(torch.int64).max
 
 
-class Teacher(Protocol):
-    """The teacher's arguments of a loss, and how a chunk of tokens is read from them."""
-
-    @property
-    def k(self) -> int | None:
-        """Return the size of a top-k teacher's support, or None."""
-        ...
-
-    @property
-    def products(self) -> dict[str, Tensor]:
-        """Return the tensors that enter matrix products, by argument name."""
-        ...
-
-    def check(self, student_hidden: Tensor) -> None:
-        """Require tensors that fit each other and the student's tokens (..., Ds)."""
-        ...
-
-    def prepare(self, shard: VocabShard, mask: Tensor | None) -> Teacher:
-        """Check what depends on the vocabulary, and return the detached teacher with flattened tokens."""
-        ...
-
-    def workspace(self, n_columns: int, dtype: torch.dtype, autocast: torch.dtype | None) -> Workspace:
-        """Return the memory that reading a chunk needs, for n_columns local columns."""
-        ...
-
-    def reader(
-        self, shard: VocabShard, max_rows: int, dtype: torch.dtype, autocast: torch.dtype | None
-    ) -> ReadRows:
-        """Return a function that reads a chunk of at most max_rows tokens, valid until the next call."""
-        ...
-
-
 @dataclass(frozen=True)
 class FullTeacher:
     """A full-vocabulary teacher: last hidden states and an LM head, projected chunk by chunk."""
@@ -65,7 +32,7 @@ class FullTeacher:
 
     @property
     def products(self) -> dict[str, Tensor]:
-        """Return hidden states and weight."""
+        """Return the tensors that enter matrix products, by argument name."""
         return {"teacher_hidden": self.hidden, "teacher_weight": self.weight}
 
     def check(self, student_hidden: Tensor) -> None:
@@ -94,7 +61,7 @@ class FullTeacher:
     def reader(
         self, shard: VocabShard, max_rows: int, dtype: torch.dtype, autocast: torch.dtype | None
     ) -> ReadRows:
-        """Return a function that projects a chunk to logits, in a buffer that all chunks share."""
+        """Return a function that projects at most max_rows tokens at a time, into one buffer."""
         head = LMHead.for_inputs(self.hidden, self.weight[: shard.size], dtype, autocast)
         bias = None if self.bias is None else self.bias[: shard.size].to(dtype)
         buffer = logit_buffer(max_rows, shard.size, dtype, self.hidden.device)
@@ -115,12 +82,12 @@ class TopKTeacher:
 
     @property
     def k(self) -> int:
-        """Return K."""
+        """Return the size of the support."""
         return self.ids.shape[-1]
 
     @property
     def products(self) -> dict[str, Tensor]:
-        """Return no tensor: log-probabilities enter no matrix product."""
+        """Return the tensors that enter matrix products: none."""
         return {}
 
     def check(self, student_hidden: Tensor) -> None:
@@ -161,3 +128,6 @@ class TopKTeacher:
             return TeacherRows(logprobs, ids=ids, is_local=is_local)
 
         return read
+
+
+Teacher = FullTeacher | TopKTeacher
