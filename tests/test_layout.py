@@ -1,4 +1,4 @@
-"""The structure of the packages: no import cycles, dependencies in one direction, files of a readable size."""
+"""The structure of the packages: no import cycles, dependencies in one direction, files of readable size."""
 
 from __future__ import annotations
 
