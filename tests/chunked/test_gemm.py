@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,7 +117,8 @@ def test_float32_products_of_half_inputs_on_a_gpu_are_warned_about_once(
     monkeypatch.setattr(gemm_module, "_FP32_OUTPUT", {})
     monkeypatch.setattr(gemm_module, "_why_no_fp32_output", lambda device, dtype: "no such operator")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with pytest.warns(RuntimeWarning, match="multiplied in float32 on cuda:0.*no such operator") as caught:
-        for _ in range(2):
-            assert not supports_fp32_output(torch.device("cuda:0"), torch.bfloat16)
-    assert len(caught) == 1
+    with pytest.warns(RuntimeWarning, match="multiplied in float32 on cuda:0.*no such operator"):
+        assert not supports_fp32_output(torch.device("cuda:0"), torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not supports_fp32_output(torch.device("cuda:0"), torch.bfloat16)
