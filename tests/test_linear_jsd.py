@@ -163,6 +163,13 @@ def test_no_valid_token_gives_zero_loss_and_gradients(beta: float, tokens: str) 
     assert_zero(case.run())
 
 
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
+@pytest.mark.parametrize("normalizer", [0, 0.0, 17])
+def test_no_valid_token_gives_zero_whatever_the_normalizer(normalizer: float, backend: str) -> None:
+    case = with_tensors(random_case(n=3), mask=torch.zeros(3, dtype=torch.bool))
+    assert_zero(case.with_options(normalizer=torch.tensor(normalizer)).run(backend))
+
+
 @with_few_examples
 @given(cases())
 def test_order_of_the_vocabulary_does_not_matter(case: Case) -> None:

@@ -85,8 +85,8 @@ def _eager_fused_loss(
     loss, *columns = cast("tuple[Any, ...]", outputs)
     if config.reduction == "none":
         loss = loss.reshape(shape)
-    elif config.reduction == "mean":
-        loss = loss / (max(n_valid, 1) if tensors.normalizer is None else tensors.normalizer)
+    elif config.reduction == "mean" and n_valid:  # no valid token: 0 even if the normalizer is 0
+        loss = loss / (n_valid if tensors.normalizer is None else tensors.normalizer)
     if not config.return_stats:
         return loss
     return loss, DistillStats(*columns).map(lambda c: c.reshape(shape))
