@@ -73,7 +73,7 @@ def _eager_fused_loss(
         accumulation_dtype(hidden, tensors.student_weight, *teacher.products.values()),
         autocast_dtype(hidden.device),
         None if token_weight is None else token_weight.detach().reshape(-1),
-        None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long(),
+        None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long().contiguous(),
         None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
     )
     n_valid = inputs.n_valid(student)
@@ -160,7 +160,8 @@ class _ChunkLoop:
         student, inputs, dtype = self.student, self.inputs, self.inputs.dtype
         shard, device, valid = inputs.shard, student.hidden.device, inputs.valid_token_ids
         weight = student.weight[: shard.size]
-        bias = None if student.bias is None else student.bias[: shard.size].to(dtype)
+        # Kernels read vectors as contiguous.
+        bias = None if student.bias is None else student.bias[: shard.size].to(dtype).contiguous()
         head = self._head(weight)
         gradients = self._empty_gradients(head.rows_written_by_first_chunk)
         if token_weight is None:
