@@ -163,6 +163,50 @@ def test_no_valid_token_gives_zero_loss_and_gradients(beta: float, tokens: str) 
     assert_zero(case.run())
 
 
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
+@pytest.mark.parametrize("normalizer", [0, 0.0, 17])
+def test_no_valid_token_gives_zero_whatever_the_normalizer(normalizer: float, backend: str) -> None:
+    case = with_tensors(random_case(n=3), mask=torch.zeros(3, dtype=torch.bool))
+    assert_zero(case.with_options(normalizer=torch.tensor(normalizer)).run(backend))
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Return the same numbers with other numbers between them in memory."""
+    return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["hidden and heads", "student_bias", "teacher_bias", "labels", "token_weight", "mask"]
+)
+def test_layout_of_the_tensors_does_not_matter(name: str) -> None:
+    keywords = {
+        "student_bias": torch.randn(50),
+        "teacher_bias": torch.randn(50),
+        "labels": torch.tensor([3, 49, -100, 0, 7]),
+        "token_weight": torch.rand(5),
+        "mask": torch.tensor([True, True, True, False, True]),
+    }
+    if name == "hidden and heads":
+        del keywords["mask"]  # the tokens are a slice, not a gathered copy
+    case = with_tensors(random_case(hard_weight=0.5), **keywords)
+    tensors, keywords = case.tensors, dict(case.keyword_tensors)
+    if name in keywords:
+        keywords[name] = strided(keywords[name])
+    else:
+        hs, ws, ht, wt = map(strided, tensors)
+        tensors = (hs, ws, ht, wt)
+    result = replace(case, tensors=tensors, keyword_tensors=keywords).run()
+    assert_results_close(result, case.oracle(), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["labels", "student_bias"])
+def test_layout_of_vectors_does_not_matter_without_a_mask(name: str) -> None:
+    keywords = {"labels": torch.tensor([3, 49, -100, 0, 7]), "student_bias": torch.randn(50)}
+    case = with_tensors(random_case(hard_weight=0.5), **keywords)
+    result = with_tensors(case, **{name: strided(keywords[name])}).run()
+    assert_results_close(result, case.oracle(), 1e-5)
+
+
 @with_few_examples
 @given(cases())
 def test_order_of_the_vocabulary_does_not_matter(case: Case) -> None:

@@ -66,6 +66,8 @@ INVALID = [
     ("reduction", ValueError, {"reduction": "batchmean"}),
     ("normalizer", ValueError, {"normalizer": 0.0}),
     ("normalizer", ValueError, {"normalizer": torch.ones(2)}),
+    ("normalizer", ValueError, {"normalizer": torch.tensor(-3)}),
+    ("normalizer", ValueError, {"normalizer": torch.tensor(torch.nan)}),
     ("normalizer", ValueError, {"normalizer": 3.0, "reduction": "sum"}),
     ("workspace_bytes", ValueError, {"workspace_bytes": 1}),
     ("workspace_bytes", TypeError, {"workspace_bytes": 1e9}),

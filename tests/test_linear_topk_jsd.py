@@ -216,6 +216,12 @@ def test_no_valid_token_gives_zero_loss_and_gradients(tail: Tail, tokens: str) -
     assert_zero(case.run())
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_no_valid_token_gives_zero_if_the_normalizer_is_zero(tail: Tail) -> None:
+    case = replace(small(n=3, tail=tail), keyword_tensors={"mask": torch.zeros(3, dtype=torch.bool)})
+    assert_zero(case.with_options(normalizer=torch.tensor(0)).run())
+
+
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("excess", [0.0, 1e-7, 1e-3])
 def test_teacher_that_sums_to_slightly_more_than_one_is_normalized(beta: float, excess: float) -> None:

@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from . import env
 
@@ -17,13 +18,11 @@ if TYPE_CHECKING:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument parser whose help lists the keys of the trainer's config where `lists_config_keys` is set."""
-
-    lists_config_keys = False
+    """Argument parser whose help lists the keys of the trainer's config if `overrides` is an argument."""
 
     def format_help(self) -> str:
         text = super().format_help()
-        if not self.lists_config_keys:
+        if not any(action.dest == "overrides" for action in self._actions):
             return text
         from .trainer.config import help_lines
 
@@ -35,58 +34,42 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fused-distill", description="Distillation of language models.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    serve = commands.add_parser(
-        "serve-teacher",
-        help="serve a teacher's log-probabilities and hidden states over HTTP",
-        description=serve_teacher.__doc__,
-    )
-    serve.set_defaults(run=serve_teacher)
-    serve.add_argument("model", help="local path or name on the Hugging Face Hub")
-    serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8000, help="port to bind (default: %(default)s)")
-    serve.add_argument("--engine", default="transformers", choices=("transformers", "vllm"))
-    serve.add_argument(
-        "--engine-options",
-        type=_json_object,
-        metavar="JSON",
-        help="keyword arguments of vllm.LLM, e.g. '{\"tensor_parallel_size\": 4}'",
-    )
-    serve.add_argument("--device", default="auto", help="e.g. cpu or cuda:1 (default: a GPU if available)")
-    serve.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    serve.add_argument("--max-length", type=int, help="maximum sequence length (default: the model's)")
-    serve.add_argument(
-        "--no-hidden-states", action="store_true", help="disable the hidden-state and LM-head endpoints"
-    )
-    for flag, default, about in (
-        ("--answer-numbers", 1 << 26, "maximum number of values per response"),
-        ("--batch-tokens", 16384, "maximum number of tokens per forward pass"),
-        ("--max-waiting", 256, "queue length; further requests get status 429"),
-        ("--request-seconds", 300.0, "time limit of a request in seconds"),
-    ):
-        serve.add_argument(flag, type=type(default), default=default, help=f"{about} (default: {default})")
+    def add_command(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        description = str(run.__doc__)
+        command = commands.add_parser(name, help=description.splitlines()[0], description=description)
+        command.set_defaults(run=run)
+        return command
 
-    distil = commands.add_parser("train", help="train a student", description=train.__doc__)
-    distil.set_defaults(run=train)
+    serve = add_command("serve-teacher", serve_teacher)
+    serve.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    serve.add_argument("model", help="local path or name on the Hugging Face Hub")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind")
+    serve.add_argument("--port", type=int, default=8000, help="port to bind")
+    serve.add_argument("--engine", default="transformers", choices=("transformers", "vllm"), help="backend")
+    serve.add_argument(
+        "--engine-options", type=json.loads, default={}, metavar="JSON", help="arguments of vllm.LLM"
+    )
+    serve.add_argument("--device", default="auto", help="e.g. cpu or cuda:1; auto: a GPU if available")
+    serve.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    serve.add_argument("--max-length", type=int, help="maximum sequence length; None: the model's")
+    serve.add_argument("--no-hidden-states", action="store_true", help="no hidden states and LM head")
+    serve.add_argument("--answer-numbers", type=int, default=1 << 26, help="maximum values per response")
+    serve.add_argument("--batch-tokens", type=int, default=16384, help="maximum tokens per forward pass")
+    serve.add_argument("--max-waiting", type=int, default=256, help="queue length; others get status 429")
+    serve.add_argument("--request-seconds", type=float, default=300.0, help="time limit of a request")
+
+    distil = add_command("train", train)
     distil.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
 
-    cache = commands.add_parser(
-        "cache-teacher",
-        help="store a teacher's top-k log-probabilities of the data's completions",
-        description=cache_teacher.__doc__,
-    )
-    cache.set_defaults(run=cache_teacher)
+    cache = add_command("cache-teacher", cache_teacher)
     cache.add_argument("--output", type=Path, required=True, help="folder of the store")
-    cache.add_argument("--dtype", default="float32", choices=("float32", "float16"))
+    cache.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="default: float32")
 
     for command in (distil, cache):
-        command.lists_config_keys = True
         command.add_argument("config", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. teacher.k=16")
 
-    report = commands.add_parser(
-        "env", help="print versions, devices and backends for a bug report", description=print_env.__doc__
-    )
-    report.set_defaults(run=print_env)
+    add_command("env", print_env)
     return parser
 
 
@@ -112,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def serve_teacher(options: argparse.Namespace) -> None:
-    """Serve a teacher over HTTP.
+    """Serve a teacher's log-probabilities and hidden states over HTTP.
 
     If the environment variable FUSED_DISTILL_TOKEN is set, clients must send it as a bearer token.
     """
@@ -126,21 +109,15 @@ def serve_teacher(options: argparse.Namespace) -> None:
     token = os.environ.get("FUSED_DISTILL_TOKEN")
     check_token(token)
     if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
-        print(
-            "warning: FUSED_DISTILL_TOKEN is not set: anyone who can reach this address can query the "
-            "teacher and download its LM head",
-            file=sys.stderr,
-        )
+        warning = "anyone who can reach this address can query the teacher and download its LM head"
+        print(f"warning: FUSED_DISTILL_TOKEN is not set: {warning}", file=sys.stderr)
 
     import uvicorn
 
-    signal.signal(signal.SIGTERM, _exit)  # uvicorn raises SIGTERM again after its shutdown
-    uvicorn.run(
-        create_app(_load_engine(options), token=token, limits=limits, batch_limits=batch_limits),
-        host=options.host,
-        port=options.port,
-        timeout_graceful_shutdown=int(options.request_seconds) + 10,
-    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again after its shutdown
+    app = create_app(_load_engine(options), token=token, limits=limits, batch_limits=batch_limits)
+    shutdown_seconds = int(options.request_seconds) + 10
+    uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=shutdown_seconds)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -171,38 +148,25 @@ def print_env(options: argparse.Namespace) -> None:
     print(env.report())
 
 
-def _exit(_signal: int, _frame: object) -> None:
-    sys.exit(0)
-
-
 def _load_engine(options: argparse.Namespace) -> TeacherEngine:
     if options.engine == "vllm":
         if options.device != "auto":
             raise ValueError(f"--device must be auto with --engine vllm, got {options.device!r}")
+        if not isinstance(options.engine_options, dict):
+            raise ValueError(f"--engine-options must be a JSON object, got {options.engine_options}")
         from .serving.server.vllm_engine import VllmEngine
 
         return VllmEngine.load(options.model, options.dtype, options.max_length, options.engine_options)
-    if options.engine_options is not None:
+    if options.engine_options:
         raise ValueError("--engine-options must not be given with --engine transformers")
     import torch
 
     from .serving.server.transformers_engine import TransformersEngine
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device if options.device == "auto" else options.device
     hidden_states = not options.no_hidden_states
     return TransformersEngine.load(options.model, device, options.dtype, options.max_length, hidden_states)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
-    return cast("dict[str, Any]", value)
 
 
 if __name__ == "__main__":

@@ -17,47 +17,29 @@ import torch
 from .chunked.gemm import use_onednn
 from .rows.backend import auto_backend
 
-PACKAGES = (
-    "fused-distill",
-    "triton",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "trl",
-    "liger-kernel",
-    "vllm",
-    "httpx",
-    "tenacity",
-    "pydantic",
-    "fastapi",
-    "safetensors",
-    "numpy",
-)
+PACKAGES = ("fused-distill", "triton", "transformers", "accelerate", "trl", "liger-kernel", "vllm", "httpx")
 VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 def report() -> str:
     """Return the report as plain text, one `name: value` per line."""
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    build = f"ROCm {torch.version.hip}" if torch.version.hip else cuda
     lines = [
         f"OS: {platform.platform()}",
         f"Python: {platform.python_version()}",
-        f"torch: {torch.__version__} ({_torch_build()})",
+        f"torch: {torch.__version__} ({build})",
         *(f"{name}: {_installed_version(name)}" for name in PACKAGES),
         *(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ),
     ]
     for device, description in _devices():
         lines += ["", f"{device}: {description}"]
-        lines += [f"  {line}" for line in _auto_backends(device)]
+        for inputs, dtype in (("", torch.float32), (" for float64 inputs", torch.float64)):
+            backend, reason = auto_backend(device, dtype)
+            lines.append(f'  backend="auto"{inputs}: {backend} ({reason})')
         if device.type == "cpu":
             lines.append(f"  float32 matrix products: {_cpu_gemm()}")
     return "\n".join(lines)
-
-
-def _torch_build() -> str:
-    if torch.version.hip:
-        return f"ROCm {torch.version.hip}"
-    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
 
 
 def _installed_version(package: str) -> str:
@@ -84,23 +66,11 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _auto_backends(device: torch.device) -> Iterator[str]:
-    default, float64 = (auto_backend(device, dtype) for dtype in (torch.float32, torch.float64))
-    yield f'backend="auto": {default[0]} ({default[1]})'
-    if float64 != default:
-        yield f'backend="auto" for float64 inputs: {float64[0]} ({float64[1]})'
-
-
 def _cpu_gemm() -> str:
     if use_onednn(torch.device("cpu"), torch.float32):
         return "oneDNN (AMD CPU, on which torch.mm calls MKL without its AVX-512 kernels)"
     return f"torch.mm (MKL {'available' if torch.backends.mkl.is_available() else 'not available'})"
 
 
-def main() -> None:
-    """Print the report."""
-    print(report())
-
-
 if __name__ == "__main__":
-    main()
+    print(report())

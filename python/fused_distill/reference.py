@@ -186,10 +186,10 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
         loss = loss * tensors.token_weight.detach()[mask]
     if config.reduction == "none":
         result = _scatter(mask, loss)
-    elif config.reduction == "sum":
-        result = loss.sum()
+    elif config.reduction == "mean" and len(loss):
+        result = loss.sum() / (len(loss) if tensors.normalizer is None else tensors.normalizer)
     else:
-        result = loss.sum() / (max(len(loss), 1) if tensors.normalizer is None else tensors.normalizer)
+        result = loss.sum()
     return (result, stats.map(lambda c: _scatter(mask, c))) if config.return_stats else result
 
 

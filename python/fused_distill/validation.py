@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -26,6 +27,9 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str) -> None:
             raise ValueError(
                 f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
             )
+        # Reading a tensor of a GPU would wait for it. 0 is the count of a step without valid tokens.
+        if normalizer.device.type == "cpu" and not 0 <= normalizer.item() < math.inf:
+            raise ValueError(f"normalizer must be positive and finite, got {normalizer.item()}")
     elif not require_number("normalizer", normalizer) > 0:
         raise ValueError(f"normalizer must be positive, got {normalizer}")
 

@@ -21,6 +21,7 @@ from fused_distill.serving.server.app import create_app
 from fused_distill.serving.server.engine import TeacherInfo
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
+from limits import seconds
 
 VOCAB, LENGTH = 50, 64
 VALID_BODY: dict[str, Any] = {"sequences": [[1, 2, 3]], "prompt_lengths": [1]}
@@ -67,7 +68,7 @@ def serving(engine: Any, **options: Any) -> AbstractContextManager[Served]:
 
 
 def post(url: str, **body: Any) -> httpx.Response:
-    return httpx.post(f"{url}{SCORE_PATH}", json=body, timeout=60)
+    return httpx.post(f"{url}{SCORE_PATH}", json=body, timeout=seconds(60))
 
 
 class FakeEngine:

@@ -23,6 +23,7 @@ from fused_distill.serving.protocol.logprobs import TeacherLogprobs
 from fused_distill.serving.server.transformers_engine import TransformersEngine
 from fused_distill.trainer.config import TrainConfig
 from fused_distill.trainer.loop import train
+from limits import seconds
 from servers import START_SECONDS, running
 from serving_cases import serving
 
@@ -164,7 +165,7 @@ def test_a_stock_vllm_server_ignores_temperature_for_prompt_logprobs(vllm: str) 
     body = {"model": httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"], "prompt": [[5, 9, 30]]}
     body |= {"max_tokens": 1, "prompt_logprobs": 3}
     cold, warm = (
-        httpx.post(f"{vllm}/v1/completions", json={**body, "temperature": t}, timeout=60).json()
+        httpx.post(f"{vllm}/v1/completions", json={**body, "temperature": t}, timeout=seconds(60)).json()
         for t in (0.5, 1.0)
     )
     assert cold["choices"][0]["prompt_logprobs"] == warm["choices"][0]["prompt_logprobs"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from fused_distill.trainer.config import ConfigError, TrainConfig
-from fused_distill.trainer.data import Batch, Sample, load_data, sample_stream
+from fused_distill.trainer.data import Batch, Sample, load_data, sample_stream, split_data
 from trainer_cases import NOT_INTERPRETED, Lab, transformers
 from trainer_cases import lab as lab
 
@@ -30,8 +30,7 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def load(config: TrainConfig, tokenizer: Any, completions: bool) -> tuple[Dataset, list[Sample]]:
-    length = config.rollouts.max_completion_length
-    return load_data(config.data, tokenizer, max_completion_length=length, completions=completions)
+    return split_data(load_data(config, tokenizer, completions), config)
 
 
 def text(tokenizer: Any, tokens: list[int]) -> str:

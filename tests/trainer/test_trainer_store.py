@@ -112,8 +112,8 @@ def test_finite_logprobs_stay_finite_in_float16() -> None:
             logprobs = torch.tensor([-0.5, -1e6, -torch.inf]).expand(*batch.mask.shape, 3)
             return TopKTargets(logprobs, torch.zeros(logprobs.shape, dtype=torch.int64))
 
-    table = cache_teacher.score([Sample(0, [5], [6])], FarApart(), torch.float16, torch.device("cpu"))
-    assert table["logprobs"].to_pylist() == [[[-0.5, -65504.0, -np.inf]]]
+    [row] = cache_teacher.score([Sample(0, [5], [6])], FarApart(), torch.float16, torch.device("cpu"))
+    assert [logprobs.tolist() for logprobs in row["logprobs"]] == [[-0.5, -65504.0, -np.inf]]
 
 
 @pytest.fixture(scope="module")

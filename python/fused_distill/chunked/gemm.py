@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,11 +17,18 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
         product = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
         (out.add_ if accumulate else out.copy_)(product)
         return
-    options = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if accumulate:
-        torch.addmm(out, a, b, out=out, **options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    if a.dtype == out.dtype:
+        if accumulate:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+    elif accumulate:
+        # torch 2.8 and 2.9 accumulate half products into float32 in baddbmm, but not in addmm. Later versions
+        # first copy the first argument to out, which does nothing if they are the same object.
+        batch = out.unsqueeze(0)
+        torch.baddbmm(batch, a.unsqueeze(0), b.unsqueeze(0), out_dtype=out.dtype, out=batch)
     else:
-        torch.mm(a, b, out=out, **options)
+        torch.mm(a, b, out=out, out_dtype=out.dtype)
 
 
 def accumulation_dtype(*inputs: Tensor) -> torch.dtype:
@@ -66,16 +74,45 @@ def _onednn_works() -> bool:
         return False
 
 
-@lru_cache
+_FP32_OUTPUT: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
 def supports_fp32_output(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return True if the device multiplies matrices of this dtype into a float32 result."""
+    """Return True if the device multiplies matrices of this dtype into a float32 result.
+
+    The first call for a device and dtype tries a small product. Errors that say nothing about support, such
+    as out of memory, are raised and not remembered. A graph capture assumes support: it must not wait.
+    """
     if dtype not in (torch.float16, torch.bfloat16):
         return True
-    probe = torch.ones(16, 16, dtype=dtype, device=device)
-    result = torch.ones(16, 16, dtype=torch.float32, device=device)
+    if (device, dtype) not in _FP32_OUTPUT:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return True
+        cause = _why_no_fp32_output(device, dtype)
+        _FP32_OUTPUT[device, dtype] = cause is None
+        if cause is not None and device.type != "cpu":
+            warnings.warn(
+                f"fused_distill: {dtype} matrices are multiplied in float32 on {device}, which is several "
+                f"times slower: torch {torch.__version__} has no such product into float32 ({cause})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return _FP32_OUTPUT[device, dtype]
+
+
+def _why_no_fp32_output(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return None if products into float32 work and are right, else the reason."""
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    result = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
-        gemm(probe, probe, result)
-        gemm(probe, probe, result, accumulate=True)
-    except (RuntimeError, TypeError):
-        return False
-    return True
+        for accumulate, expected in ((False, 16.0), (True, 32.0)):
+            gemm(ones, ones, result, accumulate)
+            if not bool((result == expected).all()):
+                return f"a product of ones gave {result.flatten()[0].item()}, expected {expected}"
+    except (NotImplementedError, TypeError) as error:
+        return str(error).splitlines()[0]
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("not supported", "not implemented", "same dtype")):
+            raise
+        return str(error).splitlines()[0]
+    return None

@@ -73,7 +73,7 @@ def _eager_fused_loss(
         accumulation_dtype(hidden, tensors.student_weight, *teacher.products.values()),
         autocast_dtype(hidden.device),
         None if token_weight is None else token_weight.detach().reshape(-1),
-        None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long(),
+        None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long().contiguous(),
         None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
     )
     n_valid = inputs.n_valid(student)
@@ -85,8 +85,8 @@ def _eager_fused_loss(
     loss, *columns = cast("tuple[Any, ...]", outputs)
     if config.reduction == "none":
         loss = loss.reshape(shape)
-    elif config.reduction == "mean":
-        loss = loss / (max(n_valid, 1) if tensors.normalizer is None else tensors.normalizer)
+    elif config.reduction == "mean" and n_valid:  # no valid token: 0 even if the normalizer is 0
+        loss = loss / (n_valid if tensors.normalizer is None else tensors.normalizer)
     if not config.return_stats:
         return loss
     return loss, DistillStats(*columns).map(lambda c: c.reshape(shape))
@@ -159,7 +159,8 @@ class _ChunkLoop:
         student, inputs, dtype = self.student, self.inputs, self.inputs.dtype
         shard, device, valid = inputs.shard, student.hidden.device, inputs.valid_token_ids
         weight = student.weight[: shard.size]
-        bias = None if student.bias is None else student.bias[: shard.size].to(dtype)
+        # Kernels read vectors as contiguous.
+        bias = None if student.bias is None else student.bias[: shard.size].to(dtype).contiguous()
         head = self._head(weight)
         gradients = self._empty_gradients(head.rows_written_by_first_chunk)
         if token_weight is None:

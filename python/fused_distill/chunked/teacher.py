@@ -63,7 +63,7 @@ class FullTeacher:
     ) -> ReadRows:
         """Return a function that projects at most max_rows tokens at a time, into one buffer."""
         head = LMHead.for_inputs(self.hidden, self.weight[: shard.size], dtype, autocast)
-        bias = None if self.bias is None else self.bias[: shard.size].to(dtype)
+        bias = None if self.bias is None else self.bias[: shard.size].to(dtype).contiguous()
         buffer = logit_buffer(max_rows, shard.size, dtype, self.hidden.device)
 
         def read(tokens: slice | Tensor) -> TeacherRows:

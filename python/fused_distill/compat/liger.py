@@ -41,13 +41,9 @@ class LigerFusedLinearJSDLoss(nn.Module):
         beta: in [0, 1].
         ignore_index: tokens with this label are skipped.
         temperature: > 0.
-        compiled: ignored; the backend decides whether to compile.
-        chunk_size: ignored; `fused_linear_jsd` derives the chunk size from its default workspace in bytes.
+        compiled, chunk_size: ignored; the backend compiles, and the workspace determines the chunk size.
         return_soft_hard_loss: return (loss, soft_loss, hard_loss), the latter two unweighted and without
             gradient. They are computed separately, which about doubles the time.
-
-    Raises:
-        ValueError, TypeError: an argument is invalid (the message names it).
     """
 
     def __init__(
@@ -71,8 +67,6 @@ class LigerFusedLinearJSDLoss(nn.Module):
         self.beta = beta
         self.ignore_index = ignore_index
         self.temperature = temperature
-        self.compiled = compiled
-        self.chunk_size = chunk_size
         self.return_soft_hard_loss = return_soft_hard_loss
 
     def forward(
@@ -88,12 +82,10 @@ class LigerFusedLinearJSDLoss(nn.Module):
         """Return the 0-d loss, or (loss, soft_loss, hard_loss) if return_soft_hard_loss is set."""
         _check_rows(student_weight, teacher_weight)
         mask = true_labels != self.ignore_index
+        models = student_input, student_weight, teacher_input, teacher_weight
         loss_of = partial(
             fused_linear_jsd,
-            student_input,
-            student_weight,
-            teacher_input,
-            teacher_weight,
+            *models,
             mask=mask,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
@@ -116,9 +108,6 @@ class LigerFusedLinearJSD(nn.Module):
         ignore_index: tokens with this label are skipped.
         temperature: > 0.
         accum_dtype: None or torch.float32; weight gradients are always accumulated in float32.
-
-    Raises:
-        ValueError, TypeError: an argument is invalid (the message names it).
     """
 
     def __init__(
@@ -131,13 +120,10 @@ class LigerFusedLinearJSD(nn.Module):
         super().__init__()
         LossConfig(beta=jsd_beta, temperature=temperature)
         if accum_dtype not in (None, torch.float32):
-            raise ValueError(
-                f"accum_dtype must be None or torch.float32, the dtype of accumulation, got {accum_dtype}"
-            )
+            raise ValueError(f"accum_dtype must be None or torch.float32, got {accum_dtype}")
         self.jsd_beta = jsd_beta
         self.ignore_index = ignore_index
         self.temperature = temperature
-        self.accum_dtype = accum_dtype
 
     def forward(
         self,
@@ -149,21 +135,13 @@ class LigerFusedLinearJSD(nn.Module):
     ) -> Tensor:
         """Return the 0-d loss."""
         _check_rows(student_weight, teacher_weight)
-        return fused_linear_jsd(
-            student_input,
-            student_weight,
-            teacher_input,
-            teacher_weight,
-            mask=None if shift_labels is None else shift_labels != self.ignore_index,
-            beta=self.jsd_beta,
-            temperature=self.temperature,
-        )
+        mask = None if shift_labels is None else shift_labels != self.ignore_index
+        models = student_input, student_weight, teacher_input, teacher_weight
+        return fused_linear_jsd(*models, mask=mask, beta=self.jsd_beta, temperature=self.temperature)
 
 
 def _check_rows(student_weight: Tensor, teacher_weight: Tensor) -> None:
     """Require that the teacher's vocabulary covers the student's."""
     if len(teacher_weight) < len(student_weight):
-        raise ValueError(
-            "teacher_weight must have at least the rows of student_weight, "
-            f"got {tuple(teacher_weight.shape)} and {tuple(student_weight.shape)}"
-        )
+        shapes = f"{tuple(teacher_weight.shape)} and {tuple(student_weight.shape)}"
+        raise ValueError(f"teacher_weight must have at least the rows of student_weight, got {shapes}")

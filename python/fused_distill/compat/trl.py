@@ -26,14 +26,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..huggingface.lm_head import lm_head_of
 from ..linear_jsd import fused_linear_jsd
@@ -56,7 +56,12 @@ def patch_trl() -> AbstractContextManager[Any]:
     """
     if _replaced:
         return nullcontext()
-    _check_version()
+    install = f"pip install 'trl=={_SUPPORTED}.*'"
+    if find_spec("trl") is None:
+        raise ImportError(f"fused_distill.compat.trl needs TRL: {install}")
+    version = import_module("trl").__version__
+    if not f"{version}.".startswith(f"{_SUPPORTED}."):
+        raise ImportError(f"fused_distill.compat.trl supports TRL {_SUPPORTED}, found {version}: {install}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the notice of trl.experimental
         server = import_module("trl.experimental.server_distillation.server_distillation_trainer")
@@ -64,10 +69,10 @@ def patch_trl() -> AbstractContextManager[Any]:
         (import_module("trl.trainer.distillation_trainer"), "_chunked_divergence_loss", _divergence_loss),
         (server.ServerDistillationTrainer, "compute_loss", _server_loss),
     )
-    originals = [_original(*replacement) for replacement in replacements]  # check all before patching any
-    for (owner, name, replacement), original in zip(replacements, originals, strict=True):
-        _replaced.append((owner, name, original))
-        setattr(owner, name, replacement)
+    originals = [(owner, name, _original(owner, name, new)) for owner, name, new in replacements]
+    _replaced.extend(originals)  # all of them have the expected parameters
+    for replacement in replacements:
+        setattr(*replacement)
     stack = ExitStack()
     stack.callback(unpatch_trl)
     return stack
@@ -77,15 +82,6 @@ def unpatch_trl() -> None:
     """Restore TRL's own functions."""
     while _replaced:
         setattr(*_replaced.pop())
-
-
-def _check_version() -> None:
-    install = f"pip install 'trl=={_SUPPORTED}.*'"
-    if find_spec("trl") is None:
-        raise ImportError(f"fused_distill.compat.trl needs TRL: {install}")
-    version = import_module("trl").__version__
-    if not f"{version}.".startswith(f"{_SUPPORTED}."):
-        raise ImportError(f"fused_distill.compat.trl supports TRL {_SUPPORTED}, found {version}: {install}")
 
 
 def _original(owner: Any, name: str, replacement: Any) -> Any:
@@ -122,17 +118,17 @@ def _divergence_loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
     with (
-        _gathered(student_lm_head_weight, student_lm_head_bias, student_hidden_states) as (weight, bias),
-        _gathered(teacher_lm_head_weight, teacher_lm_head_bias, teacher_hidden_states) as teachers,
+        _gathered(student_lm_head_weight, student_lm_head_bias, student_hidden_states) as student,
+        _gathered(teacher_lm_head_weight, teacher_lm_head_bias, teacher_hidden_states) as teacher,
     ):
         loss, stats = fused_linear_jsd(
             student_hidden_states,
-            weight,
+            student[0],
             teacher_hidden_states,
-            teachers[0],
+            teacher[0],
             mask=mask,
-            student_bias=bias,
-            teacher_bias=teachers[1],
+            student_bias=student[1],
+            teacher_bias=teacher[1],
             beta=beta,
             temperature=temperature,
             student_logit_scale=student_logit_scale,
@@ -185,17 +181,21 @@ def _sparse_loss(
     completion_mask: Tensor,  # (B, C) bool
     teacher: dict[str, Tensor],  # (B, T) and (B, T, K), T <= C
 ) -> Tensor:
+    """Return the loss, computed in place of the output layer: adapters and autocast apply as to logits."""
     n_scored = teacher["actual_logprobs"].shape[1]
     mask = completion_mask[:, :n_scored]
     logprobs, ids = _support(trainer.beta, teacher, completion_ids[:, :n_scored], mask)
     start = batch["input_ids"].shape[1] - completion_ids.shape[1] - 1
     student = trainer.accelerator.unwrap_model(student, keep_torch_compile=False)
 
+    layer = student.get_output_embeddings()
+    layer_forward, results = layer.forward, list[Tensor]()
+
     def loss(hidden: Tensor) -> Tensor:
         head = lm_head_of(student)
         device = head.weight.device
         with _gathered(head.weight, head.bias, hidden) as (weight, bias):
-            return fused_linear_topk_jsd(
+            result = fused_linear_topk_jsd(
                 hidden[:, start : start + n_scored].to(device),
                 weight,
                 logprobs.to(device),
@@ -206,31 +206,14 @@ def _sparse_loss(
                 temperature=trainer.temperature,
                 **head._replace(bias=bias).options("student_"),
             )
-
-    return _in_place_of_output_layer(student, loss, batch["input_ids"], batch["attention_mask"])
-
-
-def _in_place_of_output_layer(
-    student: Any, function: Callable[[Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor
-) -> Tensor:
-    """Return `function` of the hidden states (B, T, D) that the student passes to its output layer.
-
-    The function is called in place of that layer, so that adapters and autocast apply as they do to logits.
-    """
-    layer = student.get_output_embeddings()
-    original = layer.forward
-    results: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, result: Tensor) -> None:
         results.append(result)
+        return result
 
-    hook = layer.register_forward_hook(keep)
-    layer.forward = function
+    layer.forward = loss
     try:
-        student.forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        student.forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     finally:
-        layer.forward = original
-        hook.remove()
+        layer.forward = layer_forward
     return results[0]
 
 
@@ -267,16 +250,12 @@ def _gathered(
         RuntimeError: the weight is sharded in a way that only the head's own forward gathers.
     """
     with import_module("trl.trainer.utils").maybe_gather_lm_head_ctx(weight, bias):
-        weight, bias = _plain(weight, hidden), _plain(bias, hidden)
+        # Shards of FSDP2 are float32; the gathered tensor gets the backbone's dtype.
+        parameters: list[Any] = [weight, bias]
+        weight, bias = (p if (g := gather_dtensor(p)) is p else g.to(hidden.dtype) for p in parameters)
         if weight.ndim != 2 or weight.untyped_storage().nbytes() == 0:
             raise RuntimeError(
                 "the output layer's weight is sharded in a way that this loss cannot gather: "
                 "use FSDP2 (fsdp_version: 2), or a wrap policy that does not wrap the output layer separately"
             )
         yield weight, bias
-
-
-def _plain(parameter: Any, hidden: Tensor) -> Any:
-    """Gather a DTensor of FSDP2, whose shards are float32, into a tensor of the backbone's dtype."""
-    gathered = gather_dtensor(parameter)
-    return parameter if gathered is parameter else gathered.to(hidden.dtype)

@@ -17,7 +17,7 @@ from ..huggingface.loading import tokenizer_fingerprint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data
 from .stored import DESCRIPTION, PART_ROWS
-from .student import load_pretrained, student_vocab_size
+from .student import load_pretrained
 from .targets import Teacher, TopKTargets
 from .teachers import load_teacher
 
@@ -38,12 +38,7 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     accelerator = Accelerator()
     tokenizer = load_pretrained(AutoTokenizer, "student", config.student)
     with accelerator.local_main_process_first():
-        rows, _ = load_data(
-            config.data.model_copy(update={"evaluation_prompts": 0}),
-            tokenizer,
-            max_completion_length=config.rollouts.max_completion_length,
-            completions=True,
-        )
+        rows = load_data(config, tokenizer, completions=True)
     info = {
         "teacher": config.teacher.model or config.teacher.url,
         "k": config.teacher.k,
@@ -61,41 +56,41 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     accelerator.wait_for_everyone()
     if json.loads(description.read_text()) != info:
         raise ConfigError(f"{folder} holds another store: {description.read_text()}")
-    vocab_size = student_vocab_size(config.student)
-    teacher = load_teacher(config.teacher, config.temperature, tokenizer, vocab_size, accelerator.device)
-    local_parts = range(
-        accelerator.process_index * PART_ROWS, len(rows), accelerator.num_processes * PART_ROWS
+    teacher = load_teacher(config, tokenizer, accelerator.device)
+    number = pa.float16() if dtype == "float16" else pa.float32()
+    schema = pa.schema(
+        {
+            "tokens": pa.list_(pa.int32()),
+            "prompt_length": pa.int32(),
+            "ids": pa.list_(pa.list_(pa.int32())),
+            "logprobs": pa.list_(pa.list_(number)),
+        }
     )
-    for start in track(local_parts, "parts", disable=not accelerator.is_main_process):
+    first, interval = (n * PART_ROWS for n in (accelerator.process_index, accelerator.num_processes))
+    for start in track(range(first, len(rows), interval), "parts", disable=not accelerator.is_main_process):
         part = folder / f"part-{start // PART_ROWS:06}.parquet"
         if not part.exists():
-            scratch = part.with_suffix(".tmp")
             samples = [Sample(**rows[i]) for i in range(start, min(start + PART_ROWS, len(rows)))]
-            table = score(samples, teacher, getattr(torch, dtype), accelerator.device)
-            pq.write_table(table, scratch, compression="zstd")
+            scored = score(samples, teacher, getattr(torch, dtype), accelerator.device)
+            scratch = part.with_suffix(".tmp")
+            pq.write_table(pa.Table.from_pylist(scored, schema), scratch, compression="zstd")
             scratch.replace(part)
     accelerator.wait_for_everyone()
 
 
-def score(samples: list[Sample], teacher: Teacher, dtype: torch.dtype, device: torch.device) -> pa.Table:
+def score(
+    samples: list[Sample], teacher: Teacher, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Any]]:
     """Return the rows of a store for some samples."""
     rows: list[dict[str, Any]] = []
     for first in range(0, len(samples), BATCH_ROWS):
         batch = Batch.collate(samples[first : first + BATCH_ROWS], device)
         targets = teacher.targets(batch, None)
         assert isinstance(targets, TopKTargets)
-        lengths = batch.mask.sum(1).tolist()
-        logprobs, ids = (values[batch.mask].cpu().split(lengths) for values in targets)
-        for i, sample in enumerate(batch.samples):
-            finite = logprobs[i].clamp(min=torch.finfo(dtype).min)  # -inf marks an absent token
-            stored = torch.where(logprobs[i].isneginf(), logprobs[i], finite).to(dtype)
+        finite = targets.logprobs.clamp(min=torch.finfo(dtype).min)  # -inf marks an absent token
+        stored = torch.where(targets.logprobs.isneginf(), targets.logprobs, finite).to(dtype)
+        for sample, mask, ids, logprobs in zip(batch.samples, batch.mask, targets.ids, stored, strict=True):
             row = {"tokens": sample.tokens, "prompt_length": len(sample.prompt)}
-            rows.append(row | {"ids": [*ids[i].int().numpy()], "logprobs": [*stored.numpy()]})
-    number = pa.float16() if dtype == torch.float16 else pa.float32()
-    types = {
-        "tokens": pa.list_(pa.int32()),
-        "prompt_length": pa.int32(),
-        "ids": pa.list_(pa.list_(pa.int32())),
-        "logprobs": pa.list_(pa.list_(number)),
-    }
-    return pa.Table.from_pylist(rows, pa.schema(types))
+            row["ids"], row["logprobs"] = ([*v[mask].cpu().numpy()] for v in (ids.int(), logprobs))
+            rows.append(row)
+    return rows

@@ -20,11 +20,7 @@ SETTINGS = "settings.json"  # the settings that must match on resume
 
 
 def save_checkpoint(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
-    """Save accelerate's state atomically (temporary folder, then rename), then prune old checkpoints.
-
-    Raises:
-        OSError: the checkpoint cannot be saved; earlier checkpoints are unchanged.
-    """
+    """Save accelerate's state atomically (temporary folder, then rename), then prune old checkpoints."""
     folder = config.output / "checkpoints"
     scratch = folder / "unfinished"
     if accelerator.is_main_process:
@@ -53,11 +49,7 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 
 def load_checkpoint(accelerator: Accelerator, config: TrainConfig, folder: Path) -> int:
-    """Restore the state saved by `save_checkpoint` and return its step.
-
-    Raises:
-        ConfigError: the run that saved it had other settings.
-    """
+    """Restore the state saved by `save_checkpoint` with the same settings, and return its step."""
     before: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
     now = resume_fingerprint(config)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]

@@ -10,6 +10,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..config import Tail
+
+Targets = Literal["full", "topk", "student_topk"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Engine = Literal["transformers", "vllm", "vllm_server"]
+
 
 class ConfigError(ValueError):
     """An invalid setting; the message names its key."""
@@ -34,21 +40,14 @@ class TeacherConfig(_Section):
     """Exactly one of model, url and stored."""
 
     model: str | None = Field(None, description="local path or hub name of a teacher loaded in this process")
-    url: list[str] | str | None = Field(
-        None, description="teacher server or list of servers (fused-distill serve-teacher, or stock vLLM)"
-    )
+    url: list[str] | str | None = Field(None, description="teacher server or servers, ours or stock vLLM")
     stored: Path | None = Field(None, description="folder of `fused-distill cache-teacher`; off-policy only")
-    targets: Literal["full", "topk", "student_topk"] = Field(
-        "full",
-        description="full: exact loss; topk: teacher's top k; student_topk: teacher at the student's top k",
+    targets: Targets = Field(
+        "full", description="topk: teacher's top k; student_topk: at the student's top k"
     )
     k: int = Field(64, ge=1, description="tokens per position of topk and student_topk")
-    tail: Literal["bucket", "renormalize", "truncate"] = Field(
-        "bucket", description="how probability outside the k tokens is treated, see fused_linear_topk_jsd"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of teacher.model; auto: bfloat16 on a GPU, float32 on a CPU"
-    )
+    tail: Tail = Field("bucket", description="see fused_linear_topk_jsd")
+    dtype: Dtype = Field("auto", description="of teacher.model; auto: bfloat16 on a GPU, float32 on a CPU")
 
     @model_validator(mode="after")
     def _check_source(self) -> TeacherConfig:
@@ -62,21 +61,11 @@ class TeacherConfig(_Section):
 class RolloutConfig(_Section):
     """Rollout generation."""
 
-    engine: Literal["transformers", "vllm", "vllm_server"] = Field(
-        "transformers",
-        description="transformers: the student itself; vllm: a vLLM engine in each trainer process; "
-        "vllm_server: a stock vLLM server started with VLLM_SERVER_DEV_MODE=1",
-    )
+    engine: Engine = Field("transformers", description="vllm: in each process; vllm_server: a stock server")
     url: str | None = Field(None, description="address of the vllm_server")
-    engine_options: dict[str, Any] = Field(
-        {}, description="further arguments of vllm.LLM for engine vllm, e.g. {gpu_memory_utilization: 0.3}"
-    )
-    sync: Literal["disk", "nccl"] = Field(
-        "disk", description="how vLLM receives the student's weights; nccl: for vllm_server, no disk involved"
-    )
-    nccl_address: str | None = Field(
-        None, description="address of this machine as the vllm_server reaches it"
-    )
+    engine_options: dict[str, Any] = Field({}, description="further arguments of vllm.LLM for engine vllm")
+    sync: Literal["disk", "nccl"] = Field("disk", description="how vLLM gets weights; nccl: vllm_server only")
+    nccl_address: str | None = Field(None, description="address of this machine seen from the vllm_server")
     nccl_port: int | None = Field(None, ge=1, le=65535, description="free port on this machine")
     sync_every: int = Field(1, ge=1, description="optimizer steps between two updates of vLLM's weights")
     num_generations: int = Field(1, ge=1, description="completions per prompt")
@@ -91,14 +80,11 @@ class RolloutConfig(_Section):
             raise ValueError(f"engine_options must not be set with engine {self.engine}, only with vllm")
         if self.sync == "nccl" and self.engine != "vllm_server":
             raise ValueError(f"sync must be disk with engine {self.engine}, got nccl")
-        needs_url, needs_nccl = self.engine == "vllm_server", self.sync == "nccl"
-        for name, needed, setting in (
-            ("url", needs_url, "engine vllm_server"),
-            ("nccl_address", needs_nccl, "sync nccl"),
-            ("nccl_port", needs_nccl, "sync nccl"),
-        ):
-            if needed != (getattr(self, name) is not None):
-                raise ValueError(f"{name} must be set exactly with {setting}, got {getattr(self, name)}")
+        if (self.url is not None) != (self.engine == "vllm_server"):
+            raise ValueError(f"url must be set exactly with engine vllm_server, got {self.url}")
+        for name, value in (("nccl_address", self.nccl_address), ("nccl_port", self.nccl_port)):
+            if (value is not None) != (self.sync == "nccl"):
+                raise ValueError(f"{name} must be set exactly with sync nccl, got {value}")
         return self
 
 
@@ -128,19 +114,15 @@ class TrainConfig(_Section):
     temperature: float = Field(1.0, gt=0, description="divides both models' logits in the loss")
     learning_rate: float = Field(1e-5, gt=0)
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warmup")
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = Field(
-        "constant_with_warmup", description="learning rate schedule"
-    )
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="bf16 and fp16: mixed precision by accelerate"
-    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="mixed precision of accelerate")
     evaluate_every: int = Field(50, ge=1, description="steps; evaluation also runs at the start and the end")
     save_every: int = Field(50, ge=1, description="steps between checkpoints; one is also saved at the end")
     keep_checkpoints: int = Field(2, ge=1, description="number of latest checkpoints to keep")
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        [], description="log metrics there in addition to metrics.jsonl"
+        [], description="also log metrics there"
     )
     seed: int = Field(0, ge=0, lt=1 << 20)
 
@@ -148,10 +130,9 @@ class TrainConfig(_Section):
     def _check_combination(self) -> TrainConfig:
         if self.teacher.stored is not None and self.lmbda > 0:
             raise ValueError("lmbda must be 0 with teacher.stored, which knows the data's completions only")
-        if self.lora is not None and self.rollouts.engine != "transformers":
-            raise ValueError(
-                f"lora must not be given with rollouts.engine {self.rollouts.engine}: vLLM gets no adapters"
-            )
+        engine = self.rollouts.engine
+        if self.lora is not None and engine != "transformers":
+            raise ValueError(f"lora must not be given with rollouts.engine {engine}: vLLM gets no adapters")
         return self
 
 
@@ -166,16 +147,10 @@ _FREE_ON_RESUME: Any = {
 
 
 def resume_fingerprint(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that must match on resume, flattened to dotted keys."""
-
-    def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for name, value in section.items():
-            if isinstance(value, dict):
-                yield from flatten(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, value
-
-    return dict(flatten(config.model_dump(mode="json", exclude=_FREE_ON_RESUME)))
+    """Return the settings that must match on resume, with dotted keys."""
+    settings: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE_ON_RESUME)
+    sections = {name: settings.pop(name) for name, value in [*settings.items()] if isinstance(value, dict)}
+    return {f"{name}.{key}": v for name in sections for key, v in sections[name].items()} | settings
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -191,21 +166,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"an override must be KEY=VALUE, got {override!r}")
-        section, *names = content, *key.split(".")
-        for name in names[:-1]:
-            section[name] = {} if section.get(name) is None else section[name]
+        section: dict[str, Any] = content
+        *names, last = key.split(".")
+        for name in names:
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
             section = section[name]
-            if not isinstance(section, dict):
-                raise ConfigError(f"{key}: {name} has no keys of its own")
-        section[names[-1]] = _parse_yaml(key, value)
+        section[last] = _parse_yaml(key, value)
     try:
         return TrainConfig.model_validate(content)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
-        raise ConfigError("; ".join(problems)) from None
+        problems = [(".".join(map(str, e["loc"])) or "config", e["msg"]) for e in error.errors()]
+        lines = [f"{key}: {message.removeprefix('Value error, ')}" for key, message in problems]
+        raise ConfigError("; ".join(lines)) from None
 
 
 def _parse_yaml(source: str, text: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .config import ConfigError, DataConfig
+from .config import ConfigError, DataConfig, TrainConfig
 
 
 class Sample(NamedTuple):
@@ -55,42 +55,37 @@ class Batch:
         mask = (index >= starts - 1) & (index < ends - 1)
         return cls(samples, tokens.to(device), (index < ends).long().to(device), mask[:, :-1].to(device))
 
+    def sequences(self) -> tuple[list[list[int]], list[int]]:
+        """Return the tokens and the prompt lengths of the samples."""
+        return [s.tokens for s in self.samples], [len(s.prompt) for s in self.samples]
 
-def load_data(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_completion_length: int,  # in tokens; longer completions are cut
-    completions: bool,  # every row must have one
-    prompts_per_step: int = 0,  # minimum number of training samples
-) -> tuple[Dataset, list[Sample]]:
-    """Load and tokenize the data; return the training samples and the held-out ones.
 
-    Training samples are rows of a memory-mapped dataset with the fields of Sample. The tokens are kept in the
-    cache of `datasets`, so that further runs and processes do not tokenize again.
+def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completions: bool) -> Dataset:
+    """Load and tokenize the data; every row must have a completion if `completions` is set.
 
-    Raises:
-        ConfigError: the data cannot be read or has too few rows, or a row lacks its prompt or completion.
+    The result is a memory-mapped dataset with the fields of Sample. Its tokens are kept in the cache of
+    `datasets`, so that further runs and processes do not tokenize again.
     """
-    rows = _read_rows(config)
+    rows = _read_rows(config.data)
+    length, max_prompt_length = config.rollouts.max_completion_length, config.data.max_prompt_length
     tokenized = rows.map(
         _tokenize_row,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "length": max_completion_length, "completions": completions},
+        fn_kwargs={"tokenizer": tokenizer, "length": length, "completions": completions},
         remove_columns=rows.column_names,
         features=_SAMPLE_FEATURES,
     )
-    kept = tokenized.filter(
-        lambda prompt: 0 < len(prompt) <= config.max_prompt_length, input_columns=["prompt"]
-    )
-    n_training = max(len(kept) - config.evaluation_prompts, 0)
-    if n_training < prompts_per_step:
-        raise ConfigError(
-            f"prompts_per_step: {prompts_per_step} is more than the {n_training} prompts left for "
-            f"training of {len(rows)} rows"
-        )
-    held_out = [Sample(**kept[i]) for i in range(n_training, len(kept))]
-    return kept.select(range(n_training)), held_out
+    return tokenized.filter(lambda prompt: 0 < len(prompt) <= max_prompt_length, input_columns=["prompt"])
+
+
+def split_data(samples: Dataset, config: TrainConfig) -> tuple[Dataset, list[Sample]]:
+    """Return the training samples and the held-out ones, which are the last."""
+    n_training = max(len(samples) - config.data.evaluation_prompts, 0)
+    if n_training < config.prompts_per_step:
+        remaining = f"{n_training} prompts left for training of {len(samples)} that are short enough"
+        raise ConfigError(f"prompts_per_step: {config.prompts_per_step} is more than the {remaining}")
+    held_out = [Sample(**samples[i]) for i in range(n_training, len(samples))]
+    return samples.select(range(n_training)), held_out
 
 
 def _read_rows(config: DataConfig) -> Dataset:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack, nullcontext
+import time
+from collections import defaultdict
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -23,13 +27,12 @@ from ..rollouts.grouping import split_on_groups
 from ..stats import DistillStats
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
-from .data import Batch, Sample, load_data, sample_stream
-from .metrics import MetricsLogger, add_batch, mean_metrics, memory_gib, zero_sums
-from .rollouts import StudentRollouts, check_vllm_installed
-from .student import load_pretrained, load_student, run_in_student_forward, student_vocab_size
+from .data import Batch, Sample, load_data, sample_stream, split_data
+from .metrics import MetricsLogger, batch_sums, mean_metrics, memory_gib
+from .rollouts import StudentRollouts
+from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
 from .teachers import load_teacher
-from .timing import StepTimer
 
 EVAL_BATCH_SIZE = 8
 N_SHOWN_SAMPLES = 3
@@ -44,24 +47,16 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        check_vllm_installed(config.rollouts)
+        check_packages(config)
         self.accelerator = make_accelerator(config)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.sharded = self.accelerator.device, self.accelerator.is_fsdp2
         check_shares(config, self.processes)
         self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, "student", config.student)
         with self.accelerator.local_main_process_first():  # the other processes read the cache of the first
-            self.samples, self.held_out = load_data(
-                config.data,
-                self.tokenizer,
-                max_completion_length=config.rollouts.max_completion_length,
-                completions=config.lmbda < 1,
-                prompts_per_step=config.prompts_per_step,
-            )
-        vocab_size = student_vocab_size(config.student)
-        self.teacher = load_teacher(
-            config.teacher, config.temperature, self.tokenizer, vocab_size, self.device
-        )
+            data = load_data(config, self.tokenizer, completions=config.lmbda < 1)
+            self.samples, self.held_out = split_data(data, config)
+        self.teacher = load_teacher(config, self.tokenizer, self.device)
         torch.manual_seed(config.seed)
         model = load_student(config)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -73,28 +68,33 @@ class Trainer:
         )
         self.accelerator.register_for_checkpointing(self.schedule)
         self.rollouts = StudentRollouts(config, self.accelerator, self.wrapped, self.save)
-        self.timer = StepTimer(self.device)
+        self.seconds = defaultdict[str, float](float)  # of the parts of the current step
         self.step = 0
+
+    @contextmanager
+    def measure(self, name: str) -> Generator[None, None, None]:
+        """Add the time spent inside, with its work on the GPU, to `seconds[name]`."""
+        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        synchronize()
+        started = time.perf_counter()
+        yield
+        synchronize()
+        self.seconds[name] += time.perf_counter() - started
 
     def fill_buffer(self) -> list[list[Sample]]:
         """Return this process's samples of one step, one list per slice of the gradient accumulation."""
         config, slices = self.config, self.config.gradient_accumulation_steps
-        start = self.step * config.prompts_per_step
-        stream = sample_stream(self.samples, config.seed, start)
-        step_samples = list(islice(stream, config.prompts_per_step))
-        local_samples = step_samples[self.rank :: self.processes]
-        samples_per_slice = len(local_samples) // slices
+        stream = sample_stream(self.samples, config.seed, self.step * config.prompts_per_step)
+        local_samples = list(islice(stream, config.prompts_per_step))[self.rank :: self.processes]
+        size = len(local_samples) // slices
         # Every process draws the same number of on-policy slices.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         on_policy = int((torch.rand(slices, generator=generator) < config.lmbda).sum())
-        buffer = [
-            local_samples[i * samples_per_slice : (i + 1) * samples_per_slice]
-            for i in range(on_policy, slices)
-        ]
+        buffer = [local_samples[i * size : (i + 1) * size] for i in range(on_policy, slices)]
         if on_policy:
             seed = (config.seed << 40) + ((self.step * self.processes + self.rank) << 16)
             n = config.rollouts.num_generations
-            buffer += self.generate(local_samples[: on_policy * samples_per_slice], seed, n, on_policy)
+            buffer += self.generate(local_samples[: on_policy * size], seed, n, on_policy)
         return buffer
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class Trainer:
         )
         # Autocast casts the weights once for all tokens; FSDP casts its shards itself.
         with nullcontext() if self.sharded else self.accelerator.autocast():
-            completions = self.rollouts.generate([sample.prompt for sample in samples], sampling)
+            completions = self.rollouts.engine.generate([sample.prompt for sample in samples], sampling)
         return [
             [Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
             for part in split_on_groups(completions, slices)
@@ -119,22 +119,11 @@ class Trainer:
         def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats, Targets]:
             ids = None
             if config.teacher.targets == "student_topk":
-                k = config.teacher.k
-                ids = topk_targets(hidden, head, batch.mask, k, config.temperature, vocab_size).ids
-            with self.timer.measure("teacher_seconds"):
+                ids = topk_targets(hidden, head, batch.mask, config, vocab_size).ids
+            with self.measure("teacher_seconds"):
                 targets = self.teacher.targets(batch, ids)
-            loss, stats = distillation_loss(
-                hidden,
-                head,
-                targets,
-                batch.mask,
-                normalizer,
-                beta=config.beta,
-                temperature=config.temperature,
-                tail=config.teacher.tail,
-                vocab_size=vocab_size,
-            )
-            return loss, stats, targets
+            loss = distillation_loss(hidden, head, targets, batch.mask, normalizer, config, vocab_size)
+            return *loss, targets
 
         with self.accelerator.autocast():
             return run_in_student_forward(self.wrapped, self.model, batch, compute)
@@ -147,7 +136,7 @@ class Trainer:
         """
         batches = [Batch.collate(samples, self.device) for samples in buffer]
         n_tokens = max(1.0, float(self.sum(torch.stack([batch.mask.sum() for batch in batches]).sum())))
-        sums = zero_sums(self.device)
+        sums: list[Tensor] = []
         for i, batch in enumerate(batches):
             # Without reducing gradients per slice FSDP would keep unsharded gradients on every device.
             reduce_now = self.sharded or i == len(batches) - 1
@@ -155,7 +144,7 @@ class Trainer:
                 loss, stats = self.loss(batch, n_tokens)[:2]
                 # DDP and FSDP average over processes, but n_tokens counts the tokens of all of them.
                 self.accelerator.backward(loss * self.processes)
-            sums = add_batch(sums, batch, loss * n_tokens, stats)
+            sums.append(batch_sums(batch, loss * n_tokens, stats))
         metrics = self.mean_over_processes(sums, batches)
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -164,7 +153,7 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        return metrics | {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
+        return metrics | {"grad_norm": norm, "learning_rate": float(self.schedule.get_last_lr()[0])}
 
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], list[str]]:
@@ -175,16 +164,13 @@ class Trainer:
             [samples] = self.generate(samples, self.config.seed + self.rank, 1)
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
         batches = [Batch.collate(samples[i : i + EVAL_BATCH_SIZE], self.device) for i in starts]
-        sums = zero_sums(self.device)
-        for batch in batches:
-            loss, stats = self.loss(batch, 1.0)[:2]
-            sums = add_batch(sums, batch, loss, stats)
+        sums = [batch_sums(batch, *self.loss(batch, 1.0)[:2]) for batch in batches]
         shown = [str(self.tokenizer.decode(s.tokens)) for s in samples[:N_SHOWN_SAMPLES]]
         return self.mean_over_processes(sums, batches), shown
 
-    def mean_over_processes(self, sums: Tensor, batches: list[Batch]) -> dict[str, float]:
+    def mean_over_processes(self, sums: list[Tensor], batches: list[Batch]) -> dict[str, float]:
         """Return the mean metrics of all processes; raise NonFiniteLoss if the loss is not finite."""
-        metrics = mean_metrics(self.sum(sums))
+        metrics = mean_metrics(self.sum(sum(sums[1:], sums[0])))
         if not isfinite(metrics["loss"]):
             raise NonFiniteLoss(self.diagnose(batches))
         return metrics
@@ -243,20 +229,19 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         if run.step == 0 and run.held_out:
             logger.log(0, "evaluation", *run.evaluate())
         while run.step < config.steps:
-            run.timer.reset()
+            run.seconds.clear()
             torch.manual_seed(config.seed * 1_000_003 + run.step)  # a resumed run draws the same numbers
-            with run.timer.measure("rollout_seconds"):
+            with run.measure("rollout_seconds"):
                 if run.rollouts.weights_synced_step is None or run.step % config.rollouts.sync_every == 0:
                     run.rollouts.sync_weights(run.step)
                 buffer = run.fill_buffer()
-            with run.timer.measure("update_seconds"):
+            with run.measure("update_seconds"):
                 metrics = run.update(buffer)
             run.step += 1
-            seconds = run.timer.seconds()
-            seconds["update_seconds"] -= seconds["teacher_seconds"]  # which it includes
-            speed = metrics["tokens"] / sum(seconds.values())
+            run.seconds["update_seconds"] -= run.seconds["teacher_seconds"]  # which it includes
+            speed = metrics["tokens"] / sum(run.seconds.values())
             metrics |= {"tokens_per_second": speed, "memory_gib": memory_gib(run.device)}
-            logger.log(run.step, "train", metrics | seconds)
+            logger.log(run.step, "train", metrics | run.seconds)
             last = run.step == config.steps
             if run.held_out and (last or run.step % config.evaluate_every == 0):
                 logger.log(run.step, "evaluation", *run.evaluate())
@@ -289,15 +274,26 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def check_packages(config: TrainConfig) -> None:
+    """Raise a ConfigError if a package that the settings need is not installed."""
+    rollouts = config.rollouts
+    for needed, setting, package in (
+        (config.lora is not None, "lora", "peft"),
+        (rollouts.engine == "vllm", "rollouts.engine: vllm", "vllm"),
+        (rollouts.sync == "nccl", "rollouts.sync: nccl", "vllm"),
+        *((True, f"trackers: {name}", name) for name in config.trackers),
+    ):
+        if needed and find_spec(package) is None:
+            raise ConfigError(f"{setting} needs {package} beside the trainer: pip install {package}")
+
+
 def check_shares(config: TrainConfig, processes: int) -> None:
     """Raise a ConfigError unless processes and slices get equal shares of the prompts."""
-    slices = processes * config.gradient_accumulation_steps
-    for key, value, unit in (
-        ("prompts_per_step", config.prompts_per_step, slices),
-        ("data.evaluation_prompts", config.data.evaluation_prompts, processes),
-    ):
-        if value % unit:
-            raise ConfigError(
-                f"{key}: {value} must be a multiple of {unit}, as {processes} processes and "
-                f"{config.gradient_accumulation_steps} gradient_accumulation_steps share them"
-            )
+    slices, prompts = processes * config.gradient_accumulation_steps, config.data.evaluation_prompts
+    if config.prompts_per_step % slices:
+        factors = f"{processes} processes * {config.gradient_accumulation_steps} gradient_accumulation_steps"
+        raise ConfigError(
+            f"prompts_per_step: {config.prompts_per_step} must be a multiple of {slices} ({factors})"
+        )
+    if prompts % processes:
+        raise ConfigError(f"data.evaluation_prompts: {prompts} must be a multiple of {processes} processes")

@@ -30,22 +30,17 @@ PART_ROWS = 256
 
 
 class StoredTeacher:
-    """Targets at k tokens per position from a store, whose numbers stay in memory-mapped files.
-
-    Raises:
-        ConfigError: the folder holds no complete store, or one with fewer tokens or of another temperature.
-    """
+    """Targets at k tokens per position from a store, whose numbers stay in memory-mapped files."""
 
     def __init__(self, folder: Path, k: int, temperature: float, vocab_size: int):
         description = folder / DESCRIPTION
         if not description.exists():
             raise ConfigError(f"teacher.stored: {folder} holds no {DESCRIPTION}")
         self.info: dict[str, Any] = json.loads(description.read_text())
-        if k > self.info["k"] or temperature != self.info["temperature"]:
-            raise ConfigError(
-                f"teacher.stored: it holds k {self.info['k']} at temperature {self.info['temperature']}, "
-                f"not k {k} at {temperature}"
-            )
+        stored_k, stored_temperature = self.info["k"], self.info["temperature"]
+        if k > stored_k or temperature != stored_temperature:
+            stored = f"k {stored_k} at temperature {stored_temperature}"
+            raise ConfigError(f"teacher.stored: it holds {stored}, not k {k} at {temperature}")
         parts: Any = sorted(map(str, folder.glob("part-*.parquet")))
         if len(parts) != -(-self.info["rows"] // PART_ROWS):
             raise ConfigError(f"teacher.stored: {folder} is not complete: run cache-teacher again")
@@ -58,11 +53,7 @@ class StoredTeacher:
         }
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
-        """See Teacher; student_ids must be None.
-
-        Raises:
-            ConfigError: a sample is not in the store.
-        """
+        """See Teacher; student_ids must be None."""
         shape, device = (*batch.mask.shape, self.k), batch.mask.device
         logprobs = torch.full(shape, -torch.inf, device=device)
         ids = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of
 from .config import ConfigError, LoraConfig, TrainConfig
@@ -24,21 +24,12 @@ def load_pretrained(auto_class: Any, key: str, name: str, **options: Any) -> Any
         raise ConfigError(f"{key}: {name} cannot be loaded: {error}") from error
 
 
-def student_vocab_size(student: str) -> int:
-    """Return the number of rows of the student's LM head, without loading its weights."""
-    return load_pretrained(AutoConfig, "student", student).get_text_config().vocab_size
-
-
 def load_student(config: TrainConfig) -> PreTrainedModel:
     """Load the model to train, in float32; with LoRA and precision bf16 its frozen base is in bfloat16.
 
     Dropout is disabled, so that rollouts, evaluation and updates use the same function.
-
-    Raises:
-        ConfigError: the model cannot be loaded, or `frozen` or `lora.target_modules` do not fit it.
     """
-    frozen_base = config.lora is not None and config.precision == "bf16"
-    dtype = torch.bfloat16 if frozen_base else torch.float32
+    dtype = torch.bfloat16 if config.lora is not None and config.precision == "bf16" else torch.float32
     model = load_pretrained(AutoModelForCausalLM, "student", config.student, dtype=dtype).eval()
     _freeze(model, config.frozen)
     return model if config.lora is None else _add_adapters(model, config.lora)
@@ -51,9 +42,7 @@ def _freeze(model: PreTrainedModel, frozen: list[str]) -> None:
     parameters = dict(model.named_parameters())
     for part in frozen:
         if not any(part in name for name in parameters):
-            raise ConfigError(
-                f"frozen: no parameter has {part!r} in its name; names are e.g. {[*parameters][:3]}"
-            )
+            raise ConfigError(f"frozen: no parameter has {part!r} in its name, e.g. {[*parameters][:3]}")
     for name, parameter in parameters.items():  # DDP would wait for the gradients of a vision tower
         if id(parameter) not in used or any(part in name for part in frozen):
             parameter.requires_grad_(False)
@@ -62,10 +51,8 @@ def _freeze(model: PreTrainedModel, frozen: list[str]) -> None:
 
 
 def _add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("lora needs PEFT: pip install peft") from error
+    import peft
+
     adapters = peft.LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
     )

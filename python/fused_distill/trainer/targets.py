@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from ..huggingface.lm_head import LMHeadParams
 from ..stats import DistillStats
+from .config import TrainConfig
 from .data import Batch
 
 
@@ -44,14 +45,14 @@ def topk_targets(
     hidden: Tensor,  # (B, T - 1, D)
     head: LMHeadParams,
     mask: Tensor,  # (B, T - 1)
-    k: int,
-    temperature: float,
+    config: TrainConfig,
     vocab_size: int,
     ids: Tensor | None = None,  # (B, T - 1, k)
 ) -> TopKTargets:
     """Return a model's log-probabilities at `ids`, or at its own k most likely tokens."""
-    options = head.options() | {"mask": mask, "temperature": temperature, "vocab_size": vocab_size}
-    top = topk_logprobs(hidden, head.weight, k if ids is None else 0, ids, **options)
+    options: dict[str, Any] = {"mask": mask, "temperature": config.temperature, "vocab_size": vocab_size}
+    k = config.teacher.k if ids is None else 0
+    top = topk_logprobs(hidden, head.weight, k, ids, **options, **head.options())
     if ids is None or top.actual_logprobs is None:
         return TopKTargets(top.logprobs, top.ids)
     return TopKTargets(top.actual_logprobs, ids)
@@ -63,25 +64,18 @@ def distillation_loss(
     targets: Targets,
     mask: Tensor,  # (B, T - 1)
     normalizer: float,
-    *,
-    beta: float,
-    temperature: float,
-    tail: Literal["bucket", "renormalize", "truncate"],
+    config: TrainConfig,
     vocab_size: int,
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
-    common = head.options("student_") | {
-        "mask": mask,
-        "beta": beta,
-        "temperature": temperature,
-        "vocab_size": vocab_size,
-        "normalizer": normalizer,
-        "return_stats": True,
-    }
+    options: dict[str, Any] = {"mask": mask, "normalizer": normalizer, "vocab_size": vocab_size}
+    options |= {"beta": config.beta, "temperature": config.temperature} | head.options("student_")
     if isinstance(targets, TopKTargets):
-        return fused_linear_topk_jsd(hidden, head.weight, *targets, tail=tail, **common)
-    common |= targets.head.options("teacher_")
-    return fused_linear_jsd(hidden, head.weight, targets.hidden, targets.head.weight, **common)
+        tail = config.teacher.tail
+        return fused_linear_topk_jsd(hidden, head.weight, *targets, tail=tail, return_stats=True, **options)
+    options |= targets.head.options("teacher_")
+    teacher = targets.hidden, targets.head.weight
+    return fused_linear_jsd(hidden, head.weight, *teacher, return_stats=True, **options)
 
 
 def describe_non_finite(
@@ -92,13 +86,10 @@ def describe_non_finite(
     if not bad.any():
         return None
     teacher = targets.hidden if isinstance(targets, FullTargets) else targets.logprobs
-    teacher_is_nan = teacher.isnan().any(-1)
     lines = [f"the loss is not finite at {int(bad.sum())} of {int(batch.mask.sum())} tokens"]
     for row, position in bad.nonzero().tolist()[:5]:
         text = tokenizer.decode([int(batch.tokens[row, position + 1])])
-        state = "are NaN" if teacher_is_nan[row, position] else "are sound"
-        lines.append(
-            f"row {batch.samples[row].row} of the data, token {position + 1} ({text!r}): "
-            f"the teacher's numbers {state}"
-        )
+        state = "are NaN" if teacher[row, position].isnan().any() else "are sound"
+        token = f"row {batch.samples[row].row} of the data, token {position + 1} ({text!r})"
+        lines.append(f"{token}: the teacher's numbers {state}")
     return "; ".join(lines)

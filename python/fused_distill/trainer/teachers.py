@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import patch_environment
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of
 from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..serving.client.align import align, align_hidden_states
 from ..serving.client.client import TeacherClient
-from .config import ConfigError, TeacherConfig
+from .config import ConfigError, TrainConfig
 from .data import Batch
 from .stored import StoredTeacher
 from .student import load_pretrained
@@ -26,9 +26,8 @@ class LocalTeacher:
     """A model in this process."""
 
     model: PreTrainedModel
+    config: TrainConfig
     vocab_size: int
-    temperature: float
-    k: int | None  # None: targets over the full vocabulary
 
     @torch.no_grad()
     def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
@@ -36,10 +35,9 @@ class LocalTeacher:
         head, decoder = lm_head_of(self.model), decoder_of(self.model)
         output = decoder(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
         hidden: Tensor = output.last_hidden_state[:, :-1]
-        if self.k is None:
+        if self.config.teacher.targets == "full":
             return FullTargets(hidden, head)
-        options = self.k, self.temperature, self.vocab_size
-        return topk_targets(hidden, head, batch.mask, *options, student_ids)
+        return topk_targets(hidden, head, batch.mask, self.config, self.vocab_size, student_ids)
 
 
 @dataclass
@@ -53,7 +51,7 @@ class HiddenStateTeacher:
     def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets:
         """See Teacher; student_ids must be None."""
         dtype = "float32" if self.head.weight.dtype == torch.float32 else "bfloat16"
-        hidden = self.client.get_hidden_states(*_sequences(batch), dtype=dtype)
+        hidden = self.client.get_hidden_states(*batch.sequences(), dtype=dtype)
         states = align_hidden_states(hidden, batch.mask)
         return FullTargets(states.to(self.head.weight.dtype), self.head)
 
@@ -63,93 +61,70 @@ class ServedTeacher:
     """A teacher server that returns log-probabilities, ours or a stock vLLM server."""
 
     client: TeacherClient
+    config: TrainConfig
     vocab_size: int
-    temperature: float
-    k: int
     normalizes: bool  # over vocab_size tokens; else over all rows of its own LM head
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
         """See Teacher."""
-        score_ids = None
+        k, score_ids = self.config.teacher.k, None
         if student_ids is not None:
             per_sample = student_ids[batch.mask].split(batch.mask.sum(1).tolist())
-            score_ids = [ids.cpu().numpy() for ids in per_sample]
+            k, score_ids = 0, [ids.cpu().numpy() for ids in per_sample]
         answer = self.client.get_sequence_logprobs(
-            *_sequences(batch),
-            top_logprobs=self.k if student_ids is None else 0,
+            *batch.sequences(),
+            top_logprobs=k,
             score_ids=score_ids,
-            temperature=self.temperature,
+            temperature=self.config.temperature,
             vocab_size=self.vocab_size if self.normalizes else None,
         )
         aligned = align(answer, batch.mask)
-        if student_ids is not None:
-            assert aligned.score_logprobs is not None
+        if student_ids is not None and aligned.score_logprobs is not None:
             return TopKTargets(aligned.score_logprobs, student_ids)
         # Tokens without a row in the student's LM head belong to the tail.
         beyond = aligned.ids >= self.vocab_size
         return TopKTargets(aligned.logprobs.masked_fill(beyond, -torch.inf), aligned.ids)
 
 
-def _sequences(batch: Batch) -> tuple[list[list[int]], list[int]]:
-    """Return the tokens and the prompt lengths of a batch."""
-    return [s.tokens for s in batch.samples], [len(s.prompt) for s in batch.samples]
-
-
-def load_teacher(
-    config: TeacherConfig,
-    temperature: float,  # of the loss
-    tokenizer: PreTrainedTokenizerBase,  # the student's
-    vocab_size: int,  # rows of the student's LM head
-    device: torch.device,
-) -> Teacher:
-    """Load the teacher that the settings name.
-
-    Raises:
-        ConfigError: the teacher cannot be loaded, has another tokenizer, or lacks what the settings need.
-    """
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    if config.model is not None:
-        own_tokenizer = load_tokenizer(config.model)
-        own_fingerprint = None if own_tokenizer is None else tokenizer_fingerprint(own_tokenizer)
-        _check_tokenizer("teacher.model", fingerprint, own_fingerprint)
-        dtype = weights_dtype(config.dtype, device.type)
+def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:
+    """Load the teacher that the settings name, for a student with the given tokenizer."""
+    settings, fingerprint = config.teacher, tokenizer_fingerprint(tokenizer)
+    vocab_size = load_pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
+    if settings.model is not None:
+        teacher_tokenizer = load_tokenizer(settings.model)
+        if teacher_tokenizer is not None:
+            _check_tokenizer("teacher.model", fingerprint, tokenizer_fingerprint(teacher_tokenizer))
+        dtype = weights_dtype(settings.dtype, device.type)
         # FSDP's low-memory loading leaves weights empty until FSDP fills them; it does not wrap the teacher.
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
-            model = load_pretrained(AutoModelForCausalLM, "teacher.model", config.model, dtype=dtype)
+            model = load_pretrained(AutoModelForCausalLM, "teacher.model", settings.model, dtype=dtype)
         model.to(device).eval().requires_grad_(False)
-        k = None if config.targets == "full" else config.k
-        teacher = LocalTeacher(model, min(vocab_size, len(lm_head_of(model).weight)), temperature, k)
-    elif config.stored is not None:
-        teacher = StoredTeacher(config.stored, config.k, temperature, vocab_size)
+        teacher = LocalTeacher(model, config, min(vocab_size, len(lm_head_of(model).weight)))
+    elif settings.stored is not None:
+        teacher = StoredTeacher(settings.stored, settings.k, config.temperature, vocab_size)
         _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer_fingerprint"])
     else:
-        assert config.url is not None
-        client = TeacherClient(config.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
+        assert settings.url is not None
+        client = TeacherClient(settings.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
         info = client.info()
         _check_tokenizer("teacher.url", fingerprint, info.get("tokenizer_fingerprint"))
-        capabilities = info.get("capabilities", [])
-        _check_capabilities(config.targets, temperature, capabilities)
+        capabilities = info.get("capabilities", [])  # a stock vLLM server has none
+        needed = {"full": "hidden_states", "student_topk": "score_ids"}.get(settings.targets)
+        if needed is not None and needed not in capabilities:
+            raise ConfigError(f"teacher.targets: must be topk with this server, which has no {needed}")
+        if config.temperature != 1 and "temperature" not in capabilities:
+            raise ConfigError(f"temperature: must be 1 with this server, got {config.temperature}")
         vocab_size = min(vocab_size, info.get("vocab_size", vocab_size))
-        if config.targets == "full":
+        if settings.targets == "full":
             head = client.head()
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)
             teacher = HiddenStateTeacher(client, head, vocab_size)
         else:
-            normalizes = "vocab_size" in capabilities
-            teacher = ServedTeacher(client, vocab_size, temperature, config.k, normalizes)
-    if config.targets != "full" and config.k > teacher.vocab_size:
-        raise ConfigError(f"teacher.k: {config.k} is more than the {teacher.vocab_size} tokens there are")
+            teacher = ServedTeacher(client, config, vocab_size, "vocab_size" in capabilities)
+    if settings.targets != "full" and settings.k > teacher.vocab_size:
+        raise ConfigError(f"teacher.k: {settings.k} is more than the {teacher.vocab_size} tokens there are")
     return teacher
-
-
-def _check_capabilities(targets: str, temperature: float, capabilities: list[str]) -> None:
-    """Raise a ConfigError if the server lacks a needed capability; a stock vLLM server has none."""
-    needed = {"full": "hidden_states", "student_topk": "score_ids", "topk": None}[targets]
-    if needed is not None and needed not in capabilities:
-        raise ConfigError(f"teacher.targets: must be topk with this server, which has no {needed}")
-    if temperature != 1 and "temperature" not in capabilities:
-        raise ConfigError(f"temperature: must be 1 with this server, got {temperature}")
 
 
 def _check_tokenizer(key: str, student: str, teacher: str | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from fused_distill.serving.server.batching import BatchLimits
+from limits import seconds
 from serving_cases import (
     VALID_BODY,
     FakeEngine,
@@ -130,7 +131,7 @@ def test_one_thread_calls_the_engine_one_batch_at_a_time() -> None:
         def ask(i: int) -> int:
             other = ("/v1/teacher", "/health", "/metrics")[i % 3]
             if i % 2:
-                return httpx.get(f"{served.url}{other}", timeout=60).status_code
+                return httpx.get(f"{served.url}{other}", timeout=seconds(60)).status_code
             body = {"sequences": [[20 + i, 1]], "prompt_lengths": [1], "top_logprobs": i % 8}
             return post(served.url, **body).status_code
 

@@ -32,6 +32,7 @@ from fused_distill.serving.protocol.request import SCORE_PATH
 from fused_distill.serving.server.app import create_app
 from fused_distill.serving.server.batching import BatchLimits
 from fused_distill.serving.server.validation import ServerLimits
+from limits import seconds
 from serving_cases import (
     FakeEngine,
     in_background,
@@ -107,7 +108,7 @@ def test_slow_clients_do_not_delay_others(row: FaultCounts) -> None:
         thread = threading.Thread(target=ask_all, args=(slow_ones, 16, 16, slow))
         thread.start()
         for _ in range(16):
-            assert begun.acquire(timeout=60)
+            assert begun.acquire(timeout=seconds(60))
         try:
             ask_all(row, 200, 8, asks(client))  # while sixteen are in the middle
         finally:

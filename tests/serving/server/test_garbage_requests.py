@@ -15,6 +15,7 @@ from fault_cases import (
     responses,
 )
 from fused_distill.serving.protocol.request import SCORE_PATH, scored_positions
+from limits import seconds
 from serving_cases import (
     FULL_BODY,
     FakeEngine,
@@ -58,7 +59,7 @@ def test_garbage_bodies_get_a_4xx_and_the_server_lives(row: FaultCounts) -> None
     generator, engine = random.Random(0), FakeEngine()
     bodies = [garbage(generator, i) for i in range(1200)]
     statuses: Counter[int] = Counter()
-    with serving(engine) as served, httpx.Client(timeout=60) as http:
+    with serving(engine) as served, httpx.Client(timeout=seconds(60)) as http:
         for body in bodies:
             response = http.post(served.url + SCORE_PATH, content=body)
             statuses[response.status_code] += 1
@@ -70,7 +71,7 @@ def test_garbage_bodies_get_a_4xx_and_the_server_lives(row: FaultCounts) -> None
 
 def test_bodies_with_changed_bytes_are_understood_or_get_a_4xx(row: FaultCounts) -> None:
     generator = random.Random(1)
-    with serving(FakeEngine()) as served, httpx.Client(timeout=60) as http:
+    with serving(FakeEngine()) as served, httpx.Client(timeout=seconds(60)) as http:
         for _ in range(600):
             body = bytearray(json.dumps(FULL_BODY).encode())
             for _ in range(generator.randint(1, 3)):

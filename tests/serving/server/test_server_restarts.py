@@ -28,6 +28,7 @@ from fused_distill.serving.protocol.logprobs import TeacherLogprobs, decode_bina
 from fused_distill.serving.protocol.request import SCORE_PATH
 from fused_distill.serving.server.transformers_engine import TransformersEngine
 from fused_distill.serving.server.validation import ServerLimits, parse_request
+from limits import seconds
 from serving_cases import (
     wait_until,
     waiting_requests,
@@ -133,7 +134,7 @@ def test_sigterm_answers_pending_requests_and_refuses_new_ones(
     count, size, port = 20, 40, unused_port()
     with (
         command(tiny_model, port, "--batch-tokens", "64") as (process, url),
-        httpx.Client(timeout=60) as http,
+        httpx.Client(timeout=seconds(60)) as http,
     ):
 
         def ask(i: int) -> bool:
