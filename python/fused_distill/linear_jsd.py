@@ -124,7 +124,8 @@ def fused_linear_jsd(
         reduction: "mean" over valid tokens, "sum", or "none". "none" returns the shape (...), 0 where masked;
             its backward pass recomputes the forward pass, because the upstream gradient is per token.
         normalizer: > 0, number or 0-d tensor, divisor for reduction="mean" (default: number of valid tokens).
-            Set it to the step's token count under gradient accumulation.
+            Set it to the step's token count under gradient accumulation. A 0-d tensor may be 0 if no token is
+            valid.
         workspace_bytes: bound on temporary memory in bytes. The gradients, accumulated in float32, are not
             included. None: 1 GiB on a GPU; on a CPU max(256 MiB, half the size of a float32 student head).
         backend: "auto" ("triton" on a CUDA or ROCm device, else "torch"), "triton", "torch" or "reference".

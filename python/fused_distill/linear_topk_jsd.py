@@ -117,7 +117,7 @@ def fused_linear_topk_jsd(
         soft_weight: >= 0, weight of the divergence.
         vocab_size: the vocabulary is the first vocab_size columns. None: Vs.
         reduction: "mean" over valid tokens, "sum", or "none"; see `fused_linear_jsd`.
-        normalizer: > 0, number or 0-d tensor, divisor for reduction="mean" (default: number of valid tokens).
+        normalizer: divisor for reduction="mean" (default: number of valid tokens); see `fused_linear_jsd`.
         workspace_bytes: bound on temporary memory in bytes, see `fused_linear_jsd`. Not included are the
             check of teacher_ids, 3 bytes per entry, and copies of teacher tensors that are not contiguous.
         backend: "auto", "triton", "torch" or "reference".
