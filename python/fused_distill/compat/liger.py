@@ -5,7 +5,7 @@
 
 Names, signatures, defaults, results and the meaning of beta are those of liger-kernel 0.8.5
 (https://github.com/linkedin/Liger-Kernel): beta 0 is KL(teacher || student), 1 is KL(student || teacher).
-Losses are averaged over the tokens whose label is not ignore_index. Differences:
+Losses are means over tokens whose label is not ignore_index, 0 without any. Differences:
 
 - Extra rows of a padded teacher head are ignored. Liger's chunked loss gives the student a logit of 0 there,
   so that the loss changes if a constant is added to all of the student's logits, and is not 0 for equal
@@ -32,12 +32,10 @@ from ..validation import IGNORED_LABEL
 class LigerFusedLinearJSDLoss(nn.Module):
     """Replacement for `liger_kernel.chunked_loss.LigerFusedLinearJSDLoss`: weighted cross entropy and JSD.
 
-    loss = weight_hard_loss * cross entropy at temperature 1 + weight_soft_loss * JSD at `temperature`,
-    each averaged over the tokens whose label is not ignore_index (0 if there are none).
+    loss = weight_hard_loss * cross entropy at temperature 1 + weight_soft_loss * JSD at `temperature`.
 
     Args:
-        weight_hard_loss: >= 0.
-        weight_soft_loss: >= 0.
+        weight_hard_loss, weight_soft_loss: >= 0.
         beta: in [0, 1].
         ignore_index: tokens with this label are skipped.
         temperature: > 0.
