@@ -42,6 +42,9 @@ class LigerFusedLinearJSDLoss(nn.Module):
         compiled, chunk_size: ignored; the backend compiles, and the workspace determines the chunk size.
         return_soft_hard_loss: return (loss, soft_loss, hard_loss), the latter two unweighted and without
             gradient. They are computed separately, which about doubles the time.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid (the message names it).
     """
 
     def __init__(
@@ -106,6 +109,9 @@ class LigerFusedLinearJSD(nn.Module):
         ignore_index: tokens with this label are skipped.
         temperature: > 0.
         accum_dtype: None or torch.float32; weight gradients are always accumulated in float32.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid (the message names it).
     """
 
     def __init__(
