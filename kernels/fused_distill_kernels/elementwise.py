@@ -1,7 +1,8 @@
 """Elementwise formulas of the row kernels in float32, accurate where the two models are close.
 
 They compute the same terms as the functions of the same names in `fused_distill.rows.elementwise`, which
-explains them. expm1, log1p and tanh are written out because Triton's interpreter cannot call libdevice.
+explains them. They work on one tile in registers and touch no memory, except `load_logits`. expm1, log1p and
+tanh are written out because Triton's interpreter cannot call libdevice.
 """
 
 # The parameters of Triton kernels have no Python types.
@@ -60,9 +61,9 @@ def mul_zero_safe(p, x):
 
 
 @triton.jit
-def exp_sub_max(x, max_logit):
-    """Return exp(x - max_logit) for x <= max_logit, and 0 where x is -inf."""
-    return tl.where(x == float("-inf"), 0.0, tl.exp(x - max_logit))
+def exp_sub_max(z, max_logit):
+    """Return e^(z - max_logit) for z <= max_logit, and 0 where z is -inf, even if max_logit is -inf too."""
+    return tl.where(z == float("-inf"), 0.0, tl.exp(z - max_logit))
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def log_gap(z_s, z_t):
 
 @triton.jit
 def stable_prob_diff(a, b, log_ratio):
-    """Return b - a for positive a and b, given log_ratio = log(b / a)."""
+    """Return b - a for a, b >= 0, given log_ratio = log(b / a)."""
     return tl.where(log_ratio > 0, -b, a) * expm1(-tl.abs(log_ratio))
 
 
@@ -95,7 +96,7 @@ def mixture_log_ratios(d, beta, one_minus_beta):
 
 @triton.jit
 def lse_difference(max_s, max_t, sum_s, sum_t, diff_sum):
-    """Return lse_t - lse_s with an error that shrinks with the distance between the models.
+    """Return c = lse_t - lse_s with an error that shrinks with the distance between the models.
 
     diff_sum is the sum of e^(z_t - m) - e^(z_s - m) with m the larger of the two maxima.
     """
@@ -120,9 +121,9 @@ def transform_logits(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 def load_logits(
     row_ptr, bias_ptr, columns, inside, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
-    """Return one tile of transformed logits, and their derivative with respect to the projection.
+    """Return one tile of logits, and their derivative with respect to the projection.
 
-    Logits are -inf outside the vocabulary and where the projection is -inf, i.e. excluded by the caller.
+    Logits are -inf outside the vocabulary, and where the projection is -inf: the caller has excluded these.
     """
     x = tl.load(row_ptr + columns, mask=inside, other=float("-inf"))
     inside = x != float("-inf")

@@ -1,13 +1,14 @@
 """Row kernels of the generalized Jensen-Shannon divergence over a chunk of float32 logits.
 
 Both kernels run on a grid of (rows, tiles). One program holds one tile of BLOCK columns of one row of both
-models in registers. It reads the previous launch's partial sums of the row's other tiles.
+models in registers, and writes the tile's partial sums. A later launch adds up those of all tiles of its row.
 
     statistics_kernel               maximum and sum of exponentials of each model, sum of their differences
-    divergence_kernel, WANT_SUMS    terms of the divergence, entropies; for beta = 0 also the gradient
+    divergence_kernel, WANT_SUMS    terms of the divergence, and with WANT_STATS the per-token statistics
     divergence_kernel, WRITE_GRAD   the gradient; for beta > 0 it needs the row's KL(student || mixture) first
 
-So beta = 0 takes two passes over the logits, and other values take three.
+With a gradient, beta = 0 takes two passes over the logits, because one launch computes sums and gradient.
+Other values of beta take three.
 """
 
 # The parameters of Triton kernels have no Python types.
@@ -41,7 +42,7 @@ BLOCK = 2048
 
 
 def num_warps(want_stats: bool) -> int:
-    """Return warps for 8 columns per thread, or 4 when statistics are requested, to avoid register spills."""
+    """Return warps for 8 columns per thread, or for 4 with statistics, which would spill registers."""
     return 16 if want_stats else 8
 
 
@@ -49,9 +50,10 @@ FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
 MIXTURE = tl.constexpr(2)
 
-# Partial sums of one tile, passed from one launch to the next.
+# Numbers per tile, passed from one launch to the next. y are the student's logits at temperature 1.
 STATISTICS = tl.constexpr(7)  # max_s, sum_s, max_t, sum_t, sum of probability differences, max_y, sum_y
-# KL(s || m), KL(t || m), label's NLL, entropy_s, entropy_t, forward KL, reverse KL, top-1 match
+# KL(s || m), KL(t || m), the label's negative log-probability, entropy_s, entropy_t, forward KL, reverse KL,
+# top-1 match. m is the mixture; for beta = 0 or 1 it is the other model, and one of the two KLs stays 0.
 SUMS = tl.constexpr(8)
 
 
@@ -78,9 +80,10 @@ def statistics_kernel(
     HAS_LABELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute one tile's log-sum-exp parts. Reads 8 bytes per column and writes 28 bytes per tile.
+    """Compute one tile's log-sum-exp parts.
 
-    The sum of e^z_t - e^z_s over the row gives the difference of the log-sum-exps without cancellation.
+    Reads 8 bytes per column, and 4 more per bias. Writes 20 bytes per tile, or 28 with labels. The sum of
+    e^z_t - e^z_s over the row gives the difference of the log-sum-exps without cancellation.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
@@ -155,8 +158,9 @@ def divergence_kernel(
 ):
     """Compute one tile's divergence terms (WANT_SUMS), logit gradient (WRITE_GRAD), or both for beta = 0.
 
-    Reads 8 bytes per column and 20 bytes per tile of the row. Writes 4 to 32 bytes of sums per tile, and with
-    WRITE_GRAD one gradient element per column. For beta > 0 the gradient reads the sums of an earlier launch.
+    Reads 8 bytes per column, 4 more per bias, and the statistics of all tiles of the row: 20 bytes per tile,
+    or 28 with labels. WANT_SUMS writes 4 to 32 bytes for its tile, WRITE_GRAD a gradient element per column.
+    For beta > 0 the gradient also reads 4 bytes per tile of the row, the sums of an earlier launch.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     parts = statistics_ptr + row * (STATISTICS * n_tiles)
@@ -255,8 +259,7 @@ def jsd_rows(
     student_bias: Tensor | None,  # (V,) float32
     teacher_bias: Tensor | None,  # (V,) float32
     labels: Tensor | None,  # (n,) int64; -100: no label; V or more: not a column
-    grad: Tensor
-    | None,  # (n, V) any float dtype, may be student_logits: receives the weighted logit gradient
+    grad: Tensor | None,  # (n, V) any float dtype, may be student_logits: receives the weighted gradient
     on_statistics: Callable[[Tensor], None] | None = None,
     on_sums: Callable[[Tensor], None] | None = None,
 ) -> Tensor:

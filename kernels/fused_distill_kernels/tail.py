@@ -3,9 +3,9 @@
 Both kernels run on a grid of (rows, tiles), one program for one tile of BLOCK columns of one row:
 
     tail_statistics_kernel   maximum and sum of exponentials of the student's logits
-    tail_gradient_kernel     the gradient, a factor of the row mul_zero_safe its softmax
+    tail_gradient_kernel     the gradient: the softmax within the tail, times one factor per row
 
-Two passes over the logits, whatever the divergence: what depends on it has K + 1 numbers per row.
+Neither kernel depends on the divergence, which is computed between the two from K + 1 numbers per row.
 """
 
 # The parameters of Triton kernels have no Python types.
@@ -50,7 +50,7 @@ def tail_statistics_kernel(
 ):
     """Compute one tile's log-sum-exp parts, with WANT_Y those at temperature 1 too.
 
-    Reads 4 bytes per column and writes 8 or 16 per tile.
+    Reads 4 bytes per column, and 4 more with a bias. Writes 8 bytes per tile, or 16 with WANT_Y.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
@@ -88,7 +88,8 @@ def tail_gradient_kernel(
 ):
     """Write one tile of dlogit_dproj * (factor_z e^(z - max_z) + factor_y e^(y - max_y)).
 
-    Reads 4 bytes and writes one gradient element per column.
+    Reads 4 bytes per column, 4 more with a bias, and 8 bytes of the row, or 16 with WANT_Y. Writes one
+    gradient element per column.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tile * BLOCK + tl.arange(0, BLOCK)

@@ -28,7 +28,7 @@ class Divergence(IntEnum):
 
 
 class Scalars(NamedTuple):
-    """The numbers of a `LossConfig` as 0-d tensors, so that new values do not cause a recompilation."""
+    """The numbers of a `LossConfig` as 0-d tensors, so that new values cause no recompilation."""
 
     beta: Tensor
     one_minus_beta: Tensor
@@ -141,14 +141,14 @@ P = ParamSpec("P")
 
 
 def config_from(config: type[C], arguments: Mapping[str, Any]) -> C:
-    """Create a config from a function's `locals()`, of which it takes the options and ignores the rest."""
+    """Create a config from the `locals()` of a public function: the options among its arguments."""
     return config(**{f.name: arguments[f.name] for f in fields(config) if f.init})
 
 
 def keywords_of(
     config: Callable[P, LossConfig],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
-    """Give a constructor that passes its keywords to a config the config's signature, for type checkers."""
+    """Decorate a constructor that forwards its keywords to a config: type checkers see the config's."""
     del config
     return lambda constructor: cast("Callable[Concatenate[Any, P], None]", constructor)
 
@@ -180,14 +180,14 @@ def require_non_negative(name: str, value: object) -> None:
         raise ValueError(f"{name} must not be negative, got {value}")
 
 
-def require_count(name: str, value: object, minimum: int = 1) -> None:
-    """Require None or an int >= minimum."""
+def require_count(name: str, value: object) -> None:
+    """Require None or an int >= 1."""
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

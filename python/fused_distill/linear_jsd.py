@@ -94,12 +94,14 @@ def fused_linear_jsd(
 
     (Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649). The loss is
     not rescaled by temperature**2. The gradient is computed in the forward pass, chunk by chunk, and scaled
-    in the backward pass. Only student_hidden, student_weight and student_bias receive gradients. Logits,
-    losses and accumulated gradients are float32 (float64 if an input is float64). For half-precision inputs
-    on a GPU the logit gradient is rounded once to the compute dtype before the two backward products.
+    in the backward pass. A second backward pass through a retained graph recomputes it. Only student_hidden,
+    student_weight and student_bias receive gradients. Logits, losses and accumulated gradients are float32
+    (float64 if an input is float64). For half-precision inputs on a GPU the logit gradient is rounded once to
+    the compute dtype before the two backward products.
 
     Args:
-        student_hidden: (..., Ds) last hidden states of the student, one per token.
+        student_hidden: (..., Ds) last hidden states of the student, one per token. This and the other float
+            tensors may be float32, bfloat16, float16 or float64.
         student_weight: (Vs, Ds) weight of the student's LM head.
         teacher_hidden: (..., Dt) last hidden states of the teacher at the same tokens; Dt may differ from Ds.
         teacher_weight: (Vt, Dt) weight of the teacher's LM head; Vt may differ from Vs, see vocab_size.
@@ -135,12 +137,13 @@ def fused_linear_jsd(
             gradients are those of the local shard. Every rank must make the call and the backward pass. See
             docs/parallel.md. None: the heads are not sharded.
 
-    A head or bias may be a DTensor, as under FSDP2. It is gathered once per call. The gradients of the ranks,
-    which have their own tokens, are averaged into the shards, as FSDP2 does.
+    Without process_group, a head or bias may be a DTensor, as under FSDP2. It is gathered once per call; the
+    full tensor is not included in workspace_bytes. Each rank has its own tokens, and the ranks' gradients are
+    averaged into the shards, as FSDP2 does.
 
     Returns:
-        The loss, 0-d or (...), float32 or float64; with return_stats, (loss, DistillStats).
-        If no token is valid, the loss and all gradients are 0.
+        The loss in nats, 0-d or (...), float32, or float64 if an input is float64; with return_stats,
+        (loss, DistillStats). If no token is valid, the loss and all gradients are 0.
 
     Raises:
         ValueError, TypeError: an argument is invalid (the message names it).
@@ -148,23 +151,17 @@ def fused_linear_jsd(
         RuntimeError: the loss is differentiated twice.
     """
     config = config_from(LossConfig, locals())
-    return fused_loss(
-        LossTensors(
-            student_hidden=student_hidden,
-            student_weight=student_weight,
-            student_bias=student_bias,
-            teacher=FullTeacher(teacher_hidden, teacher_weight, teacher_bias),
-            mask=mask,
-            token_weight=token_weight,
-            labels=labels,
-            normalizer=normalizer,
-        ),
-        config,
+    teacher = FullTeacher(teacher_hidden, teacher_weight, teacher_bias)
+    tensors = LossTensors(
+        student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
     )
+    return fused_loss(tensors, config)
 
 
 class FusedLinearJSDLoss(nn.Module):
-    """`fused_linear_jsd` as a module: options at construction, tensors at the call.
+    """`fused_linear_jsd` as a module: options at construction, tensors and normalizer at the call.
+
+    The options are the keyword arguments of `fused_linear_jsd` that are neither tensors nor normalizer.
 
     Example:
         >>> loss_fn = FusedLinearJSDLoss(beta=0.5, temperature=0.9)
@@ -194,19 +191,11 @@ class FusedLinearJSDLoss(nn.Module):
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
         """Return the loss, or (loss, DistillStats) with return_stats; see `fused_linear_jsd`."""
-        return fused_loss(
-            LossTensors(
-                student_hidden=student_hidden,
-                student_weight=student_weight,
-                student_bias=student_bias,
-                teacher=FullTeacher(teacher_hidden, teacher_weight, teacher_bias),
-                mask=mask,
-                token_weight=token_weight,
-                labels=labels,
-                normalizer=normalizer,
-            ),
-            self.config,
+        teacher = FullTeacher(teacher_hidden, teacher_weight, teacher_bias)
+        tensors = LossTensors(
+            student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
         )
+        return fused_loss(tensors, self.config)
 
     def extra_repr(self) -> str:
         """Return the options that differ from their defaults."""

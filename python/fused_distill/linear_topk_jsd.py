@@ -92,10 +92,11 @@ def fused_linear_topk_jsd(
 
     With the completion's own token as the only id, "bucket" and beta = 1 give reverse KL over that token and
     the tail, which is the loss of TRL's ServerDistillationTrainer. Everything else is as in
-    `fused_linear_jsd`.
+    `fused_linear_jsd`, which cites the paper.
 
     Args:
-        student_hidden: (..., Ds) last hidden states of the student, one per token.
+        student_hidden: (..., Ds) last hidden states of the student, one per token. This and the other float
+            tensors may be float32, bfloat16, float16 or float64.
         student_weight: (Vs, Ds) weight of the student's LM head.
         teacher_logprobs: (..., K) natural logarithms of the teacher's probabilities at `temperature`; -inf
             marks an absent entry. Probabilities may sum to slightly over 1 because of rounding.
@@ -126,7 +127,7 @@ def fused_linear_topk_jsd(
             DTensors too.
 
     Returns:
-        The loss, 0-d or (...), float32, or float64 for a float64 student; with return_stats, (loss,
+        The loss in nats, 0-d or (...), float32, or float64 for a float64 student; with return_stats, (loss,
         DistillStats). If no token is valid, the loss and all gradients are 0.
 
     Raises:
@@ -138,23 +139,17 @@ def fused_linear_topk_jsd(
         RuntimeError: the loss is differentiated twice.
     """
     config = config_from(TopKLossConfig, locals())
-    return fused_loss(
-        LossTensors(
-            student_hidden=student_hidden,
-            student_weight=student_weight,
-            student_bias=student_bias,
-            teacher=TopKTeacher(teacher_logprobs, teacher_ids),
-            mask=mask,
-            token_weight=token_weight,
-            labels=labels,
-            normalizer=normalizer,
-        ),
-        config,
+    teacher = TopKTeacher(teacher_logprobs, teacher_ids)
+    tensors = LossTensors(
+        student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
     )
+    return fused_loss(tensors, config)
 
 
 class FusedLinearTopKJSDLoss(nn.Module):
-    """`fused_linear_topk_jsd` as a module: options at construction, tensors at the call.
+    """`fused_linear_topk_jsd` as a module: options at construction, tensors and normalizer at the call.
+
+    The options are the keyword arguments of `fused_linear_topk_jsd` that are neither tensors nor normalizer.
 
     Example:
         >>> loss_fn = FusedLinearTopKJSDLoss(beta=0.5, tail="bucket")
@@ -183,19 +178,11 @@ class FusedLinearTopKJSDLoss(nn.Module):
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
         """Return the loss, or (loss, DistillStats) with return_stats; see `fused_linear_topk_jsd`."""
-        return fused_loss(
-            LossTensors(
-                student_hidden=student_hidden,
-                student_weight=student_weight,
-                student_bias=student_bias,
-                teacher=TopKTeacher(teacher_logprobs, teacher_ids),
-                mask=mask,
-                token_weight=token_weight,
-                labels=labels,
-                normalizer=normalizer,
-            ),
-            self.config,
+        teacher = TopKTeacher(teacher_logprobs, teacher_ids)
+        tensors = LossTensors(
+            student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
         )
+        return fused_loss(tensors, self.config)
 
     def extra_repr(self) -> str:
         """Return the options that differ from their defaults."""

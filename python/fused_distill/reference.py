@@ -1,6 +1,6 @@
 """The losses in plain PyTorch: every logit in memory, in the inputs' dtype, differentiated by autograd.
 
-Slow and memory-hungry on purpose. The tests compare every backend with it in float64.
+Simple instead of fast or frugal. The tests compare every backend with it in float64.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def linear_jsd(
     return_stats: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    """Compute `fused_linear_jsd` by definition, without checks; backend and workspace_bytes are ignored."""
+    """Compute `fused_linear_jsd` by definition, with the same arguments and results.
+
+    Tensors are not checked. backend and workspace_bytes have no effect, and process_group must be None.
+    """
     config = config_from(LossConfig, {**locals(), "backend": "reference"})
     teacher = FullTeacher(teacher_hidden, teacher_weight, teacher_bias)
     tensors = LossTensors(

@@ -17,7 +17,7 @@ from .validation import check_float, check_hidden_and_head, check_id_range, chec
 
 
 class TopKLogprobs(NamedTuple):
-    """Results of `topk_logprobs`; the first two are `fused_linear_topk_jsd`'s teacher arguments."""
+    """Results of `topk_logprobs`; the first two are teacher arguments of `fused_linear_topk_jsd`."""
 
     logprobs: Tensor  # (..., k) float32 (float64 for float64 inputs), descending; -inf where masked
     ids: Tensor  # (..., k) int64; 0 where masked
@@ -58,8 +58,8 @@ def topk_logprobs(
         logit_scale: > 0, multiplies the logits before the softcap.
         softcap: > 0, turns the logits into softcap * tanh(logits / softcap). None: no softcap.
         vocab_size: the vocabulary is the first vocab_size columns. None: V.
-        workspace_bytes: bound on temporary memory in bytes, without the results and k + M columns per token.
-            None: as in `fused_linear_jsd`.
+        workspace_bytes: bound on temporary memory in bytes. Not included are the results and, for the tokens
+            of a chunk, temporaries of size k + M per token. None: as in `fused_linear_jsd`.
 
     Returns:
         `TopKLogprobs`.
@@ -138,20 +138,16 @@ def _topk_logprobs(
     plan = plan_chunks(n_tokens, bound, need)
     buffer = logit_buffer(min(plan.rows, n_tokens), n_columns, dtype, device)
     scalars = Scalars(*config.scalars(dtype).unbind())
-    scale, cap, inv_temperature = (
-        scalars.student_logit_scale,
-        scalars.student_softcap,
-        scalars.inv_temperature,
-    )
+    scale, softcap = scalars.student_logit_scale, scalars.student_softcap
     for chunk in plan.chunks():
         tokens = chunk if valid_token_ids is None else valid_token_ids[chunk]
         logits = head.project(hidden[tokens].to(head.dtype), buffer[: chunk.stop - chunk.start])
         if bias is not None:
             logits += bias
         if config.student_softcap is not None:
-            logits.mul_(scale / cap).tanh_().mul_(cap * inv_temperature)
+            logits.mul_(scale / softcap).tanh_().mul_(softcap * scalars.inv_temperature)
         elif config.student_logit_scale != 1 or config.temperature != 1:
-            logits.mul_(scale * inv_temperature)
+            logits.mul_(scale * scalars.inv_temperature)
         values, ids[tokens] = logits.topk(k, dim=-1)
         if actual is not None:
             values = torch.cat([values, logits.gather(-1, actual[tokens])], -1)

@@ -57,14 +57,8 @@ def check_hidden_and_head(
         raise ValueError(f"{prefix}bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
 
 
-def check_student(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Require tensors of the student that fit each other, on one device."""
-    check_float("student_hidden", hidden)
-    check_hidden_and_head("student_", hidden, weight, bias, hidden.device)
-
-
 def check_no_dtensors(tensors: Mapping[str, Tensor | None]) -> None:
-    """Require ordinary tensors, which are what process_group shards."""
+    """Reject DTensors: with process_group a rank passes its shard as an ordinary tensor."""
     for name, tensor in tensors.items():
         if hasattr(tensor, "full_tensor"):
             raise TypeError(
@@ -77,7 +71,9 @@ def check_tokens(
 ) -> None:
     """Require a bool mask and float token weights in the shape of the tokens, or None."""
     if mask is not None:
-        check_mask(mask, shape, device)
+        check_per_token("mask", mask, shape, device)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool (mask.bool() makes it so), got {mask.dtype}")
     if token_weight is not None:
         check_float("token_weight", token_weight)
         check_per_token("token_weight", token_weight, shape, device)
@@ -109,17 +105,13 @@ def check_per_token(name: str, tensor: object, shape: torch.Size, device: torch.
         )
 
 
-def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """Require a bool tensor with one entry per token."""
-    check_per_token("mask", mask, shape, device)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool (mask.bool() makes it so), got {mask.dtype}")
-
-
 def check_labels(
     labels: Tensor | None, hard_weight: float, shape: torch.Size, device: torch.device, vocab_size: int
 ) -> None:
-    """Require token ids below vocab_size, or -100 for no label. Waits for the device to read the range."""
+    """Require token ids below vocab_size, or -100 for no label; the host waits for the device.
+
+    Without hard_weight the labels are not used, and their range is not checked.
+    """
     if labels is None:
         if hard_weight != 0:
             raise ValueError(f"labels must be given when hard_weight is not 0, got hard_weight={hard_weight}")

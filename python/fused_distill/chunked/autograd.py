@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -34,36 +35,25 @@ class LossOutput(NamedTuple):
     gradients: Gradients
 
 
-class ComputeLoss(Protocol):
-    """A loss with all its constants bound."""
-
-    def __call__(
-        self,
-        student: Student,
-        *,
-        per_token: bool,
-        needs_grad: tuple[bool, ...] = (False, False, False),  # of hidden, weight, bias
-        factor: Tensor | None = None,  # (N,) multiplies each token's loss
-        return_stats: bool = True,  # if the loss's options ask for them
-    ) -> LossOutput:
-        """Compute the loss and the gradients that are needed."""
-        ...
-
-
 class FusedLoss(torch.autograd.Function):
-    """Summed loss with gradients computed in forward, or per-token losses whose backward recomputes."""
+    """The summed loss, whose gradients forward computes, or per-token losses, whose gradients backward does.
+
+    A second backward pass through a retained graph computes the gradients of the summed loss again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        compute: ComputeLoss,
+        compute: Callable[..., LossOutput],  # `chunked.loop.chunked_loss` with its constants bound
         per_token: bool,
-        needs_grad: tuple[bool, ...],
+        needs_grad: tuple[bool, ...],  # of hidden, weight, bias
         *student: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        """Return the loss and the columns of its statistics."""
+        """Return the loss, and the columns of its statistics if the options ask for them."""
         inputs = Student(*cast("tuple[Any, ...]", student))
-        output = compute(inputs, per_token=per_token, needs_grad=(False,) * 3 if per_token else needs_grad)
+        output: LossOutput = compute(
+            inputs, per_token=per_token, needs_grad=(False,) * 3 if per_token else needs_grad
+        )
         ctx.compute, ctx.per_token, ctx.needs_grad = compute, per_token, needs_grad
         ctx.gradients = None if per_token else output.gradients
         ctx.dtypes = [None if t is None else t.dtype for t in student]
@@ -83,12 +73,11 @@ class FusedLoss(torch.autograd.Function):
         grad_loss = grad_outputs[0]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # per-token losses, or a second backward pass through a retained graph
-            factor = grad_loss if ctx.per_token else None
             gradients = ctx.compute(
                 Student(*ctx.saved_tensors),
                 per_token=False,
                 needs_grad=ctx.needs_grad,
-                factor=factor,
+                factor=grad_loss if ctx.per_token else None,
                 return_stats=False,
             ).gradients
         scale = None if ctx.per_token else grad_loss

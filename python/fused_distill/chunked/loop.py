@@ -50,7 +50,7 @@ def fused_loss(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tenso
     )
     if config.backend == "reference":
         return reference.loss_by_definition(tensors, config)
-    # A graph break under torch.compile.
+    # torch.compile does not trace the loop: the call is a graph break.
     run = _outside_the_compiler() if torch.compiler.is_compiling() else _eager_fused_loss
     return run(tensors, config, shard)
 
@@ -99,11 +99,11 @@ def chunked_loss(
     config: LossConfig,
     row_loss: RowLoss,
     per_token: bool,
-    needs_grad: tuple[bool, ...] = (False, False, False),
-    factor: Tensor | None = None,
-    return_stats: bool = True,
+    needs_grad: tuple[bool, ...],  # of hidden, weight, bias
+    factor: Tensor | None = None,  # (N,) multiplies each token's loss
+    return_stats: bool = True,  # False: no statistics, even if the options ask for them
 ) -> LossOutput:
-    """Run the chunk loop; see `ComputeLoss`."""
+    """Run the chunk loop; return losses, the needed gradients of their sum, and statistics."""
     if not return_stats:
         config = replace(config, return_stats=False)
     token_weight = inputs.token_weight
@@ -135,19 +135,18 @@ class _ChunkLoop:
     def plan(self) -> ChunkPlan:
         """Return chunk sizes that keep temporary memory within workspace_bytes on every rank."""
         student, inputs, dtype = self.student, self.inputs, self.inputs.dtype
-        n_columns = inputs.shard.max_local_size
+        hidden_size, n_columns = student.hidden.shape[-1], inputs.shard.max_local_size
         weight = student.weight[:1].expand(n_columns, -1)  # the largest rank's head, without its memory
-        teacher = inputs.teacher.workspace(n_columns, dtype, self.inputs.autocast)
+        teacher = inputs.teacher.workspace(n_columns, dtype, inputs.autocast)
         head = self._head(weight)
-        student_columns = head.n_logits
         separate_grad = head.dtype.itemsize if self._separate_grad(head) else 0
         tensors = Workspace(
-            fixed=64 * len(student.hidden),  # per-token columns
-            per_row=student_columns * (dtype.itemsize + separate_grad)
-            + 2 * student.hidden.shape[-1] * dtype.itemsize
-            + 512,
+            fixed=64 * len(student.hidden),  # losses, statistics, weights and positions of all tokens
+            per_row=head.n_logits * (dtype.itemsize + separate_grad)
+            + 2 * hidden_size * dtype.itemsize  # the chunk's hidden states and their gradient
+            + 512,  # numbers of the row arithmetic
         )
-        need = head.workspace() + teacher + self.row_loss.workspace(student_columns, dtype) + tensors
+        need = head.workspace() + teacher + self.row_loss.workspace(head.n_logits, dtype) + tensors
         # The two heads are multiplied one after the other.
         need = replace(need, fixed=need.fixed - min(head.workspace().fixed, teacher.fixed))
         head_bytes = weight.numel() * dtype.itemsize
@@ -168,7 +167,7 @@ class _ChunkLoop:
             token_weight = torch.ones((), dtype=dtype, device=device).expand(len(student.hidden))
 
         rows = min(plan.rows, plan.n_tokens)
-        read_teacher = inputs.teacher.reader(shard, rows, dtype, self.inputs.autocast)
+        read_teacher = inputs.teacher.reader(shard, rows, dtype, inputs.autocast)
         logits = logit_buffer(rows, head.n_logits, dtype, device)
         grad_buffer = None
         if self._separate_grad(head):

@@ -73,11 +73,6 @@ class VocabShard:
     group: ShardGroup = ShardGroup()
 
     @classmethod
-    def unsharded(cls, total: int) -> VocabShard:
-        """Return the shard of a rank that holds the whole vocabulary."""
-        return cls(total, 0, total, total)
-
-    @classmethod
     def from_heads(
         cls,
         process_group: ProcessGroup | None,
@@ -97,7 +92,8 @@ class VocabShard:
             ValueError: vocab_size exceeds a head, or the ranks' arguments do not fit each other.
         """
         if process_group is None:
-            return cls.unsharded(compared_columns(vocab_size, heads))
+            total = compared_columns(vocab_size, heads)
+            return cls(total, 0, total, total)
         numbers = _all_gather(process_group, [*equal_on_all_ranks.values(), *map(len, heads.values())], heads)
         for name, values in zip(equal_on_all_ranks, numbers, strict=False):
             if len(set(values)) > 1:

@@ -32,7 +32,7 @@ class TeacherRows(NamedTuple):
 
 
 class RowLoss(Protocol):
-    """A row-loss implementation and its workspace requirements."""
+    """Losses and logit gradients of a chunk of rows, and the temporary memory that they need."""
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
         """Return the temporary memory for n_columns student logits per row."""
@@ -53,7 +53,7 @@ class RowLoss(Protocol):
 
 
 class TailStatistics(NamedTuple):
-    """Log-sum-exp parts of the tail's columns, (n,) each; the sums in float64."""
+    """Log-sum-exp parts of the tail's columns, (n,) each, in float64 where the device has it."""
 
     max_z: Tensor  # of the logits over temperature; -inf where the tail is empty
     sum_z: Tensor  # sum of e^(z - max_z)

@@ -1,4 +1,4 @@
-"""Stages of row arithmetic: compiled where torch.compile works, else eager on one block of rows at a time."""
+"""Stages of row arithmetic: by torch.compile where it works, else eager, on one block of rows at a time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..chunked.workspace import blocks
+from ..chunked.workspace import Workspace, blocks
 
 Stage = Callable[..., tuple[Any, ...]]  # of tensors with one entry per row in their first dimension, or None
 
-ELEMENTS_PER_BLOCK = 1 << 20  # logits of an eager block
+_ELEMENTS_PER_BLOCK = 1 << 20  # logits of an eager block
 
 
 class Compiler:
@@ -26,6 +26,12 @@ class Compiler:
 def compiled_stage(stage: Stage) -> Stage:
     """Return the stage compiled once for all shapes."""
     return torch.compile(stage, dynamic=True)
+
+
+def eager_workspace(n_temporaries: int, n_columns: int, dtype: torch.dtype) -> Workspace:
+    """Return the memory of eager stages that hold n_temporaries tensors of a block's size at once."""
+    block_row_bytes = n_temporaries * n_columns * dtype.itemsize
+    return Workspace(per_block_row=block_row_bytes, block_rows=_ELEMENTS_PER_BLOCK // n_columns)
 
 
 def run_stage(
@@ -50,9 +56,7 @@ def run_stage(
             return compiled_stage(stage)(*arguments(slice(0, n)))
         except torch.OutOfMemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # a missing or broken compiler raises many types, before anything is written
+        except Exception as error:  # of many types, without a working compiler; nothing is written yet
             Compiler.works = False
             warnings.warn(
                 f"fused_distill: torch.compile failed ({type(error).__name__}), falling back to eager mode, "

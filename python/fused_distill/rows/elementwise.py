@@ -10,8 +10,8 @@ eager and compiled. With d = log p_t - log p_s:
   e^x - 1 - x near 0 (`kl_terms`).
 - log m - log p = log1p(k expm1(-|d|)), from the side where the argument is in (-1, 0] (`mixture_log_ratios`).
 
-Constants inside the functions are literals: torch.compile(dynamic=True) would treat a global float as an
-    input.
+Constants inside the functions are literals, because torch.compile(dynamic=True) treats a global float as an
+input of the compiled function.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def log_gap(z_s: Tensor, z_t: Tensor) -> Tensor:
 
 
 def exp_sub_max(z: Tensor, max_logit: Tensor) -> Tensor:
-    """Return e^(z - max_logit), and 0 where max_logit is -inf."""
+    """Return e^(z - max_logit) for z <= max_logit, and 0 where z is -inf, even if max_logit is -inf too."""
     return (z - torch.where(max_logit == -torch.inf, 0.0, max_logit)).exp()
 
 
@@ -59,7 +59,7 @@ def lse_difference(max_s: Tensor, max_t: Tensor, sum_s: Tensor, sum_t: Tensor, d
 
 
 def stable_prob_diff(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
-    """Return b - a for positive a and b, given log_ratio = log(b / a)."""
+    """Return b - a for a, b >= 0, given log_ratio = log(b / a)."""
     return torch.where(log_ratio > 0, -b, a) * expm1(-log_ratio.abs())
 
 

@@ -1,9 +1,10 @@
 """Row loss for a full-vocabulary teacher in PyTorch: logits to losses, statistics and logit gradients.
 
-It runs in four stages that are compiled one by one. A stage passes a few numbers per row to the next, so
-nothing of the logits' size is stored between them. The numbers are maxima and sums over columns, where
-vocabulary- parallel ranks all-reduce. Within a stage, an exponential that is used twice is written twice,
-because the compiler would otherwise store it.
+It runs in four stages, each compiled on its own: `_maxima`, `_sums`, `_losses` and `_gradient`. A stage
+passes only a few numbers per row to the next, so that nothing of the logits' size is stored between stages.
+These numbers are maxima and sums over columns, which vocabulary-parallel ranks all-reduce between stages.
+Within a stage, an exponential that is used twice is computed twice, because the compiler would otherwise
+store it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..config import Divergence, LossConfig, Scalars
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
 from .base import StudentRows, TeacherRows
-from .compiled import ELEMENTS_PER_BLOCK, run_stage
+from .compiled import eager_workspace, run_stage
 from .elementwise import (
     expm1,
     kl_terms,
@@ -44,9 +45,7 @@ class TorchJSD:
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
         """Return the memory of the eager temporaries of a block."""
-        n_temporaries = _EAGER_TEMPORARIES if self.plans_for_eager else 0
-        block_row_bytes = n_temporaries * n_columns * dtype.itemsize
-        return Workspace(per_block_row=block_row_bytes, block_rows=ELEMENTS_PER_BLOCK // n_columns)
+        return eager_workspace(_EAGER_TEMPORARIES if self.plans_for_eager else 0, n_columns, dtype)
 
     def __call__(
         self,
@@ -80,10 +79,12 @@ class TorchJSD:
             )
 
         maxima = group.all_reduce_max(*run(_maxima, lambda block: (rows(block),)))
-        sums = group.all_reduce_sum(
+        sum_s, sum_t, sum_y, diff_sum = group.all_reduce_sum(
             *run(_sums, lambda block: (rows(block), *(column[block] for column in maxima)))
         )
-        softmax = _SoftmaxParts.from_reductions(*maxima, *sums)
+        max_s, max_t, max_y = maxima
+        lse_diff = lse_difference(max_s, max_t, sum_s, sum_t, diff_sum)
+        softmax = _SoftmaxParts(max_s, max_t, sum_s, sum_t, lse_diff, max_y, sum_y)
         loss, kl_student, *stats = group.all_reduce_sum(
             *run(
                 _losses,
@@ -122,24 +123,9 @@ class _SoftmaxParts(NamedTuple):
     max_t: Tensor
     sum_s: Tensor  # sum of e^(z_s - max_s)
     sum_t: Tensor
-    lse_difference: Tensor  # lse_t - lse_s
+    lse_diff: Tensor  # lse_t - lse_s
     max_y: Tensor  # of the student's logits at temperature 1
     sum_y: Tensor | None  # None without labels
-
-    @classmethod
-    def from_reductions(
-        cls,
-        max_s: Tensor,
-        max_t: Tensor,
-        max_y: Tensor,
-        sum_s: Tensor,
-        sum_t: Tensor,
-        sum_y: Tensor | None,
-        diff_sum: Tensor,
-    ) -> _SoftmaxParts:
-        """Combine the results of the stages `_maxima` and `_sums`."""
-        difference = lse_difference(max_s, max_t, sum_s, sum_t, diff_sum)
-        return cls(max_s, max_t, sum_s, sum_t, difference, max_y, sum_y)
 
     def block(self, block: slice) -> _SoftmaxParts:
         """Return the parts of a block of rows."""
@@ -171,7 +157,10 @@ def _sums(
 def _losses(
     rows: _Rows, softmax: _SoftmaxParts, divergence: Divergence, return_stats: bool
 ) -> tuple[Tensor | None, ...]:
-    """Return (n,) losses, the KL(p_s || p_t or mixture) of the gradient, and columns of DistillStats."""
+    """Return (n,) losses, KL(p_s || m), which the gradient needs, and with return_stats their statistics.
+
+    m is the mixture, or p_t for reverse KL. For forward KL the gradient needs no KL, and None is returned.
+    """
     scalars = Scalars(*rows.scalars.unbind())
     beta, one_minus_beta = scalars.beta, scalars.one_minus_beta
     y_s, _, z_s, z_t = _logits(rows)
@@ -238,7 +227,7 @@ def _gradient(
 
 
 def _logits(rows: _Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the student's logits y_s, their derivative, and both models' logits over temperature."""
+    """Return y_s, its derivative with respect to the projection, and z_s and z_t, logits over temperature."""
     scalars = Scalars(*rows.scalars.unbind())
     y_s, dlogit_dproj = transform_logits(
         rows.student,
@@ -259,4 +248,4 @@ def _distributions(z_s: Tensor, z_t: Tensor, softmax: _SoftmaxParts) -> tuple[Te
     """Return p_s, p_t and d = log p_t - log p_s."""
     p_s = (z_s - softmax.max_s).exp() / softmax.sum_s
     p_t = (z_t - softmax.max_t).exp() / softmax.sum_t
-    return p_s, p_t, log_gap(z_s, z_t) - softmax.lse_difference
+    return p_s, p_t, log_gap(z_s, z_t) - softmax.lse_diff

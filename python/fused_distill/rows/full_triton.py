@@ -17,7 +17,7 @@ from .elementwise import exp_sub_max
 
 
 def kernel_workspace(n_columns: int) -> Workspace:
-    """Return the memory of the kernels' partial sums: at most 60 bytes per tile of 2048 columns."""
+    """Return a bound on the kernels' partial sums and their reductions: 85 bytes per tile of 2048 columns."""
     return Workspace(per_row=n_columns // 24 + 64)
 
 
@@ -70,7 +70,8 @@ class TritonJSD:
         return RowResult(loss, DistillStats(*stats, top1_agreement=top1_match > 0))
 
 
-# The ranks' results are written to the first tile, and the other tiles are emptied.
+# The next two functions store the ranks' total in a row's first tile and clear its other tiles. The next
+# launch adds up all tiles of the row, and so reads that total.
 
 
 def _reduce_statistics(group: ShardGroup, has_labels: bool, table: Tensor) -> None:

@@ -13,7 +13,7 @@ from ..chunked.gemm import float64_if_supported
 from ..chunked.workspace import Workspace
 from ..config import LossConfig, Scalars
 from .base import TailStatistics
-from .compiled import ELEMENTS_PER_BLOCK, run_stage
+from .compiled import eager_workspace, run_stage
 from .elementwise import exp_sub_max, transform_logits
 
 _EAGER_TEMPORARIES = 8  # tensors of a block's size that the larger eager stage holds at once
@@ -28,9 +28,7 @@ class TorchTail:
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
         """Return the memory of the eager temporaries of a block."""
-        n_temporaries = _EAGER_TEMPORARIES if self.plans_for_eager else 0
-        block_row_bytes = n_temporaries * n_columns * dtype.itemsize
-        return Workspace(per_block_row=block_row_bytes, block_rows=ELEMENTS_PER_BLOCK // n_columns)
+        return eager_workspace(_EAGER_TEMPORARIES if self.plans_for_eager else 0, n_columns, dtype)
 
     def statistics(
         self, logits: Tensor, bias: Tensor | None, config: LossConfig, *, block_rows: int | None
