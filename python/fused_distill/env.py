@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,9 +62,8 @@ def _devices() -> Iterator[tuple[torch.device, str]]:
 
 def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    match = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _cpu_gemm() -> str:

@@ -5,7 +5,7 @@
 
 Names, signatures, defaults, results and the meaning of beta are those of liger-kernel 0.8.5
 (https://github.com/linkedin/Liger-Kernel): beta 0 is KL(teacher || student), 1 is KL(student || teacher).
-Losses are averaged over the tokens whose label is not ignore_index. Differences:
+Losses are means over tokens whose label is not ignore_index, 0 without any. Differences:
 
 - Extra rows of a padded teacher head are ignored. Liger's chunked loss gives the student a logit of 0 there,
   so that the loss changes if a constant is added to all of the student's logits, and is not 0 for equal
@@ -32,18 +32,19 @@ from ..validation import IGNORED_LABEL
 class LigerFusedLinearJSDLoss(nn.Module):
     """Replacement for `liger_kernel.chunked_loss.LigerFusedLinearJSDLoss`: weighted cross entropy and JSD.
 
-    loss = weight_hard_loss * cross entropy at temperature 1 + weight_soft_loss * JSD at `temperature`,
-    each averaged over the tokens whose label is not ignore_index (0 if there are none).
+    loss = weight_hard_loss * cross entropy at temperature 1 + weight_soft_loss * JSD at `temperature`.
 
     Args:
-        weight_hard_loss: >= 0.
-        weight_soft_loss: >= 0.
+        weight_hard_loss, weight_soft_loss: >= 0.
         beta: in [0, 1].
         ignore_index: tokens with this label are skipped.
         temperature: > 0.
         compiled, chunk_size: ignored; the backend compiles, and the workspace determines the chunk size.
         return_soft_hard_loss: return (loss, soft_loss, hard_loss), the latter two unweighted and without
             gradient. They are computed separately, which about doubles the time.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid (the message names it).
     """
 
     def __init__(
@@ -108,6 +109,9 @@ class LigerFusedLinearJSD(nn.Module):
         ignore_index: tokens with this label are skipped.
         temperature: > 0.
         accum_dtype: None or torch.float32; weight gradients are always accumulated in float32.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid (the message names it).
     """
 
     def __init__(

@@ -57,15 +57,9 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     if json.loads(description.read_text()) != info:
         raise ConfigError(f"{folder} holds another store: {description.read_text()}")
     teacher = load_teacher(config, tokenizer, accelerator.device)
-    number = pa.float16() if dtype == "float16" else pa.float32()
-    schema = pa.schema(
-        {
-            "tokens": pa.list_(pa.int32()),
-            "prompt_length": pa.int32(),
-            "ids": pa.list_(pa.list_(pa.int32())),
-            "logprobs": pa.list_(pa.list_(number)),
-        }
-    )
+    tokens, number = pa.list_(pa.int32()), pa.float16() if dtype == "float16" else pa.float32()
+    types = {"tokens": tokens, "prompt_length": pa.int32(), "ids": pa.list_(tokens)}
+    schema = pa.schema(types | {"logprobs": pa.list_(pa.list_(number))})
     first, interval = (n * PART_ROWS for n in (accelerator.process_index, accelerator.num_processes))
     for start in track(range(first, len(rows), interval), "parts", disable=not accelerator.is_main_process):
         part = folder / f"part-{start // PART_ROWS:06}.parquet"

@@ -176,9 +176,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         return TrainConfig.model_validate(content)
     except ValidationError as error:
-        problems = [(".".join(map(str, e["loc"])) or "config", e["msg"]) for e in error.errors()]
-        lines = [f"{key}: {message.removeprefix('Value error, ')}" for key, message in problems]
-        raise ConfigError("; ".join(lines)) from None
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("; ".join(problems).replace(": Value error, ", ": ")) from None
 
 
 def _parse_yaml(source: str, text: str) -> Any:

@@ -178,12 +178,9 @@ class Trainer:
     @torch.no_grad()
     def diagnose(self, batches: list[Batch]) -> str:
         """Compute the batches once more and describe the first of them whose loss is not finite."""
-        diagnoses: list[str | None] = []
-        for batch in batches:  # all of them, as FSDP's processes compute together
-            _, stats, targets = self.loss(batch, 1.0)
-            diagnoses.append(describe_non_finite(batch, targets, stats, self.tokenizer))
-        no_token = "the loss is not finite, but every token's is in this process"
-        return next(filter(None, diagnoses), no_token)
+        # The list holds all of them, as FSDP's processes compute together.
+        diagnoses = [describe_non_finite(b, *self.loss(b, 1.0)[1:], self.tokenizer) for b in batches]
+        return next(filter(None, diagnoses), "the loss is not finite, but every token's is in this process")
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all processes."""
@@ -291,9 +288,7 @@ def check_shares(config: TrainConfig, processes: int) -> None:
     """Raise a ConfigError unless processes and slices get equal shares of the prompts."""
     slices, prompts = processes * config.gradient_accumulation_steps, config.data.evaluation_prompts
     if config.prompts_per_step % slices:
-        factors = f"{processes} processes * {config.gradient_accumulation_steps} gradient_accumulation_steps"
-        raise ConfigError(
-            f"prompts_per_step: {config.prompts_per_step} must be a multiple of {slices} ({factors})"
-        )
+        shares = f"{slices} (gradient_accumulation_steps times processes)"
+        raise ConfigError(f"prompts_per_step: {config.prompts_per_step} must be a multiple of {shares}")
     if prompts % processes:
         raise ConfigError(f"data.evaluation_prompts: {prompts} must be a multiple of {processes} processes")

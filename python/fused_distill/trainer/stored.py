@@ -57,18 +57,17 @@ class StoredTeacher:
         shape, device = (*batch.mask.shape, self.k), batch.mask.device
         logprobs = torch.full(shape, -torch.inf, device=device)
         ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        rows = [self._row(sample.tokens, len(sample.prompt)) for sample in batch.samples]
+        rows: list[int] = []
+        for sample in batch.samples:
+            key = _hash(np.array(sample.tokens, np.int32), len(sample.prompt))
+            if key not in self._rows:
+                raise ConfigError(f"teacher.stored: it has no completion {sample.completion[:8]}...")
+            rows.append(self._rows[key])
         for values, column in ((logprobs, "logprobs"), (ids, "ids")):
             stored = np.concatenate([self._matrix(column, row) for row in rows])
             values[batch.mask] = torch.from_numpy(stored).to(device, values.dtype)
         # Tokens without a row in the student's LM head belong to the tail.
         return TopKTargets(logprobs.masked_fill(ids >= self.vocab_size, -torch.inf), ids)
-
-    def _row(self, tokens: list[int], prompt_length: int) -> int:
-        row = self._rows.get(_hash(np.array(tokens, np.int32), prompt_length))
-        if row is None:
-            raise ConfigError(f"teacher.stored: it has no completion {tokens[prompt_length:][:8]}...")
-        return row
 
     def _matrix(self, column: str, row: int) -> NDArray[Any]:
         """Return the (positions, k) values of a row."""

@@ -79,7 +79,7 @@ def distillation_loss(
 
 
 def describe_non_finite(
-    batch: Batch, targets: Targets, stats: DistillStats, tokenizer: PreTrainedTokenizerBase
+    batch: Batch, stats: DistillStats, targets: Targets, tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
     """Describe which tokens have no finite loss and whether the teacher is the cause; None if all do."""
     bad = batch.mask & ~(stats.forward_kl.isfinite() & stats.reverse_kl.isfinite())
