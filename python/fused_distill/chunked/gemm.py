@@ -80,8 +80,8 @@ _FP32_OUTPUT: dict[tuple[torch.device, torch.dtype], bool] = {}
 def supports_fp32_output(device: torch.device, dtype: torch.dtype) -> bool:
     """Return True if the device multiplies matrices of this dtype into a float32 result.
 
-    The first call for a device and dtype tries a small product. Errors that say nothing about support, such
-    as out of memory, are raised and not remembered. A graph capture assumes support: it must not wait.
+    The first call for a device and dtype tries a small product. An error that does not concern support, such
+    as out of memory, is raised and not remembered. A graph capture assumes support: it must not wait.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return True
