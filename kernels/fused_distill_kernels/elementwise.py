@@ -12,6 +12,15 @@ import triton
 import triton.language as tl
 
 TAYLOR_RADIUS = tl.constexpr(0.5)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+TANH_RADIUS = tl.constexpr(0.0625)  # of the polynomial in `tanh_difference`
+
+
+@triton.jit
+def exp(x):
+    """Return e^x by the hardware's base-2 exponential."""
+    return tl.math.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -29,29 +38,74 @@ def taylor_remainder(x):
 @triton.jit
 def expm1(x):
     """Return e^x - 1 for x <= 0."""
-    return tl.where(x > -TAYLOR_RADIUS, x + x * x * taylor_remainder(x), tl.exp(x) - 1.0)
+    return tl.where(x > -TAYLOR_RADIUS, x + x * x * taylor_remainder(x), exp(x) - 1.0)
 
 
 @triton.jit
-def log1p(x):
-    """Return log(1 + x) for x > -1, near zero as 2 artanh(x / (2 + x)), because 1 + x would round."""
-    s = x / (2.0 + x)
+def log_ratio(p, q, difference):
+    """Return log(q / p) and (q / p - 1) - log(q / p), given the difference q - p without cancellation."""
+    x = difference / p
+    s = x / (2.0 + x)  # log(1 + x) = 2 artanh(s)
     square = s * s
-    value = 0.1538461538 * square + 0.1818181818
-    value = 0.2222222222 + square * value
-    value = 0.2857142857 + square * value
-    value = 0.4 + square * value
-    value = 0.6666666667 + square * value
-    value = 2.0 + square * value
-    return tl.where(tl.abs(x) < 0.5, s * value, tl.log(1.0 + x))
+    series = 0.1538461538 * square + 0.1818181818
+    series = 0.2222222222 + square * series
+    series = 0.2857142857 + square * series
+    series = 0.4 + square * series
+    series = square * (0.6666666667 + square * series)
+    near = tl.abs(x) < 0.5
+    far = tl.log(q / p)
+    return tl.where(near, s * (2.0 + series), far), tl.where(near, s * (x - series), x - far)
 
 
 @triton.jit
-def tanh(x):
-    """Return the hyperbolic tangent, accurate near zero."""
-    e = expm1(-2.0 * tl.abs(x))
-    magnitude = -e / (2.0 + e)
-    return tl.where(x < 0, -magnitude, magnitude)
+def log1p_remainder(w):
+    """Return w - log(1 + w) for -0.5 <= w <= 0, by a polynomial fitted to it."""
+    value = 1.29892866 * w + 1.514632781
+    value = value * w + 1.109715951
+    value = value * w + 0.1801717445
+    value = value * w + 0.2265634071
+    value = value * w - 0.1939088243
+    value = value * w + 0.2503050973
+    value = value * w - 0.3333275279
+    value = value * w + 0.500000018
+    return value * (w * w)
+
+
+@triton.jit
+def log_remainder(w, total):
+    """Return w - log(1 + w) for -1 < w <= 0, given total = 1 + w without cancellation.
+
+    Below w = -0.5 the polynomial is evaluated at the mantissa of total, and its exponent is added.
+    """
+    near = w > -0.5
+    bits = total.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)  # in [0.5, 1)
+    exponent = ((bits >> 23) - 126).to(tl.float32)
+    x = tl.where(near, w, mantissa - 1.0)
+    return log1p_remainder(x) + tl.where(near, 0.0, (w - x) - exponent * LN_2)
+
+
+@triton.jit
+def tanh(x, scale):
+    """Return tanh(scale * x) with an absolute error of float32 rounding, and -inf where x is -inf.
+
+    The inverse square root of a square is the cheapest reciprocal.
+    """
+    total = 1.0 + tl.math.exp2(x * (scale * (-2.0 * LOG2_E)))
+    return 2.0 * tl.math.rsqrt(total * total) + (x * 1e-38 - 1.0)
+
+
+@triton.jit
+def tanh_difference(tanh_a, tanh_b, difference):
+    """Return tanh(a) - tanh(b), given difference = a - b.
+
+    If it is small, by the identity tanh(a) - tanh(b) = tanh(a - b) (1 - tanh(a) tanh(b)), which does not
+    cancel.
+    """
+    square = difference * difference
+    small = difference * (1.0 + square * (-0.3333333333 + square * 0.1333333333))
+    near = tl.abs(difference) < TANH_RADIUS
+    return tl.where(near, small * (1.0 - tanh_a * tanh_b), tanh_a - tanh_b)
 
 
 @triton.jit
@@ -63,46 +117,54 @@ def mul_zero_safe(p, x):
 @triton.jit
 def exp_sub_max(z, max_logit):
     """Return e^(z - max_logit) for z <= max_logit, and 0 where z is -inf, even if max_logit is -inf too."""
-    return tl.where(z == float("-inf"), 0.0, tl.exp(z - max_logit))
+    return tl.where(z == float("-inf"), 0.0, exp(z - max_logit))
 
 
 @triton.jit
-def log_gap(z_s, z_t):
-    """Return z_t - z_s, and 0 where both are the same infinity."""
-    return tl.where(z_s == z_t, 0.0, z_t - z_s)
+def pair_terms(p, q, x):
+    """Return q - p, p (e^x - 1 - x) and q (e^-x - 1 + x) for p, q >= 0, given x = log(q / p).
 
-
-@triton.jit
-def stable_prob_diff(a, b, log_ratio):
-    """Return b - a for a, b >= 0, given log_ratio = log(b / a)."""
-    return tl.where(log_ratio > 0, -b, a) * expm1(-tl.abs(log_ratio))
-
-
-@triton.jit
-def kl_terms(p, x, prob_diff):
-    """Return p (e^x - 1 - x) >= 0, the terms of KL(p || m) with x = log m - log p and prob_diff = m - p."""
-    far = prob_diff - mul_zero_safe(p, x)
-    far = tl.where(far < 0, 0.0, far)  # keeps NaN, as tl.maximum does not
-    return tl.where(tl.abs(x) < TAYLOR_RADIUS, p * (x * x) * taylor_remainder(x), far)
-
-
-@triton.jit
-def mixture_log_ratios(d, beta, one_minus_beta):
-    """Return log m - log p_s and log m - log p_t for m = beta p_t + (1 - beta) p_s."""
-    toward_larger = log1p(tl.where(d > 0, one_minus_beta, beta) * expm1(-tl.abs(d)))
-    toward_smaller = toward_larger + tl.abs(d)
-    return tl.where(d > 0, toward_smaller, toward_larger), tl.where(d > 0, toward_larger, toward_smaller)
-
-
-@triton.jit
-def lse_difference(max_s, max_t, sum_s, sum_t, diff_sum):
-    """Return c = lse_t - lse_s with an error that shrinks with the distance between the models.
-
-    diff_sum is the sum of e^(z_t - m) - e^(z_s - m) with m the larger of the two maxima.
+    The last two are >= 0, the terms of KL(p || q) and KL(q || p). A term whose factor is 0 is 0: `maximum`
+    drops the NaN that 0 times infinity gives.
     """
-    excess = diff_sum / (sum_s * tl.exp(max_s - tl.maximum(max_s, max_t)))
-    plain = (max_t - max_s) + (tl.log(sum_t) - tl.log(sum_s))
-    return tl.where(tl.abs(excess) < 0.5, log1p(excess), plain)
+    square = x * x
+    even = 0.5 + square * (4.1666666667e-2 + square * (1.3888888889e-3 + square * 2.4801587302e-5))
+    odd = x * (1.6666666667e-1 + square * (8.3333333333e-3 + square * 1.9841269841e-4))
+    near = tl.abs(x) < TAYLOR_RADIUS
+    kl_p, kl_q = (p * square) * (even + odd), (q * square) * (even - odd)
+    difference = q - p
+    return (
+        tl.where(near, p * x + kl_p, difference),
+        tl.where(near, kl_p, tl.maximum(difference - p * x, 0.0)),
+        tl.where(near, kl_q, tl.maximum(q * x - difference, 0.0)),
+    )
+
+
+@triton.jit
+def mixture_terms(d, beta, one_minus_beta, HALF: tl.constexpr):
+    """Return what the terms of KL(. || m) share, for m = beta p_t + (1 - beta) p_s and d = log p_t - log p_s.
+
+    With p the smaller and q the larger of the two probabilities and k the weight of p in the mixture,
+    m / q = 1 + w with w = k (p / q - 1). HALF: beta is 0.5, so that w >= -0.5 and no logarithm is needed.
+
+    Returns:
+        teacher_leads: d > 0, so that q is the teacher's.
+        distance: |d|, bounded so that its product with a probability of 0 is 0.
+        w: in [-1, 0].
+        remainder: w - log(1 + w), which is >= 0.
+        excess: m / q - p / q, the part of the mixture beyond p.
+    """
+    teacher_leads = d > 0
+    distance = tl.minimum(tl.abs(d), 1000.0)
+    x = -distance
+    exp_x = exp(x)
+    ratio = tl.where(distance < TAYLOR_RADIUS, x + x * x * taylor_remainder(x), exp_x - 1.0)
+    if HALF:
+        w = 0.5 * ratio
+        return teacher_leads, distance, w, log1p_remainder(w), -w
+    share, rest = tl.where(teacher_leads, one_minus_beta, beta), tl.where(teacher_leads, beta, one_minus_beta)
+    w = share * ratio
+    return teacher_leads, distance, w, log_remainder(w, rest + share * exp_x), -rest * ratio
 
 
 @triton.jit
@@ -111,7 +173,7 @@ def transform_logits(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     y = x * scale
     dlogit_dproj = tl.full(y.shape, 1.0, tl.float32) * scale
     if HAS_SOFTCAP:
-        t = tanh(y / softcap)
+        t = tanh(y, 1.0 / softcap)
         y = softcap * t
         dlogit_dproj = scale * (1.0 - t * t)
     return y, dlogit_dproj

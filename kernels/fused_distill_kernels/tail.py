@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementwise import exp_sub_max, load_logits
-from .jsd import BLOCK
+from .jsd_launch import BLOCK
 
 if TYPE_CHECKING:  # not imported at run time: any object with these attributes works
     from fused_distill.config import LossConfig

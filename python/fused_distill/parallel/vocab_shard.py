@@ -36,6 +36,16 @@ class ShardGroup:
         """
         return self._reduce("SUM", columns)
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the ranks' (n, ...) tensors as (n, ..., ranks)."""
+        if self.process_group is None:
+            return tensor.unsqueeze(-1)
+        shape = (self.process_group.size(), *tensor.shape)
+        gathered = tensor.new_empty(shape)
+        if tensor.numel():
+            distributed.all_gather(list(gathered.unbind()), tensor, self.process_group)
+        return gathered.movedim(0, -1).contiguous()
+
     def all_reduce_sum_(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over the ranks."""
         if self.process_group is None:

@@ -1,0 +1,245 @@
+"""Row statistics of two models' logits: softmax parts, both KL divergences and entropies, in one pass.
+
+    statistics_kernel   a share of one row's tiles to one part, a few numbers
+    merge_kernel        the parts of a row to the part of the whole row
+
+A part holds the numbers of PART for a set of columns. Two maxima and sums of exponentials describe the
+softmaxes of the set. The KL divergences are those between the softmaxes normalised within the set. Parts of
+disjoint sets merge without cancellation by the chain rule: with P_i and Q_i the two models' probabilities of
+set i, KL(p || q) = sum_i P_i (KL inside set i) + KL(P || Q).
+"""
+
+# The parameters of Triton kernels have no Python types.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .elementwise import LOG2_E, exp, log_ratio, mul_zero_safe, pair_terms
+from .tile import LINEAR, gap_beyond, load_pair, over_tile, tile_columns, tile_max, tile_sum, tiles_of_part
+
+LOWEST = tl.constexpr(-1.0e30)  # the maximum of no logits; finite, because infinities do not subtract
+
+# Fields of a part. s is the student, t the teacher, v as above, y = label_factor * v the student's logits at
+# temperature 1.
+MAX_S, MAX_T = tl.constexpr(0), tl.constexpr(1)  # maxima of v
+SUM_S, SUM_T = tl.constexpr(2), tl.constexpr(3)  # sums of e^(z - max z)
+DIFFERENCE = tl.constexpr(4)  # sum_t - sum_s, without cancellation
+REVERSE_KL, FORWARD_KL = tl.constexpr(5), tl.constexpr(6)  # KL(s || t), KL(t || s) within the part
+MOMENT_S, MOMENT_T = tl.constexpr(7), tl.constexpr(8)  # sums of e^(z - max z) (v - max v)
+TOP = tl.constexpr(9)  # the largest (v_s - max_s) + (v_t - max_t): 0 if both have the same most likely token
+SUM_Y = tl.constexpr(10)  # sum of e^(y - max y)
+LABEL = tl.constexpr(11)  # v of the student's label, 0 if another part has it
+# Results for the whole row, written by merge_kernel.
+LSE_DIFFERENCE = tl.constexpr(12)  # log(sum_t / sum_s)
+ENTROPY_S, ENTROPY_T = tl.constexpr(13), tl.constexpr(14)
+NLL = tl.constexpr(15)  # negative log-probability of the label at temperature 1
+PART = tl.constexpr(16)
+
+
+@triton.jit
+def accumulate(
+    part,
+    v_s,
+    v_t,
+    extra,
+    factor,
+    label_factor,
+    TRANSFORM: tl.constexpr,
+    WANT_KL: tl.constexpr,
+    WANT_STATS: tl.constexpr,
+    WANT_Y: tl.constexpr,
+):
+    """Add a tile to the groups' parts. Their KL divergences are not normalised yet; see `normalised`."""
+    old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
+    max_s, max_t = tl.maximum(old_s, tile_max(v_s)), tl.maximum(old_t, tile_max(v_t))
+    exp_factor = factor * LOG2_E
+
+    # What has been accumulated is relative to the old maxima.
+    scale_s, scale_t = tl.math.exp2((old_s - max_s) * exp_factor), tl.math.exp2((old_t - max_t) * exp_factor)
+    shift = gap_beyond(old_s, old_t, 0.0, max_s, max_t, LINEAR) * factor
+    d, kl_s, kl_t = pair_terms(scale_s, scale_t, shift)
+    if WANT_KL:
+        reverse = mul_zero_safe(scale_s, reverse) + (d * difference + kl_s * sum_s)
+        forward = mul_zero_safe(scale_t, forward) + (d * difference + kl_t * sum_t)
+    if WANT_STATS:
+        moment_s = scale_s * (moment_s + (old_s - max_s) * sum_s)
+        moment_t = scale_t * (moment_t + (old_t - max_t) * sum_t)
+        top += (old_s - max_s) + (old_t - max_t)
+    if WANT_Y:
+        sum_y *= exp((old_s - max_s) * label_factor)
+    difference = scale_s * difference + d * sum_t
+    sum_s, sum_t = scale_s * sum_s, scale_t * sum_t
+
+    u_s, u_t = v_s - over_tile(max_s), v_t - over_tile(max_t)
+    if WANT_STATS:
+        u_s, u_t = tl.maximum(u_s, LOWEST), tl.maximum(u_t, LOWEST)
+    p, q = tl.math.exp2(u_s * exp_factor), tl.math.exp2(u_t * exp_factor)
+    x = gap_beyond(v_s, v_t, extra, over_tile(max_s), over_tile(max_t), TRANSFORM) * factor
+    d, kl_s, kl_t = pair_terms(p, q, x)
+    sum_s += tile_sum(p)
+    sum_t += tile_sum(q)
+    difference += tile_sum(d)
+    if WANT_KL:
+        reverse += tile_sum(kl_s)
+        forward += tile_sum(kl_t)
+    if WANT_STATS:
+        moment_s += tile_sum(p * u_s)
+        moment_t += tile_sum(q * u_t)
+        top = tl.maximum(top, tile_max(u_s + u_t))
+    if WANT_Y:
+        sum_y += tile_sum(exp(u_s * label_factor))
+    return max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
+
+
+@triton.jit
+def normalised(part):
+    """Return parts whose KL divergences are those between the parts' own softmaxes."""
+    max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
+    _, excess_s = log_ratio(sum_s, sum_t, difference)
+    _, excess_t = log_ratio(sum_t, sum_s, -difference)
+    # A set in which one model has no probability: its KL is infinite, and so is the excess.
+    reverse = tl.maximum(reverse / sum_s - tl.where(sum_t == 0, 0.0, excess_s), 0.0)
+    forward = tl.maximum(forward / sum_t - tl.where(sum_s == 0, 0.0, excess_t), 0.0)
+    return max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
+
+
+@triton.jit
+def merge(part, factor, label_factor):
+    """Merge the parts along the only dimension; return the merged part and its log(sum_t / sum_s)."""
+    old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
+    max_s, max_t = tl.max(old_s, 0), tl.max(old_t, 0)
+    shift = gap_beyond(old_s, old_t, 0.0, max_s, max_t, LINEAR) * factor
+    scale_s, scale_t = exp((old_s - max_s) * factor), exp((old_t - max_t) * factor)
+    d, _, _ = pair_terms(scale_s, scale_t, shift)
+    total_s, total_t = tl.sum(scale_s * sum_s, 0), tl.sum(scale_t * sum_t, 0)
+    total_difference = tl.sum(scale_s * difference + d * sum_t, 0)
+    lse_difference, _ = log_ratio(total_s, total_t, total_difference)
+    lse_difference_of_part, _ = log_ratio(sum_s, sum_t, difference)
+    p, q = scale_s * sum_s / total_s, scale_t * sum_t / total_t
+    _, kl_s, kl_t = pair_terms(p, q, shift + (lse_difference_of_part - lse_difference))
+    merged = (
+        max_s,
+        max_t,
+        total_s,
+        total_t,
+        total_difference,
+        tl.sum(mul_zero_safe(p, reverse) + kl_s, 0),
+        tl.sum(mul_zero_safe(q, forward) + kl_t, 0),
+        tl.sum(scale_s * (moment_s + (old_s - max_s) * sum_s), 0),
+        tl.sum(scale_t * (moment_t + (old_t - max_t) * sum_t), 0),
+        tl.max(top + ((old_s - max_s) + (old_t - max_t)), 0),
+        tl.sum(sum_y * exp((old_s - max_s) * label_factor), 0),
+    )
+    return merged, lse_difference
+
+
+@triton.jit
+def statistics_kernel(
+    student_ptr,  # (n, V) float32
+    student_stride,
+    teacher_ptr,  # (n, V) float32
+    teacher_stride,
+    student_bias_ptr,  # (V,) float32 or None
+    teacher_bias_ptr,  # (V,) float32 or None
+    labels_ptr,  # (n,) int64 or None
+    parts_ptr,  # (n, PART, n_parts) float32, written
+    n_columns,
+    student_scale,
+    teacher_scale,
+    student_softcap,
+    teacher_softcap,
+    factor,
+    label_factor,
+    TRANSFORM: tl.constexpr,
+    WANT_KL: tl.constexpr,
+    WANT_STATS: tl.constexpr,
+    WANT_Y: tl.constexpr,
+    UNROLL: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Compute one part of one row's statistics, from every n_parts-th tile of the row.
+
+    A tile has UNROLL * GROUPS * 4 columns. Each thread keeps the statistics of its own columns in registers.
+    Reads 8 bytes per column, and 4 more per bias. Writes at most 48 bytes per part.
+    """
+    row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n_parts = tl.num_programs(1)
+    pointers = (
+        student_ptr + row * student_stride,
+        teacher_ptr + row * teacher_stride,
+        student_bias_ptr,
+        teacher_bias_ptr,
+    )
+    transform = (student_scale, teacher_scale, student_softcap, teacher_softcap)
+    lanes = tile_columns(UNROLL, GROUPS)
+    block: tl.constexpr = UNROLL * GROUPS * 4
+    zero = tl.zeros([GROUPS], tl.float32)
+    lowest = zero + LOWEST
+    part = (lowest, lowest, zero, zero, zero, zero, zero, zero, zero, lowest, zero)
+
+    for MASKED in tl.static_range(2):
+        first, stop = tiles_of_part(index, n_parts, n_columns, block, MASKED)
+        for tile in range(first, stop, n_parts):
+            v_s, v_t, extra, _ = load_pair(
+                pointers, tile * block + lanes, n_columns, transform, TRANSFORM, MASKED
+            )
+            part = accumulate(
+                part, v_s, v_t, extra, factor, label_factor, TRANSFORM, WANT_KL, WANT_STATS, WANT_Y
+            )
+    merged, _ = merge(normalised(part), factor, label_factor)
+    out = parts_ptr + row * (PART * n_parts) + index
+    for field in tl.static_range(11):
+        tl.store(out + field * n_parts, merged[field])
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row)
+        held = (label >= 0) & (label < n_columns) & (index == 0)
+        v_s, _, _, _ = load_pair(
+            pointers, tl.where(held, label, n_columns), n_columns, transform, TRANSFORM, True
+        )
+        tl.store(out + LABEL * n_parts, tl.where(held, v_s, 0.0))
+
+
+@triton.jit
+def merge_kernel(
+    parts_ptr,  # (n, PART, n_parts) float32
+    labels_ptr,  # (n,) int64 or None
+    merged_ptr,  # (n, PART) float32, written
+    n_parts,
+    factor,
+    label_factor,
+    WANT_Y: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+):
+    """Merge one row's parts and compute the results for the whole row. Moves 64 bytes per part."""
+    row = tl.program_id(0).to(tl.int64)
+    parts, out = parts_ptr + row * (PART * n_parts), merged_ptr + row * PART
+    index = tl.arange(0, MAX_PARTS)
+    held = index < n_parts
+    part = (
+        tl.load(parts + MAX_S * n_parts + index, mask=held, other=LOWEST),
+        tl.load(parts + MAX_T * n_parts + index, mask=held, other=LOWEST),
+        tl.load(parts + SUM_S * n_parts + index, mask=held, other=0.0),
+        tl.load(parts + SUM_T * n_parts + index, mask=held, other=0.0),
+        tl.load(parts + DIFFERENCE * n_parts + index, mask=held, other=0.0),
+        tl.load(parts + REVERSE_KL * n_parts + index, mask=held, other=0.0),
+        tl.load(parts + FORWARD_KL * n_parts + index, mask=held, other=0.0),
+        tl.load(parts + MOMENT_S * n_parts + index, mask=held, other=0.0),
+        tl.load(parts + MOMENT_T * n_parts + index, mask=held, other=0.0),
+        tl.load(parts + TOP * n_parts + index, mask=held, other=LOWEST),
+        tl.load(parts + SUM_Y * n_parts + index, mask=held, other=0.0),
+    )
+    merged, lse_difference = merge(part, factor, label_factor)
+    for field in tl.static_range(11):
+        tl.store(out + field, merged[field])
+    tl.store(out + LSE_DIFFERENCE, lse_difference)
+    tl.store(out + ENTROPY_S, tl.log(merged[SUM_S]) - merged[MOMENT_S] / merged[SUM_S] * factor)
+    tl.store(out + ENTROPY_T, tl.log(merged[SUM_T]) - merged[MOMENT_T] / merged[SUM_T] * factor)
+    if labels_ptr is not None:
+        label = tl.sum(tl.load(parts + LABEL * n_parts + index, mask=held, other=0.0), 0)
+        sum_y = merged[SUM_Y] if WANT_Y else merged[SUM_S]
+        nll = tl.log(sum_y) + (merged[MAX_S] - label) * label_factor
+        tl.store(out + LABEL, label)
+        tl.store(out + NLL, tl.where(tl.load(labels_ptr + row) >= 0, nll, 0.0))

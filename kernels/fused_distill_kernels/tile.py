@@ -1,0 +1,132 @@
+"""Tiles of two models' logits: the columns of a tile, and how projections are loaded and transformed."""
+
+# The parameters of Triton kernels have no Python types.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .elementwise import tanh, tanh_difference
+
+# How projections become logits over temperature: z = factor * v.
+LINEAR = tl.constexpr(0)  # v is the projection plus bias: both models have the same scale and no softcap
+SOFTCAP = tl.constexpr(1)  # v is tanh(scale / softcap * (projection + bias)), with the same numbers for both
+SEPARATE = tl.constexpr(2)  # v is the logit: the models have different scales or softcaps
+
+
+@triton.jit
+def add_bias(x, bias):
+    """Return x + bias as a rounded sum and its rounding error."""
+    total = x + bias
+    other = total - x
+    return total, (x - (total - other)) + (bias - other)
+
+
+@triton.jit
+def scaled(x, error, scale, softcap):
+    """Return the logit of x + error, its rounding error without a softcap, and its derivative over scale."""
+    if softcap is not None:
+        t = tanh(x, scale / softcap)
+        return softcap * t, x * 0.0, tl.maximum(1.0 - t * t, 0.0)
+    y = x * scale
+    return y, tl.fma(x, scale, -y) + error * scale, 1.0
+
+
+@triton.jit
+def load_pair(
+    pointers,  # of the student's row, the teacher's row, the student's bias and the teacher's bias
+    columns,
+    n_columns,
+    transform,  # student_scale, teacher_scale, student_softcap, teacher_softcap
+    TRANSFORM: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Load one tile of both models' projections, -inf beyond n_columns if MASKED.
+
+    Returns:
+        v_s, v_t: see TRANSFORM.
+        extra: the rounding error of v_t - v_s; with SOFTCAP the difference itself. See `gap_beyond`.
+        derivative: of the student's logit with respect to its projection, over student_scale.
+    """
+    student_row, teacher_row, student_bias, teacher_bias = pointers
+    student_scale, teacher_scale, student_softcap, teacher_softcap = transform
+    inside = columns < n_columns
+    if MASKED:
+        x_s = tl.load(student_row + columns, mask=inside, other=float("-inf"))
+        x_t = tl.load(teacher_row + columns, mask=inside, other=float("-inf"))
+    else:
+        x_s, x_t = tl.load(student_row + columns), tl.load(teacher_row + columns)
+    error_s, error_t = 0.0, 0.0
+    if student_bias is not None:
+        x_s, error_s = add_bias(x_s, tl.load(student_bias + columns, mask=inside, other=0.0))
+    if teacher_bias is not None:
+        x_t, error_t = add_bias(x_t, tl.load(teacher_bias + columns, mask=inside, other=0.0))
+    extra = error_t - error_s
+    if TRANSFORM == LINEAR:
+        v_s, v_t, derivative = x_s, x_t, 1.0
+    elif TRANSFORM == SOFTCAP:
+        inner = student_scale / student_softcap
+        v_s, v_t = tanh(x_s, inner), tanh(x_t, inner)
+        derivative = tl.maximum(1.0 - v_s * v_s, 0.0)
+        extra = tanh_difference(v_t, v_s, ((x_t - x_s) + extra) * inner)
+    else:
+        v_s, error_s, derivative = scaled(x_s, error_s, student_scale, student_softcap)
+        v_t, error_t, _ = scaled(x_t, error_t, teacher_scale, teacher_softcap)
+        extra = error_t - error_s
+    has_bias: tl.constexpr = student_bias is not None or teacher_bias is not None
+    if TRANSFORM == SEPARATE or (TRANSFORM == LINEAR and has_bias):
+        extra = tl.where(tl.abs(v_t - v_s) < 1.0e30, extra, 0.0)
+    return v_s, v_t, extra, derivative
+
+
+@triton.jit
+def gap_beyond(v_s, v_t, extra, max_s, max_t, TRANSFORM: tl.constexpr):
+    """Return (v_t - v_s) - (max_t - max_s), given `extra` of `load_pair`.
+
+    The multiple of 16 closest to max_t - max_s is subtracted from the teacher's v first, which is exact where
+    the probability counts. So an offset of the teacher's logits does not cost digits of the difference.
+    """
+    if TRANSFORM == SOFTCAP:
+        return extra - (max_t - max_s)
+    offset = tl.floor((max_t - max_s) * 0.0625 + 0.5) * 16.0
+    return (((v_t - offset) - v_s) - ((max_t - offset) - max_s)) + extra
+
+
+@triton.jit
+def tiles_of_part(index, n_parts, n_columns, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Return the bounds of the loop over a part's whole tiles, or if MASKED over the last, partial one."""
+    whole = n_columns // BLOCK
+    if MASKED:
+        has_last = (whole % n_parts == index) & (whole * BLOCK < n_columns)
+        return whole, whole + has_last.to(tl.int32)
+    return index, whole
+
+
+@triton.jit
+def tile_columns(UNROLL: tl.constexpr, GROUPS: tl.constexpr):
+    """Return the columns of a tile, (UNROLL, GROUPS, 4).
+
+    A group's columns belong to one thread if there are GROUPS threads, and it loads 4 of them at once.
+    """
+    unroll, group = tl.arange(0, UNROLL)[:, None, None], tl.arange(0, GROUPS)[None, :, None]
+    return (unroll * GROUPS + group) * 4 + tl.arange(0, 4)[None, None, :]
+
+
+@triton.jit
+def over_tile(x):
+    """Broadcast one number per group over the group's columns of a tile."""
+    return x[None, :, None]
+
+
+@triton.jit
+def tile_sum(x):
+    """Return the sum of each group, (groups,)."""
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def tile_max(x):
+    """Return the maximum of each group, (groups,)."""
+    return tl.max(tl.max(x, 2), 0)
