@@ -25,9 +25,8 @@ def exp(x):
 
 @triton.jit
 def taylor_remainder(x):
-    """Return (e^x - 1 - x) / x^2 for |x| < TAYLOR_RADIUS, by 8 terms of its Taylor polynomial."""
-    value = 2.4801587302e-5 + x * 2.7557319224e-6
-    value = 1.9841269841e-4 + x * value
+    """Return (e^x - 1 - x) / x^2 for |x| < TAYLOR_RADIUS, by 7 terms of its Taylor polynomial."""
+    value = 1.9841269841e-4 + x * 2.4801587302e-5
     value = 1.3888888889e-3 + x * value
     value = 8.3333333333e-3 + x * value
     value = 4.1666666667e-2 + x * value
@@ -124,8 +123,8 @@ def exp_sub_max(z, max_logit):
 def pair_terms(p, q, x):
     """Return q - p, p (e^x - 1 - x) and q (e^-x - 1 + x) for p, q >= 0, given x = log(q / p).
 
-    The last two are >= 0, the terms of KL(p || q) and KL(q || p). A term whose factor is 0 is 0: `maximum`
-    drops the NaN that 0 times infinity gives.
+    The last two are >= 0, the terms of KL(p || q) and KL(q || p). If p is 0 they are q and 0, or infinity if
+    q is not 0; likewise for q. The bounds on x matter only where p or q is 0, and `maximum` drops NaN.
     """
     square = x * x
     even = 0.5 + square * (4.1666666667e-2 + square * (1.3888888889e-3 + square * 2.4801587302e-5))
@@ -135,8 +134,8 @@ def pair_terms(p, q, x):
     difference = q - p
     return (
         tl.where(near, p * x + kl_p, difference),
-        tl.where(near, kl_p, tl.maximum(difference - p * x, 0.0)),
-        tl.where(near, kl_q, tl.maximum(q * x - difference, 0.0)),
+        tl.where(near, kl_p, tl.maximum(difference - p * tl.minimum(x, 1000.0), 0.0)),
+        tl.where(near, kl_q, tl.maximum(q * tl.maximum(x, -1000.0) - difference, 0.0)),
     )
 
 

@@ -74,8 +74,6 @@ def accumulate(
     sum_s, sum_t = scale_s * sum_s, scale_t * sum_t
 
     u_s, u_t = v_s - over_tile(max_s), v_t - over_tile(max_t)
-    if WANT_STATS:
-        u_s, u_t = tl.maximum(u_s, LOWEST), tl.maximum(u_t, LOWEST)
     p, q = tl.math.exp2(u_s * exp_factor), tl.math.exp2(u_t * exp_factor)
     x = gap_beyond(v_s, v_t, extra, over_tile(max_s), over_tile(max_t), TRANSFORM) * factor
     d, kl_s, kl_t = pair_terms(p, q, x)
@@ -86,8 +84,8 @@ def accumulate(
         reverse += tile_sum(kl_s)
         forward += tile_sum(kl_t)
     if WANT_STATS:
-        moment_s += tile_sum(p * u_s)
-        moment_t += tile_sum(q * u_t)
+        moment_s += tile_sum(p * tl.maximum(u_s, LOWEST))
+        moment_t += tile_sum(q * tl.maximum(u_t, LOWEST))
         top = tl.maximum(top, tile_max(u_s + u_t))
     if WANT_Y:
         sum_y += tile_sum(exp(u_s * label_factor))
@@ -120,14 +118,15 @@ def merge(part, factor, label_factor):
     lse_difference_of_part, _ = log_ratio(sum_s, sum_t, difference)
     p, q = scale_s * sum_s / total_s, scale_t * sum_t / total_t
     _, kl_s, kl_t = pair_terms(p, q, shift + (lse_difference_of_part - lse_difference))
+    invalid = 0.0 * total_difference  # NaN logits are lost by tl.maximum
     merged = (
         max_s,
         max_t,
         total_s,
         total_t,
         total_difference,
-        tl.sum(mul_zero_safe(p, reverse) + kl_s, 0),
-        tl.sum(mul_zero_safe(q, forward) + kl_t, 0),
+        tl.sum(mul_zero_safe(p, reverse) + kl_s, 0) + invalid,
+        tl.sum(mul_zero_safe(q, forward) + kl_t, 0) + invalid,
         tl.sum(scale_s * (moment_s + (old_s - max_s) * sum_s), 0),
         tl.sum(scale_t * (moment_t + (old_t - max_t) * sum_t), 0),
         tl.max(top + ((old_s - max_s) + (old_t - max_t)), 0),
