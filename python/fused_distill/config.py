@@ -98,6 +98,12 @@ class LossConfig:
         return 1.0 / self.temperature
 
     @property
+    def transforms_logits(self) -> bool:
+        """True if an option changes the logits: a scale, a softcap or the temperature."""
+        scales = (self.temperature, self.student_logit_scale, self.teacher_logit_scale)
+        return scales != (1, 1, 1) or (self.student_softcap, self.teacher_softcap) != (None, None)
+
+    @property
     def needs_two_softmaxes(self) -> bool:
         """True if the cross entropy and the divergence use different temperatures."""
         return self.hard_weight != 0 and self.temperature != 1

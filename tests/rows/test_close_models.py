@@ -55,6 +55,79 @@ def test_loss_and_gradient_keep_their_digits(noise: float, beta: float) -> None:
     assert (loss >= 0).all()
 
 
+TRANSFORMS: dict[str, dict[str, float]] = {
+    "temperature": {"temperature": 0.7},
+    "bias": {},
+    "scale": {"student_logit_scale": 0.3, "teacher_logit_scale": 0.3},
+    "softcap": {"student_softcap": 30.0, "teacher_softcap": 30.0},
+    "all": {
+        "temperature": 0.7,
+        "student_logit_scale": 0.3,
+        "teacher_logit_scale": 0.3,
+        "student_softcap": 30.0,
+        "teacher_softcap": 30.0,
+    },
+}
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("noise", [1e-3, 1e-5])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_digits_survive_every_transform_of_the_logits(transform: str, noise: float, beta: float) -> None:
+    config = LossConfig(beta=beta, return_stats=True, **TRANSFORMS[transform])  # pyright: ignore[reportArgumentType]
+    student, teacher = close_logits(noise)
+    biases: list[Tensor | None] = [None, None]
+    if transform in ("bias", "all"):
+        generator = torch.Generator().manual_seed(1)
+        bias, change = (torch.randn(student.shape[1], generator=generator) for _ in range(2))
+        biases = [bias.to(student.device), (bias + noise * change).to(student.device)]
+    grad = torch.empty_like(student)
+    rows = StudentRows(student.clone(), torch.ones(len(student), device=student.device), biases[0])
+    result = ROW_LOSS(
+        rows, TeacherRows(teacher, biases[1]), config, grad=grad, group=ShardGroup(), block_rows=None
+    )
+
+    def exact_logits(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = (x.double() if bias is None else x.double() + bias.double()) * config.student_logit_scale
+        slope = torch.full_like(y, config.student_logit_scale)
+        if config.student_softcap is not None:
+            tanh = torch.tanh(y / config.student_softcap)
+            y, slope = config.student_softcap * tanh, slope * (1 - tanh**2)
+        return (y / config.temperature).cpu(), (slope / config.temperature).cpu()
+
+    z_s, slope = exact_logits(student, biases[0])
+    z_t, _ = exact_logits(teacher, biases[1])
+    exact_loss, exact_grad = jsd_rows(z_s, z_t, beta)
+    assert relative_error(result.loss, exact_loss) < TOLERANCE[noise]
+    assert relative_error(grad, exact_grad * slope) < TOLERANCE[noise]
+    assert result.stats is not None
+    for statistic, kl_beta in ((result.stats.forward_kl, 0), (result.stats.reverse_kl, 1)):
+        assert relative_error(statistic, jsd_rows(z_s, z_t, kl_beta)[0]) < TOLERANCE[noise]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("noise", [1e-3, 1e-5])
+def test_an_offset_of_the_teachers_logits_costs_no_digits(noise: float, beta: float) -> None:
+    student, teacher = close_logits(noise)
+    teacher = teacher + 1e4
+    loss, grad = loss_and_grad(ROW_LOSS, student, teacher, beta)
+    exact_loss, exact_grad = jsd_rows(student, teacher, beta)
+    assert relative_error(loss, exact_loss) < TOLERANCE[noise]
+    assert relative_error(grad, exact_grad) < TOLERANCE[noise]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradient_of_a_nearly_one_hot_row_keeps_its_digits(beta: float) -> None:
+    student, teacher = close_logits(1e-2)
+    student, teacher = student.clone(), teacher.clone()
+    top = student.double().logsumexp(-1).float() + 13.8  # 1 - p_top is about 1e-6
+    student[:, 5], teacher[:, 5] = top, top + 0.01
+    _, grad = loss_and_grad(ROW_LOSS, student, teacher, beta)
+    exact_grad = jsd_rows(student, teacher, beta)[1]
+    for column in (5, slice(None)):
+        assert relative_error(grad[:, column], exact_grad[:, column]) < 1e-4
+
+
 @needs_no_kernel
 @pytest.mark.parametrize("beta", BETAS)
 def test_compiled_loss_and_gradient_keep_their_digits(beta: float) -> None:

@@ -3,8 +3,9 @@
 `fused_distill_kernels.elementwise` has the same functions by the same names. They serve every floating dtype,
 eager and compiled. With d = log p_t - log p_s:
 
-- d = (z_t - z_s) - c with c = lse_t - lse_s = log1p(sum(e^z_t - e^z_s) / sum e^z_s). Close logits subtract
-  exactly, and c is no difference of two large rounded numbers (`log_gap`, `lse_difference`).
+- d = x - c with x = (z_t - z_s) - (max_t - max_s). Close logits subtract exactly (`gap_beyond`). With p and q
+  the exponentials relative to each model's maximum, c = log(sum q / sum p) = log1p(sum(q - p) / sum p) is no
+  difference of two large rounded numbers (`log_ratio`).
 - p_t - p_s = sign(d) max(p_t, p_s) (1 - e^-|d|) (`stable_prob_diff`).
 - KL(p || m) = sum p (e^x - 1 - x) with x = log m - log p. Every term is >= 0, and a Taylor polynomial gives
   e^x - 1 - x near 0 (`kl_terms`).
@@ -48,14 +49,22 @@ def exp_sub_max(z: Tensor, max_logit: Tensor) -> Tensor:
     return (z - torch.where(max_logit == -torch.inf, 0.0, max_logit)).exp()
 
 
-def lse_difference(max_s: Tensor, max_t: Tensor, sum_s: Tensor, sum_t: Tensor, diff_sum: Tensor) -> Tensor:
-    """Return c = lse_t - lse_s with an error that shrinks with the distance between the models.
+def gap_beyond(z_s: Tensor, z_t: Tensor, max_s: Tensor, max_t: Tensor) -> Tensor:
+    """Return (z_t - z_s) - (max_t - max_s) in the dtype of max_s, and 0 where z_s and z_t are both -inf.
 
-    diff_sum is the sum of e^(z_t - m) - e^(z_s - m) with m the larger of the two maxima.
+    The multiple of 16 closest to max_t - max_s is subtracted from z_t first, which is exact where the
+    probability counts. So an offset of the teacher's logits does not cost digits of the difference. Logits
+    that a transform has rounded are passed in float64.
     """
-    excess = diff_sum / (sum_s * (max_s - torch.maximum(max_s, max_t)).exp())
-    plain = (max_t - max_s) + (sum_t.log() - sum_s.log())
-    return torch.where(excess.abs() < 0.5, torch.log1p(excess), plain)
+    offset = torch.round((max_t - max_s) / 16) * 16
+    gap = ((z_t - offset) - z_s) - ((max_t - offset) - max_s).to(z_t.dtype)
+    return torch.where(torch.maximum(z_s, z_t) == -torch.inf, 0.0, gap).to(max_s.dtype)
+
+
+def log_ratio(p: Tensor, q: Tensor, difference: Tensor) -> Tensor:
+    """Return log(q / p), given the difference q - p without cancellation."""
+    excess = difference / p
+    return torch.where(excess.abs() < 0.5, torch.log1p(excess), (q / p).log())
 
 
 def stable_prob_diff(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:

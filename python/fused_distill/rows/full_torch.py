@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..chunked.gemm import float64_if_supported
 from ..chunked.workspace import Workspace
 from ..config import Divergence, LossConfig, Scalars
 from ..parallel.vocab_shard import ShardGroup
@@ -23,10 +24,9 @@ from ..stats import DistillStats, RowResult
 from .base import StudentRows, TeacherRows
 from .compiled import eager_workspace, run_stage
 from .elementwise import (
-    expm1,
+    gap_beyond,
     kl_terms,
-    log_gap,
-    lse_difference,
+    log_ratio,
     mixture_log_ratios,
     mul_zero_safe,
     stable_prob_diff,
@@ -63,8 +63,11 @@ class TorchJSD:
         torch.compile gives wrong results for arguments that overlap when their offsets change.
         """
         group = group or ShardGroup()
-        scalars = config.scalars(student.logits.dtype)
+        scalars = config.scalars(torch.float64)
         run = partial(run_stage, n=len(student.logits), block_rows=block_rows, compiled=self.compiled)
+
+        biases = (student.bias, teacher.bias)
+        rounds_logits = config.transforms_logits or any(bias is not None for bias in biases)
 
         def rows(block: slice) -> _Rows:
             return _Rows(
@@ -76,6 +79,7 @@ class TorchJSD:
                 scalars,
                 config.student_softcap is not None,
                 config.teacher_softcap is not None,
+                rounds_logits,
             )
 
         maxima = group.all_reduce_max(*run(_maxima, lambda block: (rows(block),)))
@@ -83,7 +87,7 @@ class TorchJSD:
             *run(_sums, lambda block: (rows(block), *(column[block] for column in maxima)))
         )
         max_s, max_t, max_y = maxima
-        lse_diff = lse_difference(max_s, max_t, sum_s, sum_t, diff_sum)
+        lse_diff = log_ratio(sum_s, sum_t, diff_sum)
         softmax = _SoftmaxParts(max_s, max_t, sum_s, sum_t, lse_diff, max_y, sum_y)
         loss, kl_student, *stats = group.all_reduce_sum(
             *run(
@@ -111,9 +115,14 @@ class _Rows(NamedTuple):
     student_bias: Tensor | None  # (V,)
     teacher_bias: Tensor | None  # (V,)
     labels: Tensor | None  # (n,)
-    scalars: Tensor  # (9,) in the logits' dtype, see `Scalars`
+    scalars: Tensor  # (9,) float64, see `Scalars`
     student_has_softcap: bool
     teacher_has_softcap: bool
+    rounds_logits: bool  # logits over temperature are not the projections themselves
+
+    def numbers(self, dtype: torch.dtype) -> Scalars:
+        """Return the scalars in a dtype."""
+        return Scalars(*self.scalars.to(dtype).unbind())
 
 
 class _SoftmaxParts(NamedTuple):
@@ -123,7 +132,7 @@ class _SoftmaxParts(NamedTuple):
     max_t: Tensor
     sum_s: Tensor  # sum of e^(z_s - max_s)
     sum_t: Tensor
-    lse_diff: Tensor  # lse_t - lse_s
+    lse_diff: Tensor  # log(sum_t / sum_s)
     max_y: Tensor  # of the student's logits at temperature 1
     sum_y: Tensor | None  # None without labels
 
@@ -143,12 +152,11 @@ def _sums(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return (n, 1) sums of e^(z_s - max_s), e^(z_t - max_t), e^(y_s - max_y) and probability differences."""
     y_s, _, z_s, z_t = _logits(rows)
-    gap, max_logit = log_gap(z_s, z_t), torch.maximum(max_s, max_t)
-    sign = torch.where(gap > 0, -1.0, 1.0)
-    terms = sign * (torch.maximum(z_s, z_t) - max_logit).exp() * expm1(-gap.abs())
+    exp_s, exp_t = (z_s - max_s).exp(), (z_t - max_t).exp()
+    terms = stable_prob_diff(exp_s, exp_t, _gap_beyond(rows, z_s, z_t, max_s, max_t))
     return (
-        (z_s - max_s).exp().sum(-1, keepdim=True),
-        (z_t - max_t).exp().sum(-1, keepdim=True),
+        exp_s.sum(-1, keepdim=True),
+        exp_t.sum(-1, keepdim=True),
         None if rows.labels is None else (y_s - max_y).exp().sum(-1, keepdim=True),
         terms.sum(-1, keepdim=True),
     )
@@ -161,10 +169,10 @@ def _losses(
 
     m is the mixture, or p_t for reverse KL. For forward KL the gradient needs no KL, and None is returned.
     """
-    scalars = Scalars(*rows.scalars.unbind())
+    scalars = rows.numbers(rows.student.dtype)
     beta, one_minus_beta = scalars.beta, scalars.one_minus_beta
     y_s, _, z_s, z_t = _logits(rows)
-    p_s, p_t, d = _distributions(z_s, z_t, softmax)
+    p_s, p_t, d = _distributions(rows, z_s, z_t, softmax)
     prob_diff = stable_prob_diff(p_s, p_t, d)
 
     kl_student = None
@@ -205,9 +213,9 @@ def _gradient(
     out: Tensor,  # (n, V), may be rows.student
 ) -> tuple[()]:
     """Write weight * d(loss) / d(student's projection) to out."""
-    scalars = Scalars(*rows.scalars.unbind())
+    scalars = rows.numbers(rows.student.dtype)
     y_s, dlogit_dproj, z_s, z_t = _logits(rows)
-    p_s, p_t, d = _distributions(z_s, z_t, softmax)
+    p_s, p_t, d = _distributions(rows, z_s, z_t, softmax)
     if divergence is Divergence.FORWARD_KL or kl_student is None:
         grad = -stable_prob_diff(p_s, p_t, d)
     elif divergence is Divergence.REVERSE_KL:
@@ -226,17 +234,18 @@ def _gradient(
     return ()
 
 
-def _logits(rows: _Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _logits(rows: _Rows, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y_s, its derivative with respect to the projection, and z_s and z_t, logits over temperature."""
-    scalars = Scalars(*rows.scalars.unbind())
+    dtype = dtype or rows.student.dtype
+    scalars = rows.numbers(dtype)
     y_s, dlogit_dproj = transform_logits(
-        rows.student,
+        rows.student.to(dtype),
         rows.student_bias,
         scalars.student_logit_scale,
         scalars.student_softcap if rows.student_has_softcap else None,
     )
     y_t, _ = transform_logits(
-        rows.teacher,
+        rows.teacher.to(dtype),
         rows.teacher_bias,
         scalars.teacher_logit_scale,
         scalars.teacher_softcap if rows.teacher_has_softcap else None,
@@ -244,8 +253,17 @@ def _logits(rows: _Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y_s, dlogit_dproj, y_s * scalars.inv_temperature, y_t * scalars.inv_temperature
 
 
-def _distributions(z_s: Tensor, z_t: Tensor, softmax: _SoftmaxParts) -> tuple[Tensor, Tensor, Tensor]:
+def _gap_beyond(rows: _Rows, z_s: Tensor, z_t: Tensor, max_s: Tensor, max_t: Tensor) -> Tensor:
+    """Return `gap_beyond` of the rows. Where a transform rounds the logits it starts from the projections."""
+    if rows.rounds_logits:
+        _, _, z_s, z_t = _logits(rows, float64_if_supported(z_s.device))
+    return gap_beyond(z_s, z_t, max_s, max_t)
+
+
+def _distributions(
+    rows: _Rows, z_s: Tensor, z_t: Tensor, softmax: _SoftmaxParts
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return p_s, p_t and d = log p_t - log p_s."""
     p_s = (z_s - softmax.max_s).exp() / softmax.sum_s
     p_t = (z_t - softmax.max_t).exp() / softmax.sum_t
-    return p_s, p_t, log_gap(z_s, z_t) - softmax.lse_diff
+    return p_s, p_t, _gap_beyond(rows, z_s, z_t, softmax.max_s, softmax.max_t) - softmax.lse_diff
