@@ -19,26 +19,9 @@ from ..stats import DistillStats, RowResult
 from .autograd import FusedLoss, Gradients, LossOutput, Student
 from .gemm import accumulation_dtype, autocast_dtype
 from .lm_head import IndexedLMHead, LMHead, logit_buffer
-from .teacher import Teacher
-from .tensors import LossTensors
-from .workspace import ChunkPlan, Workspace, default_workspace_bytes, plan_chunks
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """The constants of a loss; tokens are flattened."""
-
-    teacher: Teacher
-    shard: VocabShard
-    dtype: torch.dtype  # of logits, losses and accumulated gradients
-    autocast: torch.dtype | None  # dtype of the products under autocast
-    token_weight: Tensor | None  # (N,)
-    labels: Tensor | None  # (N,) int64
-    valid_token_ids: Tensor | None  # (n,) int64 positions of the tokens that count; None: all tokens
-
-    def n_valid(self, student: Student) -> int:
-        """Return the number of tokens that count."""
-        return len(student.hidden) if self.valid_token_ids is None else len(self.valid_token_ids)
+from .memory import CallMemory, call_memory, memory_of
+from .tensors import LossInputs, LossTensors
+from .workspace import ChunkPlan
 
 
 def fused_loss(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tensor, DistillStats]:
@@ -70,6 +53,7 @@ def _eager_fused_loss(
     inputs = LossInputs(
         teacher,
         shard,
+        hidden.device,
         accumulation_dtype(hidden, tensors.student_weight, *teacher.products.values()),
         autocast_dtype(hidden.device),
         None if token_weight is None else token_weight.detach().reshape(-1),
@@ -132,89 +116,78 @@ class _ChunkLoop:
     row_loss: RowLoss
     needs_grad: tuple[bool, ...]
 
-    def plan(self) -> ChunkPlan:
-        """Return chunk sizes that keep temporary memory within workspace_bytes on every rank."""
-        student, inputs, dtype = self.student, self.inputs, self.inputs.dtype
-        hidden_size, n_columns = student.hidden.shape[-1], inputs.shard.max_local_size
-        weight = student.weight[:1].expand(n_columns, -1)  # the largest rank's head, without its memory
-        teacher = inputs.teacher.workspace(n_columns, dtype, inputs.autocast)
-        head = self._head(weight)
-        separate_grad = head.dtype.itemsize if self._separate_grad(head) else 0
-        tensors = Workspace(
-            fixed=64 * len(student.hidden),  # losses, statistics, weights and positions of all tokens
-            per_row=head.n_logits * (dtype.itemsize + separate_grad)
-            + 2 * hidden_size * dtype.itemsize  # the chunk's hidden states and their gradient
-            + 512,  # numbers of the row arithmetic
-        )
-        need = head.workspace() + teacher + self.row_loss.workspace(head.n_logits, dtype) + tensors
-        # The two heads are multiplied one after the other.
-        need = replace(need, fixed=need.fixed - min(head.workspace().fixed, teacher.fixed))
-        head_bytes = weight.numel() * dtype.itemsize
-        bound = self.config.workspace_bytes or default_workspace_bytes(student.hidden.device.type, head_bytes)
-        return plan_chunks(inputs.n_valid(student), bound, need)
+    def plan(self, device_memory: int | None) -> tuple[CallMemory, ChunkPlan]:
+        """Return memory and chunks of the call, which are the same on every rank of a process group."""
+        inputs = self.inputs
+        if inputs.shard.is_sharded:
+            device_memory = None
+        memory = call_memory(self.student, inputs, self.config, self.row_loss, self.needs_grad, device_memory)
+        return memory, memory.plan(inputs.n_valid(self.student))
 
     def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients]:
         """Return losses and statistics of the n valid tokens, and the gradients of the losses' sum."""
-        plan = self.plan()
-        student, inputs, dtype = self.student, self.inputs, self.inputs.dtype
-        shard, device, valid = inputs.shard, student.hidden.device, inputs.valid_token_ids
-        weight = student.weight[: shard.size]
-        # Kernels read vectors as contiguous.
+        student, inputs, dtype, shard = self.student, self.inputs, self.inputs.dtype, self.inputs.shard
+        memory, plan = self.plan(memory_of(inputs.device))
+        head = memory.head.over(student.weight[: shard.size])
         bias = None if student.bias is None else student.bias[: shard.size].to(dtype).contiguous()
-        head = self._head(weight)
         gradients = self._empty_gradients(head.rows_written_by_first_chunk)
         if token_weight is None:
-            token_weight = torch.ones((), dtype=dtype, device=device).expand(len(student.hidden))
+            token_weight = torch.ones((), dtype=dtype, device=student.hidden.device)
+            token_weight = token_weight.expand(len(student.hidden))
 
         rows = min(plan.rows, plan.n_tokens)
-        read_teacher = inputs.teacher.reader(shard, rows, dtype, inputs.autocast)
-        logits = logit_buffer(rows, head.n_logits, dtype, device)
+        read_teacher = inputs.teacher.reader(shard, rows, dtype, memory.teacher_head)
+        logits = logit_buffer(rows, head.n_logits, dtype, student.hidden.device)
         grad_buffer = None
-        if self._separate_grad(head):
-            grad_buffer = logit_buffer(rows, head.n_logits, head.dtype, device)
+        if memory.has_grad_buffer:
+            grad_rows = min(plan.grad_rows, plan.n_tokens)
+            grad_buffer = logit_buffer(grad_rows, head.n_logits, head.dtype, student.hidden.device)
 
         results: list[RowResult] = []
-        for chunk in plan.chunks():
-            n = chunk.stop - chunk.start
-            tokens = chunk if valid is None else valid[chunk]
-            teacher_rows = read_teacher(tokens)
-            if isinstance(head, IndexedLMHead) and teacher_rows.ids is not None:
-                head = head.at(teacher_rows.ids, plan.block_rows)
+        for part in plan.grad_chunks():
+            tokens = self._positions(part)
             hidden = student.hidden[tokens].to(head.dtype)
-            student_rows = StudentRows(
-                head.project(hidden, logits[:n]),
-                token_weight[tokens].to(dtype).contiguous(),  # a fixed layout avoids recompilation
-                bias,
-                None if inputs.labels is None else shard.local_labels(inputs.labels[tokens]),
-            )
-            grad = None
-            if any(self.needs_grad):
-                grad = student_rows.logits if grad_buffer is None else grad_buffer[:n]
-            results.append(
-                self.row_loss(
-                    student_rows,
-                    teacher_rows,
-                    self.config,
-                    grad=grad,
-                    group=shard.group,
-                    block_rows=plan.block_rows,
+            grad = None if grad_buffer is None else grad_buffer[: len(hidden)]
+            for chunk in plan.chunks(part):
+                teacher_rows = read_teacher(self._positions(chunk))
+                if isinstance(head, IndexedLMHead) and teacher_rows.ids is not None:
+                    head = head.at(teacher_rows.ids, plan.block_rows)
+                in_part = slice(chunk.start - part.start, chunk.stop - part.start)
+                projected = head.project(hidden[in_part], logits[: chunk.stop - chunk.start])
+                if grad_buffer is None and any(self.needs_grad):
+                    grad = projected
+                results.append(
+                    self.row_loss(
+                        self._student_rows(chunk, projected, bias, token_weight),
+                        teacher_rows,
+                        self.config,
+                        grad=grad if grad_buffer is None else grad_buffer[in_part],
+                        group=shard.group,
+                        block_rows=plan.block_rows,
+                    )
                 )
-            )
             if grad is not None:
-                _accumulate(gradients, grad, head, hidden, tokens, first=chunk.start == 0)
+                _accumulate(gradients, grad, head, hidden, tokens, first=part.start == 0)
         if gradients.hidden is not None:
             shard.group.all_reduce_sum_(gradients.hidden)
         return RowResult.concatenate(results), gradients
 
-    def _head(self, weight: Tensor) -> LMHead | IndexedLMHead:
-        inputs, k = self.inputs, self.inputs.teacher.k
-        if k is not None and self.config.projects_support_only:
-            return IndexedLMHead(weight, inputs.dtype, weight.new_empty((0, k), dtype=torch.int64))
-        return LMHead.for_inputs(self.student.hidden, weight, inputs.dtype, inputs.autocast)
+    def _positions(self, chunk: slice) -> slice | Tensor:
+        """Return where a chunk of the valid tokens is among all tokens."""
+        valid = self.inputs.valid_token_ids
+        return chunk if valid is None else valid[chunk]
 
-    def _separate_grad(self, head: LMHead | IndexedLMHead) -> bool:
-        """Return True if the logit gradient cannot overwrite the student's logits, whose dtype differs."""
-        return any(self.needs_grad) and head.dtype != self.inputs.dtype
+    def _student_rows(
+        self, chunk: slice, logits: Tensor, bias: Tensor | None, token_weight: Tensor
+    ) -> StudentRows:
+        inputs, tokens = self.inputs, self._positions(chunk)
+        # Kernels read vectors as contiguous, and a fixed layout avoids recompilation.
+        return StudentRows(
+            logits,
+            token_weight[tokens].to(inputs.dtype).contiguous(),
+            bias,
+            None if inputs.labels is None else inputs.shard.local_labels(inputs.labels[tokens]),
+        )
 
     def _empty_gradients(self, rows_written_by_first_chunk: int) -> Gradients:
         """Return the buffers that `_accumulate` fills; zeros where it does not write."""
