@@ -18,6 +18,7 @@ from ..rows.base import RowLoss, StudentRows
 from ..stats import DistillStats, RowResult
 from .autograd import FusedLoss, Gradients, LossOutput, Student
 from .gemm import accumulation_dtype, autocast_dtype
+from .grad_scale import float16_grad_scale
 from .lm_head import IndexedLMHead, LMHead, logit_buffer
 from .memory import CallMemory, call_memory, memory_of
 from .tensors import LossInputs, LossTensors
@@ -47,25 +48,12 @@ def _outside_the_compiler() -> Any:
 def _eager_fused_loss(
     tensors: LossTensors, config: LossConfig, shard: VocabShard
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    hidden, shape = tensors.student_hidden, tensors.student_hidden.shape[:-1]
-    student = Student(hidden.reshape(-1, hidden.shape[-1]), tensors.student_weight, tensors.student_bias)
-    teacher, token_weight, labels, mask = tensors.teacher, tensors.token_weight, tensors.labels, tensors.mask
-    inputs = LossInputs(
-        teacher,
-        shard,
-        hidden.device,
-        accumulation_dtype(hidden, tensors.student_weight, *teacher.products.values()),
-        autocast_dtype(hidden.device),
-        None if token_weight is None else token_weight.detach().reshape(-1),
-        None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long().contiguous(),
-        None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
-    )
-    n_valid = inputs.n_valid(student)
-    backend = choose_backend(config.backend, hidden.device, inputs.dtype)
-    row_loss = make_row_loss(backend, config, teacher.k, n_valid * shard.max_local_size, shard.is_sharded)
-    compute = partial(chunked_loss, inputs=inputs, config=config, row_loss=row_loss)
-    needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
-    outputs = FusedLoss.apply(compute, config.reduction == "none", needs_grad, *student)
+    shape, mask = tensors.student_hidden.shape[:-1], tensors.mask
+    valid_token_ids = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+    call = prepare(tensors, config, shard, device_of(tensors.student_hidden), valid_token_ids)
+    n_valid = call.inputs.n_valid(call.student)
+    compute = partial(chunked_loss, inputs=call.inputs, config=config, row_loss=call.row_loss)
+    outputs = FusedLoss.apply(compute, config.reduction == "none", call.needs_grad, *call.student)
     loss, *columns = cast("tuple[Any, ...]", outputs)
     if config.reduction == "none":
         loss = loss.reshape(shape)
@@ -74,6 +62,39 @@ def _eager_fused_loss(
     if not config.return_stats:
         return loss
     return loss, DistillStats(*columns).map(lambda c: c.reshape(shape))
+
+
+def device_of(hidden: Tensor) -> torch.device:
+    """Return the device that chunk sizes and products are chosen for."""
+    return hidden.device
+
+
+def prepare(
+    tensors: LossTensors,
+    config: LossConfig,
+    shard: VocabShard,
+    device: torch.device,
+    valid_token_ids: Tensor | None,  # (n,) int64; None: all tokens
+) -> ChunkLoop:
+    """Return the loop for checked tensors; its plan is all that it can compute from meta tensors."""
+    hidden, teacher = tensors.student_hidden, tensors.teacher
+    token_weight, labels = tensors.token_weight, tensors.labels
+    student = Student(hidden.reshape(-1, hidden.shape[-1]), tensors.student_weight, tensors.student_bias)
+    inputs = LossInputs(
+        teacher,
+        shard,
+        device,
+        accumulation_dtype(hidden, tensors.student_weight, *teacher.products.values()),
+        autocast_dtype(hidden.device if hidden.device.type != "meta" else device),
+        None if token_weight is None else token_weight.detach().reshape(-1),
+        None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long().contiguous(),
+        valid_token_ids,
+    )
+    backend = choose_backend(config.backend, device, inputs.dtype)
+    n_logits = inputs.n_valid(student) * shard.max_local_size
+    row_loss = make_row_loss(backend, config, teacher.k, n_logits, shard.is_sharded)
+    needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
+    return ChunkLoop(student, inputs, config, row_loss, needs_grad)
 
 
 def chunked_loss(
@@ -94,11 +115,12 @@ def chunked_loss(
     if factor is not None:
         token_weight = factor if token_weight is None else factor * token_weight
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        loop = _ChunkLoop(student, inputs, config, row_loss, needs_grad)
-        rows, gradients = loop.run(token_weight)
+        loop = ChunkLoop(student, inputs, config, row_loss, needs_grad)
+        rows, gradients, grad_factor = loop.run(token_weight)
         to_tokens = partial(_scatter_to_tokens, inputs.valid_token_ids, len(student.hidden))
         loss = to_tokens(rows.loss) if per_token else rows.loss.sum()
-        return LossOutput(loss, None if rows.stats is None else rows.stats.map(to_tokens), gradients)
+        stats = None if rows.stats is None else rows.stats.map(to_tokens)
+        return LossOutput(loss, stats, gradients, grad_factor)
 
 
 def _scatter_to_tokens(valid_token_ids: Tensor | None, n_tokens: int, column: Tensor) -> Tensor:
@@ -109,12 +131,14 @@ def _scatter_to_tokens(valid_token_ids: Tensor | None, n_tokens: int, column: Te
 
 
 @dataclass(frozen=True)
-class _ChunkLoop:
+class ChunkLoop:
+    """A call of a loss: its plan, and its computation."""
+
     student: Student
     inputs: LossInputs
     config: LossConfig
     row_loss: RowLoss
-    needs_grad: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]  # of hidden, weight, bias
 
     def plan(self, device_memory: int | None) -> tuple[CallMemory, ChunkPlan]:
         """Return memory and chunks of the call, which are the same on every rank of a process group."""
@@ -124,13 +148,14 @@ class _ChunkLoop:
         memory = call_memory(self.student, inputs, self.config, self.row_loss, self.needs_grad, device_memory)
         return memory, memory.plan(inputs.n_valid(self.student))
 
-    def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients]:
-        """Return losses and statistics of the n valid tokens, and the gradients of the losses' sum."""
+    def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
+        """Return losses and statistics of the n valid tokens, the gradients of the losses' sum, their factor."""
         student, inputs, dtype, shard = self.student, self.inputs, self.inputs.dtype, self.inputs.shard
         memory, plan = self.plan(memory_of(inputs.device))
         head = memory.head.over(student.weight[: shard.size])
         bias = None if student.bias is None else student.bias[: shard.size].to(dtype).contiguous()
         gradients = self._empty_gradients(head.rows_written_by_first_chunk)
+        grad_scale = self._grad_scale(head.dtype, token_weight)
         if token_weight is None:
             token_weight = torch.ones((), dtype=dtype, device=student.hidden.device)
             token_weight = token_weight.expand(len(student.hidden))
@@ -158,7 +183,7 @@ class _ChunkLoop:
                     grad = projected
                 results.append(
                     self.row_loss(
-                        self._student_rows(chunk, projected, bias, token_weight),
+                        self._student_rows(chunk, projected, bias, token_weight, grad_scale),
                         teacher_rows,
                         self.config,
                         grad=grad if grad_buffer is None else grad_buffer[in_part],
@@ -170,7 +195,17 @@ class _ChunkLoop:
                 _accumulate(gradients, grad, head, hidden, tokens, first=part.start == 0)
         if gradients.hidden is not None:
             shard.group.all_reduce_sum_(gradients.hidden)
-        return RowResult.concatenate(results), gradients
+        factor = None if grad_scale is None else grad_scale.reciprocal()
+        return RowResult.concatenate(results), gradients, factor
+
+    def _grad_scale(self, product_dtype: torch.dtype, token_weight: Tensor | None) -> Tensor | None:
+        """Return the power of two that the logit gradients are multiplied by; None: 1."""
+        if product_dtype != torch.float16 or not any(self.needs_grad) or self.inputs.teacher.k is not None:
+            return None
+        valid = self.inputs.valid_token_ids
+        weight = token_weight if token_weight is None or valid is None else token_weight[valid]
+        weight = None if weight is None else weight.to(self.inputs.dtype)
+        return float16_grad_scale(self.config, weight, self.student.hidden.device)
 
     def _positions(self, chunk: slice) -> slice | Tensor:
         """Return where a chunk of the valid tokens is among all tokens."""
@@ -178,15 +213,22 @@ class _ChunkLoop:
         return chunk if valid is None else valid[chunk]
 
     def _student_rows(
-        self, chunk: slice, logits: Tensor, bias: Tensor | None, token_weight: Tensor
+        self,
+        chunk: slice,
+        logits: Tensor,
+        bias: Tensor | None,
+        token_weight: Tensor,
+        grad_scale: Tensor | None,
     ) -> StudentRows:
         inputs, tokens = self.inputs, self._positions(chunk)
         # Kernels read vectors as contiguous, and a fixed layout avoids recompilation.
+        weight = token_weight[tokens].to(inputs.dtype).contiguous()
         return StudentRows(
             logits,
-            token_weight[tokens].to(inputs.dtype).contiguous(),
+            weight,
             bias,
             None if inputs.labels is None else inputs.shard.local_labels(inputs.labels[tokens]),
+            None if grad_scale is None else weight * grad_scale,
         )
 
     def _empty_gradients(self, rows_written_by_first_chunk: int) -> Gradients:

@@ -15,6 +15,8 @@ from .lm_head import MAX_CONVERTED_SLICE_BYTES, IndexedLMHead, LMHead, row_bytes
 from .tensors import LossInputs
 from .workspace import ChunkPlan, Workspace, default_workspace_bytes, plan_chunks
 
+_TOKENS_OF_EQUAL_PLANS = 1 << 16
+
 
 @dataclass(frozen=True)
 class CallMemory:
@@ -65,7 +67,7 @@ def call_memory(
         **_student_rows(head, student.hidden.shape[-1], dtype, has_grad_buffer),
         **inputs.teacher.workspaces(n_columns, dtype, device.type),
         "row arithmetic": row_loss.workspace(head.n_logits, dtype) + Workspace(per_row=512),
-        "losses and statistics": Workspace(fixed=64 * len(student.hidden)),
+        "losses and statistics": Workspace(fixed=64 * _rounded_tokens(len(student.hidden), device)),
     }
 
     def needs(conversion_bytes: int) -> dict[str, Workspace]:
@@ -82,6 +84,13 @@ def call_memory(
     conversion_bytes = copies if copies <= for_heads else min(for_heads // 2, MAX_CONVERTED_SLICE_BYTES)
     heads = _converting(conversion_bytes, head, teacher_head)
     return CallMemory(*heads, needs(conversion_bytes), has_grad_buffer, bound, device.type != "cpu")
+
+
+def _rounded_tokens(n_tokens: int, device: torch.device) -> int:
+    """Return n_tokens, on an accelerator rounded up so that chunks do not change with it."""
+    return (
+        n_tokens if device.type == "cpu" else -(-n_tokens // _TOKENS_OF_EQUAL_PLANS) * _TOKENS_OF_EQUAL_PLANS
+    )
 
 
 def _student_head(student: Student, inputs: LossInputs, config: LossConfig) -> LMHead | IndexedLMHead:

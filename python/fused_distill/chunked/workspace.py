@@ -119,7 +119,8 @@ def plan_chunks(
     for_rows = workspace_bytes - need.fixed - block * need.per_block_row
     if constant_sizes:
         rows, grad_rows = _constant_rows(for_rows, need)
-        return ChunkPlan(n_tokens, *(max(1, min(r, n_tokens)) for r in (rows, grad_rows)), block)
+        most = max(1, n_tokens)
+        return ChunkPlan(n_tokens, min(rows, most), min(grad_rows, most), block)
     max_rows = for_rows // (need.per_row + need.per_grad_row)
     rows = math.ceil(n_tokens / math.ceil(n_tokens / max_rows)) if n_tokens else 1
     aligned = math.ceil(rows / _ROW_MULTIPLE) * _ROW_MULTIPLE

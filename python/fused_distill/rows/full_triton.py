@@ -48,7 +48,7 @@ class TritonJSD:
         sums = jsd_rows(
             student.logits,
             teacher.values,
-            student.weight,
+            student.grad_weight,
             config,
             student_bias=student.bias,
             teacher_bias=teacher.bias,
