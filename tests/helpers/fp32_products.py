@@ -49,5 +49,5 @@ def emulated_fp32_products(**replaced: Callable[..., Tensor]) -> Iterator[None]:
 def gpu_rules() -> Iterator[None]:
     """Plan calls on the CPU as on a GPU: chunk sizes, converted heads, half-precision products."""
     gpu = torch.device("cuda")
-    with mock.patch.object(loop, "device_of", lambda hidden: gpu), emulated_fp32_products():
+    with mock.patch.object(loop, "device_of", return_value=gpu), emulated_fp32_products():
         yield

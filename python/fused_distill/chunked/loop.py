@@ -149,7 +149,7 @@ class ChunkLoop:
         return memory, memory.plan(inputs.n_valid(self.student))
 
     def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
-        """Return losses and statistics of the n valid tokens, the gradients of the losses' sum, their factor."""
+        """Return losses and statistics of the n valid tokens, and gradients of their sum with a factor."""
         student, inputs, dtype, shard = self.student, self.inputs, self.inputs.dtype, self.inputs.shard
         memory, plan = self.plan(memory_of(inputs.device))
         head = memory.head.over(student.weight[: shard.size])
@@ -165,7 +165,7 @@ class ChunkLoop:
         logits = logit_buffer(rows, head.n_logits, dtype, student.hidden.device)
         grad_buffer = None
         if memory.has_grad_buffer:
-            grad_rows = min(plan.grad_rows, plan.n_tokens)
+            grad_rows = min(plan.grad_buffer_rows, plan.n_tokens)
             grad_buffer = logit_buffer(grad_rows, head.n_logits, head.dtype, student.hidden.device)
 
         results: list[RowResult] = []

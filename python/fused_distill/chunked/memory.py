@@ -15,8 +15,6 @@ from .lm_head import MAX_CONVERTED_SLICE_BYTES, IndexedLMHead, LMHead, row_bytes
 from .tensors import LossInputs
 from .workspace import ChunkPlan, Workspace, default_workspace_bytes, plan_chunks
 
-_TOKENS_OF_EQUAL_PLANS = 1 << 16
-
 
 @dataclass(frozen=True)
 class CallMemory:
@@ -71,7 +69,8 @@ def call_memory(
     }
 
     def needs(conversion_bytes: int) -> dict[str, Workspace]:
-        return parts | _head_workspaces(*_converting(conversion_bytes, head, teacher_head))
+        all_parts = parts | _head_workspaces(*_converting(conversion_bytes, head, teacher_head))
+        return {name: part for name, part in all_parts.items() if part != Workspace()}
 
     copies = sum(h.copy_bytes for h in (head, teacher_head) if isinstance(h, LMHead))
     if config.workspace_bytes is None:
@@ -88,9 +87,8 @@ def call_memory(
 
 def _rounded_tokens(n_tokens: int, device: torch.device) -> int:
     """Return n_tokens, on an accelerator rounded up so that chunks do not change with it."""
-    return (
-        n_tokens if device.type == "cpu" else -(-n_tokens // _TOKENS_OF_EQUAL_PLANS) * _TOKENS_OF_EQUAL_PLANS
-    )
+    multiple = 1 if device.type == "cpu" else 1 << 16
+    return -(-n_tokens // multiple) * multiple
 
 
 def _student_head(student: Student, inputs: LossInputs, config: LossConfig) -> LMHead | IndexedLMHead:

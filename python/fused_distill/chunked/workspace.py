@@ -15,7 +15,7 @@ from ..validation import check_no_dtensors
 
 _MIB = 1 << 20
 _ROW_MULTIPLE = 64  # on a CPU products are fast for row counts that fill their tiles
-# On a GPU, where the logit gradient has a buffer of its own; see docs/performance.md.
+# On a GPU, where the logit gradient has a buffer of its own; see docs/memory.md.
 _TILE_ROWS = 128  # rows of a matrix product's tile
 _MAX_LOGIT_ROWS = 512  # from here on a projection takes longer to compute than to read the head
 _GRAD_ROWS_PER_LOGIT_ROW = 4
@@ -47,11 +47,11 @@ class Workspace:
     @property
     def minimum(self) -> int:
         """Return the bytes for chunks of one token."""
-        return self.bytes_for(ChunkPlan(1, 1, 1, 1))
+        return self.bytes_for(ChunkPlan(1, 1, 1, 1, 1))
 
     def bytes_for(self, plan: ChunkPlan) -> int:
         """Return the bytes for a plan's chunks."""
-        rows = plan.rows * self.per_row + plan.grad_rows * self.per_grad_row
+        rows = plan.rows * self.per_row + plan.grad_buffer_rows * self.per_grad_row
         return self.fixed + rows + plan.block_rows * self.per_block_row
 
 
@@ -65,6 +65,7 @@ class ChunkPlan:
     n_tokens: int
     rows: int
     grad_rows: int  # a multiple of rows, unless all tokens fit
+    grad_buffer_rows: int  # what the bound allows: at least grad_rows
     block_rows: int
 
     def chunks(self, part: slice | None = None) -> Iterator[slice]:
@@ -88,12 +89,14 @@ def default_workspace_bytes(device_type: str, head_bytes: int, device_memory: in
 
     Every chunk reads both heads and every logit gradient adds to the weight gradient, so that chunks must
     grow with the head to keep the matrix products fast. On a CPU the bound is half the head, at least 256
-    MiB. On a GPU it is the head, as large as the accumulated weight gradient, at most a sixteenth of the
-    device's memory, and at least 1 GiB.
+    MiB. On a GPU it is the head, as large as the accumulated weight gradient, but from a fortieth to a
+    sixteenth of the device's memory, and at least 1 GiB.
     """
     if device_type == "cpu":
         return max(256 * _MIB, head_bytes // 2)
-    return max(1024 * _MIB, head_bytes if device_memory is None else min(head_bytes, device_memory // 16))
+    if device_memory is not None:
+        head_bytes = min(max(head_bytes, device_memory // 40), device_memory // 16)
+    return max(1024 * _MIB, head_bytes)
 
 
 def plan_chunks(
@@ -101,9 +104,9 @@ def plan_chunks(
 ) -> ChunkPlan:
     """Return the chunks whose temporary memory, need.bytes_for(plan), stays within workspace_bytes.
 
-    Blocks have need.block_rows rows, or fewer if the bound requires it. With constant_sizes, which is for
-    GPUs, chunks do not depend on n_tokens where it exceeds them, so that the allocator can reuse its blocks.
-    Otherwise they are balanced: as few as the bound allows, of about equal size.
+    Blocks have need.block_rows rows, or fewer if the bound requires it. Logit gradients are as few as the
+    bound allows, of about equal size. With constant_sizes, which is for GPUs, the buffers do not depend on
+    n_tokens where it exceeds them, so that the allocator reuses its blocks.
 
     Raises:
         ValueError: not even one row fits.
@@ -114,18 +117,18 @@ def plan_chunks(
             f"got {workspace_bytes}"
         )
     block = max(1, min(need.block_rows, n_tokens))
-    while block > 1 and need.bytes_for(ChunkPlan(n_tokens, block, block, block)) > workspace_bytes:
+    while block > 1 and need.bytes_for(ChunkPlan(n_tokens, block, block, block, block)) > workspace_bytes:
         block //= 2
     for_rows = workspace_bytes - need.fixed - block * need.per_block_row
     if constant_sizes:
-        rows, grad_rows = _constant_rows(for_rows, need)
-        most = max(1, n_tokens)
-        return ChunkPlan(n_tokens, min(rows, most), min(grad_rows, most), block)
+        rows, grad_rows = (min(r, max(1, n_tokens)) for r in _constant_rows(for_rows, need))
+        balanced = math.ceil(n_tokens / math.ceil(max(1, n_tokens) / grad_rows) / rows) * rows
+        return ChunkPlan(n_tokens, rows, min(max(rows, balanced), grad_rows), grad_rows, block)
     max_rows = for_rows // (need.per_row + need.per_grad_row)
     rows = math.ceil(n_tokens / math.ceil(n_tokens / max_rows)) if n_tokens else 1
     aligned = math.ceil(rows / _ROW_MULTIPLE) * _ROW_MULTIPLE
     rows = aligned if aligned <= max_rows else rows
-    return ChunkPlan(n_tokens, rows, rows, block)
+    return ChunkPlan(n_tokens, rows, rows, rows, block)
 
 
 def _constant_rows(for_rows: int, need: Workspace) -> tuple[int, int]:
@@ -140,8 +143,10 @@ def _constant_rows(for_rows: int, need: Workspace) -> tuple[int, int]:
     if not need.per_grad_row:
         rows = _round_down(for_rows // need.per_row, _TILE_ROWS)
         return rows, rows
-    together = need.per_row + _GRAD_ROWS_PER_LOGIT_ROW * need.per_grad_row
-    rows = _round_down(max(1, min(_MAX_LOGIT_ROWS, for_rows // together)), _TILE_ROWS)
+    rows = min(_MAX_LOGIT_ROWS, for_rows // (need.per_row + _GRAD_ROWS_PER_LOGIT_ROW * need.per_grad_row))
+    if rows < _TILE_ROWS:
+        rows = min(_TILE_ROWS, for_rows // (need.per_row + need.per_grad_row))
+    rows = _round_down(rows, _TILE_ROWS)
     return rows, _round_down((for_rows - rows * need.per_row) // need.per_grad_row, rows)
 
 

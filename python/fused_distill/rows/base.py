@@ -50,8 +50,7 @@ class RowLoss(Protocol):
         teacher: TeacherRows,
         config: LossConfig,
         *,
-        grad: Tensor
-        | None,  # (n, V), may be student.logits: receives student.grad_weight * d(loss) / d(logits)
+        grad: Tensor | None,  # (n, V), may be student.logits: receives grad_weight * d(loss) / d(logits)
         group: ShardGroup,
         block_rows: int | None,  # rows whose temporaries may be held at once; None: all
     ) -> RowResult:
