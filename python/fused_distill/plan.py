@@ -15,7 +15,6 @@ from .chunked.teacher import FullTeacher
 from .chunked.tensors import LossTensors
 from .chunked.workspace import ChunkPlan
 from .config import Divergence, LossConfig
-from .rows.backend import choose_backend
 
 
 @dataclass(frozen=True)
@@ -148,10 +147,9 @@ def plan(
     memory, chunks = loop.plan(memory_of(target) if device_memory is None else device_memory)
     assert memory.teacher_head is not None
     with_grad = any(loop.needs_grad)
-    backend = choose_backend(config.backend, target, loop.inputs.dtype)
     return LossPlan(
         target,
-        backend,
+        loop.config.backend,
         chunks.n_tokens,
         chunks.rows,
         chunks.grad_rows if with_grad else 0,
@@ -160,7 +158,7 @@ def plan(
         memory.bound,
         {name: need.bytes_for(chunks) for name, need in memory.needs.items()},
         tuple(_products(loop, chunks, memory.head.dtype, memory.teacher_head.dtype)),
-        triton_launches(config, with_grad=with_grad) if backend == "triton" else None,
+        triton_launches(config, with_grad=with_grad) if loop.config.backend == "triton" else None,
     )
 
 

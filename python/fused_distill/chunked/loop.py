@@ -52,7 +52,7 @@ def _eager_fused_loss(
     valid_token_ids = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
     call = prepare(tensors, config, shard, device_of(tensors.student_hidden), valid_token_ids)
     n_valid = call.inputs.n_valid(call.student)
-    compute = partial(chunked_loss, inputs=call.inputs, config=config, row_loss=call.row_loss)
+    compute = partial(chunked_loss, inputs=call.inputs, config=call.config, row_loss=call.row_loss)
     outputs = FusedLoss.apply(compute, config.reduction == "none", call.needs_grad, *call.student)
     loss, *columns = cast("tuple[Any, ...]", outputs)
     if config.reduction == "none":
@@ -90,9 +90,9 @@ def prepare(
         None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long().contiguous(),
         valid_token_ids,
     )
-    backend = choose_backend(config.backend, device, inputs.dtype)
+    config = replace(config, backend=choose_backend(config.backend, device, inputs.dtype))
     n_logits = inputs.n_valid(student) * shard.max_local_size
-    row_loss = make_row_loss(backend, config, teacher.k, n_logits, shard.is_sharded)
+    row_loss = make_row_loss(config.backend, config, teacher.k, n_logits, shard.is_sharded)
     needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
     return ChunkLoop(student, inputs, config, row_loss, needs_grad)
 
@@ -136,7 +136,7 @@ class ChunkLoop:
 
     student: Student
     inputs: LossInputs
-    config: LossConfig
+    config: LossConfig  # with the chosen backend, "triton" or "torch"
     row_loss: RowLoss
     needs_grad: tuple[bool, ...]  # of hidden, weight, bias
 
