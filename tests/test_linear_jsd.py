@@ -24,7 +24,7 @@ from checks import (
     with_few_examples,
 )
 from fused_distill import fused_linear_jsd
-from fused_distill.chunked import loop as chunked_loop
+from fused_distill.chunked import memory as chunked_memory
 from fused_distill.chunked.workspace import ChunkPlan, plan_chunks
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,7 +120,7 @@ def test_smallest_workspace_holds_one_token_per_chunk() -> None:
         return plans[-1]
 
     minimum = case.min_workspace()
-    with mock.patch.object(chunked_loop, "plan_chunks", spy):
+    with mock.patch.object(chunked_memory, "plan_chunks", spy):
         case.with_options(workspace_bytes=minimum).run()
     assert [len(list(plan.chunks())) for plan in plans] == [7]
 

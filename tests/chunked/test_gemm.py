@@ -1,55 +1,48 @@
-"""Half-precision products with a float32 result, which GPUs have, emulated on the CPU with torch's checks."""
+"""Half-precision products with a float32 result: the choice of the product, and its errors."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
-from cases import INTERPRETED, Case
+from cases import INTERPRETED
+from fp32_products import emulated_fp32_products
 from fused_distill.chunked import gemm as gemm_module
-from fused_distill.chunked.gemm import gemm, supports_fp32_output
+from fused_distill.chunked.gemm import Fp32Output, gemm, supports_fp32_output
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 Emulate = Callable[..., None]
 
 
-def mm_out(self: Tensor, mat2: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
-    return out.copy_(self.float() @ mat2.float())
-
-
-def addmm_out(
-    self: Tensor, mat1: Tensor, mat2: Tensor, out_dtype: Any, *, beta=1, alpha=1, out: Tensor
-) -> Tensor:
-    if self.dtype != mat2.dtype:  # torch 2.8 and 2.9
-        raise RuntimeError("self and mat2 must have the same dtype")
-    return out.copy_(beta * self.float() + alpha * (mat1.float() @ mat2.float()))
-
-
-def baddbmm_out(
-    self: Tensor, b1: Tensor, b2: Tensor, out_dtype: Any, *, beta=1, alpha=1, out: Tensor
-) -> Tensor:
-    assert self.data_ptr() == out.data_ptr()  # 2.10 copies self to out, older versions ignore self
-    return out.copy_(beta * out + alpha * torch.bmm(b1.float(), b2.float()))
+@pytest.fixture
+def emulate() -> Iterator[Emulate]:
+    """Emulate CUDA's products on the CPU until the end of the test."""
+    with ExitStack() as stack:
+        yield lambda **replaced: stack.enter_context(emulated_fp32_products(**replaced))
 
 
 @pytest.fixture
-def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulate]:
-    """Register CUDA's products with out_dtype for the CPU; keywords replace single operators."""
-    monkeypatch.setattr(gemm_module, "_FP32_OUTPUT", {})
-    with torch.library._scoped_library("aten", "IMPL") as library:
+def gpu_without_products(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Return a function that pretends a GPU on which only Triton multiplies, or fails for a cause."""
 
-        def register(**replaced: Callable[..., Tensor]) -> None:
-            operators = {"mm": mm_out, "addmm": addmm_out, "baddbmm": baddbmm_out, **replaced}
-            for name, function in operators.items():
-                library.impl(f"{name}.dtype_out", function, "CPU")
+    def pretend(triton_cause: str | None) -> None:
+        def why_not(multiply: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+            return triton_cause if multiply is gemm_module._triton_matmul else "no such operator"
 
-        yield register
+        monkeypatch.setattr(gemm_module, "_FP32_OUTPUT", {})
+        monkeypatch.setattr(gemm_module, "_why_not", why_not)
+        monkeypatch.setattr(gemm_module, "find_spec", lambda name: name)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    return pretend
 
 
 def failing(error: Exception) -> Callable[..., Tensor]:
@@ -71,22 +64,6 @@ def test_products_accumulate_in_float32_by_the_rules_of_torch_2_8(
     assert supports_fp32_output(CPU, dtype)
 
 
-def test_bfloat16_gradients_are_within_three_roundings_on_the_gpu_path(emulate: Emulate) -> None:
-    emulate()
-    sizes = ((40, 16), (500, 16), (40, 24), (500, 24))
-    generator = torch.Generator().manual_seed(0)
-    hs, ws, ht, wt = (torch.randn(size, generator=generator).bfloat16() for size in sizes)
-    case = Case((hs, ws, ht, wt), {}, {"beta": 0.5})
-    case = case.with_options(workspace_bytes=8 * case.min_workspace())
-    result, oracle = case.run("torch"), case.oracle()
-    torch.testing.assert_close(result.loss.double(), oracle.loss, rtol=1e-5, atol=0)
-    for grad, true in zip(result.grads, oracle.grads, strict=True):
-        assert grad is not None
-        assert true is not None
-        one_rounding = (true.bfloat16().double() - true).norm()
-        assert (grad.double() - true).norm() <= 3 * one_rounding
-
-
 def test_a_wrong_product_is_not_used(emulate: Emulate) -> None:
     emulate(mm=lambda self, mat2, out_dtype, *, out: out.zero_())
     assert not supports_fp32_output(CPU, torch.bfloat16)
@@ -96,7 +73,7 @@ def test_a_wrong_product_is_not_used(emulate: Emulate) -> None:
 def test_an_unsupported_product_is_not_used_and_not_tried_again(emulate: Emulate, message: str) -> None:
     emulate(baddbmm=failing(RuntimeError(message)))
     assert not supports_fp32_output(CPU, torch.bfloat16)
-    assert {(CPU, torch.bfloat16): False} == gemm_module._FP32_OUTPUT
+    assert {(CPU, torch.bfloat16): Fp32Output.NONE} == gemm_module._FP32_OUTPUT
 
 
 @pytest.mark.parametrize(
@@ -112,13 +89,28 @@ def test_an_error_that_says_nothing_about_support_is_raised_and_not_remembered(
 
 
 def test_float32_products_of_half_inputs_on_a_gpu_are_warned_about_once(
+    gpu_without_products: Callable[[str | None], None],
+) -> None:
+    gpu_without_products("no compiler")
+    with pytest.warns(RuntimeWarning, match="multiplied in float32 on cuda:0.*no such operator.*no compiler"):
+        assert not supports_fp32_output(GPU, torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not supports_fp32_output(GPU, torch.bfloat16)
+
+
+def test_a_gpu_without_such_products_uses_the_triton_kernel(
+    gpu_without_products: Callable[[str | None], None],
+) -> None:
+    gpu_without_products(None)
+    assert supports_fp32_output(GPU, torch.bfloat16)
+    assert {(GPU, torch.bfloat16): Fp32Output.TRITON} == gemm_module._FP32_OUTPUT
+
+
+def test_products_of_a_gpu_that_is_not_present_are_assumed_and_not_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gemm_module, "_FP32_OUTPUT", {})
-    monkeypatch.setattr(gemm_module, "_why_no_fp32_output", lambda device, dtype: "no such operator")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with pytest.warns(RuntimeWarning, match="multiplied in float32 on cuda:0.*no such operator"):
-        assert not supports_fp32_output(torch.device("cuda:0"), torch.bfloat16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not supports_fp32_output(torch.device("cuda:0"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert supports_fp32_output(GPU, torch.bfloat16)
+    assert gemm_module._FP32_OUTPUT == {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fp32_products import gpu_rules
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from fused_distill.chunked.workspace import Workspace, plan_chunks
 from fused_distill.config import Tail
@@ -17,22 +18,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZES = st.integers(0, 10**6)
 NEEDS = st.builds(
-    Workspace, fixed=SIZES, per_row=st.integers(1, 10**6), per_block_row=SIZES, block_rows=st.integers(0, 300)
+    Workspace,
+    fixed=SIZES,
+    per_row=st.integers(1, 10**6),
+    per_grad_row=st.sampled_from([0, 1, 10**3, 10**6]),
+    per_block_row=SIZES,
+    block_rows=st.integers(0, 300),
 )
 
 
-@given(st.integers(0, 5000), st.integers(1, 10**9), NEEDS)
-def test_chunks_cover_the_tokens_once_within_the_bound(n_tokens: int, bound: int, need: Workspace) -> None:
-    minimum = need.fixed + need.per_row + need.per_block_row
+@given(st.integers(0, 5000), st.integers(1, 10**9), NEEDS, st.booleans())
+def test_chunks_cover_the_tokens_once_within_the_bound(
+    n_tokens: int, bound: int, need: Workspace, constant_sizes: bool
+) -> None:
+    minimum = need.fixed + need.per_row + need.per_grad_row + need.per_block_row
     if bound < minimum:
         with pytest.raises(ValueError, match=f"workspace_bytes must be at least {minimum} "):
-            plan_chunks(n_tokens, bound, need)
+            plan_chunks(n_tokens, bound, need, constant_sizes=constant_sizes)
         bound = minimum
-    plan = plan_chunks(n_tokens, bound, need)
-    covered = [i for chunk in plan.chunks() for i in range(chunk.start, chunk.stop)]
-    assert covered == list(range(n_tokens))
+    plan = plan_chunks(n_tokens, bound, need, constant_sizes=constant_sizes)
+    gradients = [list(plan.chunks(part)) for part in plan.grad_chunks()]
+    chunks = [chunk for part in gradients for chunk in part]
+    assert chunks == list(plan.chunks())
+    assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(n_tokens))
+    assert all(part[-1].stop - part[0].start <= plan.grad_buffer_rows for part in gradients)
     used = need.fixed + plan.rows * need.per_row + plan.block_rows * need.per_block_row
-    assert used <= bound
+    assert used + plan.grad_buffer_rows * need.per_grad_row <= bound
 
 
 class PeakMemory(TorchDispatchMode):
@@ -83,6 +94,30 @@ def test_memory_of_a_call_stays_within_its_workspace(
     gradient_bytes = 4 * (tensors[0].numel() + tensors[1].numel())
     assert loss > 0
     assert memory.peak > gradient_bytes + workspace_bytes // 8  # the measurement sees the logits
+    assert memory.peak <= gradient_bytes + workspace_bytes
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("workspace_bytes", [6 << 20, 24 << 20])
+def test_memory_stays_within_the_workspace_by_the_rules_of_a_gpu(
+    workspace_bytes: int, dtype: torch.dtype, masked: bool, autocast: bool
+) -> None:
+    n, vocab, ds, dt = 900, 3000, 16, 24
+    tensors = [torch.randn(size).to(dtype) for size in ((n, ds), (vocab, ds), (n, dt), (vocab, dt))]
+    tensors[0].requires_grad_()
+    tensors[1].requires_grad_()
+    mask = torch.rand(n) < 0.7 if masked else None
+    gc.collect()
+    with (
+        gpu_rules(),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        PeakMemory([*tensors, *([] if mask is None else [mask])]) as memory,
+    ):
+        fused_linear_jsd(*tensors, mask=mask, workspace_bytes=workspace_bytes, backend="torch")
+    gradient_bytes = 4 * (tensors[0].numel() + tensors[1].numel())
+    assert memory.peak > gradient_bytes + workspace_bytes // 8
     assert memory.peak <= gradient_bytes + workspace_bytes
 
 

@@ -30,7 +30,7 @@ from fused_distill import (
     fused_linear_jsd,
     fused_linear_topk_jsd,
 )
-from fused_distill.chunked import loop as chunked_loop
+from fused_distill.chunked import memory as chunked_memory
 from fused_distill.chunked.workspace import plan_chunks
 from fused_distill.rows import backend as rows_backend
 from fused_distill.rows import compiled as rows_compiled
@@ -283,7 +283,7 @@ def reductions_of_rank(rank: int, case: Case, cuts: list[int]) -> tuple[list[str
         plans.append(plan_chunks(*args, **options))
         return plans[-1]
 
-    with spied("all_reduce"), spied("all_gather"), mock.patch.object(chunked_loop, "plan_chunks", plan):
+    with spied("all_reduce"), spied("all_gather"), mock.patch.object(chunked_memory, "plan_chunks", plan):
         shard_of(case, rank, cuts).run()
     (planned,) = plans
     return called, len(list(planned.chunks()))

@@ -33,6 +33,7 @@ class LossOutput(NamedTuple):
     loss: Tensor  # (N,) weighted losses per token, 0 where masked, or their sum
     stats: DistillStats | None  # (N,) each
     gradients: Gradients
+    grad_factor: Tensor | None = None  # 0-d, multiplies the gradients; None: 1
 
 
 class FusedLoss(torch.autograd.Function):
@@ -55,7 +56,7 @@ class FusedLoss(torch.autograd.Function):
             inputs, per_token=per_token, needs_grad=(False,) * 3 if per_token else needs_grad
         )
         ctx.compute, ctx.per_token, ctx.needs_grad = compute, per_token, needs_grad
-        ctx.gradients = None if per_token else output.gradients
+        ctx.gradients = None if per_token else (output.gradients, output.grad_factor)
         ctx.dtypes = [None if t is None else t.dtype for t in student]
         ctx.save_for_backward(*student)
         columns = output.stats or ()
@@ -71,16 +72,19 @@ class FusedLoss(torch.autograd.Function):
                 "backend='reference' can"
             )
         grad_loss = grad_outputs[0]
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # per-token losses, or a second backward pass through a retained graph
-            gradients = ctx.compute(
+        computed, ctx.gradients = ctx.gradients, None
+        if computed is None:  # per-token losses, or a second backward pass through a retained graph
+            output: LossOutput = ctx.compute(
                 Student(*ctx.saved_tensors),
                 per_token=False,
                 needs_grad=ctx.needs_grad,
                 factor=grad_loss if ctx.per_token else None,
                 return_stats=False,
-            ).gradients
-        scale = None if ctx.per_token else grad_loss
+            )
+            computed = output.gradients, output.grad_factor
+        gradients, scale = computed
+        if not ctx.per_token:
+            scale = grad_loss if scale is None else grad_loss * scale
         scaled = (_scale_gradient(g, scale, t) for g, t in zip(gradients, ctx.dtypes, strict=True))
         return None, None, None, *scaled
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import platform
 import warnings
+from collections.abc import Callable
+from enum import Enum
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,13 +25,28 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
             torch.addmm(out, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
-    elif accumulate:
-        # torch 2.8 and 2.9 accumulate half products into float32 in baddbmm, but not in addmm. Later versions
-        # first copy the first argument to out, which does nothing if they are the same object.
-        batch = out.unsqueeze(0)
-        torch.baddbmm(batch, a.unsqueeze(0), b.unsqueeze(0), out_dtype=out.dtype, out=batch)
+    elif _FP32_OUTPUT.get((a.device, a.dtype)) is Fp32Output.TRITON:
+        _triton_matmul(a, b, out, accumulate)
     else:
+        _vendor_matmul(a, b, out, accumulate)
+
+
+def _vendor_matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Multiply half-precision matrices into a float32 result by torch."""
+    if not accumulate:
         torch.mm(a, b, out=out, out_dtype=out.dtype)
+        return
+    # torch 2.8 and 2.9 accumulate half products into float32 in baddbmm, but not in addmm. Later versions
+    # first copy the first argument to out, which does nothing if they are the same object.
+    batch = out.unsqueeze(0)
+    torch.baddbmm(batch, a.unsqueeze(0), b.unsqueeze(0), out_dtype=out.dtype, out=batch)
+
+
+def _triton_matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Multiply half-precision matrices into a float32 result by this package's kernel."""
+    from fused_distill_kernels.matmul import matmul
+
+    matmul(a, b, out, accumulate)
 
 
 def accumulation_dtype(*inputs: Tensor) -> torch.dtype:
@@ -74,45 +92,81 @@ def _onednn_works() -> bool:
         return False
 
 
-_FP32_OUTPUT: dict[tuple[torch.device, torch.dtype], bool] = {}
+class Fp32Output(Enum):
+    """What multiplies half-precision matrices into a float32 result on a device."""
+
+    VENDOR = "the vendor's library"
+    TRITON = "a Triton kernel"
+    NONE = "nothing"
+
+
+_FP32_OUTPUT: dict[tuple[torch.device, torch.dtype], Fp32Output] = {}
 
 
 def supports_fp32_output(device: torch.device, dtype: torch.dtype) -> bool:
     """Return True if the device multiplies matrices of this dtype into a float32 result.
 
     The first call for a device and dtype tries a small product. An error that does not concern support, such
-    as out of memory, is raised and not remembered. A graph capture assumes support: it must not wait.
+    as out of memory, is raised and not remembered. A graph capture, which must not wait, and a plan for a GPU
+    that is not present assume support.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return True
     if (device, dtype) not in _FP32_OUTPUT:
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return True
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return True
-        cause = _why_no_fp32_output(device, dtype)
-        _FP32_OUTPUT[device, dtype] = cause is None
-        if cause is not None and device.type != "cpu":
-            warnings.warn(
-                f"fused_distill: {dtype} matrices are multiplied in float32 on {device}, which is several "
-                f"times slower: torch {torch.__version__} has no such product into float32 ({cause})",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return _FP32_OUTPUT[device, dtype]
+        _FP32_OUTPUT[device, dtype] = _find_fp32_output(device, dtype)
+    return _FP32_OUTPUT[device, dtype] is not Fp32Output.NONE
 
 
-def _why_no_fp32_output(device: torch.device, dtype: torch.dtype) -> str | None:
+def _find_fp32_output(device: torch.device, dtype: torch.dtype) -> Fp32Output:
+    """Return the first way to a float32 result that works; warn if a GPU has none."""
+    vendor_cause = _why_not(_vendor_matmul, device, dtype)
+    if vendor_cause is None:
+        return Fp32Output.VENDOR
+    if device.type == "cpu":
+        return Fp32Output.NONE
+    triton_cause = "the Triton kernel needs a CUDA or ROCm device and Triton"
+    if device.type == "cuda" and find_spec("triton") is not None:
+        try:
+            triton_cause = _why_not(_triton_matmul, device, dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of many types, where Triton cannot compile
+            triton_cause = _first_line(error)
+        if triton_cause is None:
+            return Fp32Output.TRITON
+    warnings.warn(
+        f"fused_distill: {dtype} matrices are multiplied in float32 on {device}, which is several times "
+        f"slower: torch {torch.__version__} has no such product into float32 ({vendor_cause}), "
+        f"nor is there another ({triton_cause})",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return Fp32Output.NONE
+
+
+def _why_not(
+    multiply: Callable[[Tensor, Tensor, Tensor, bool], None], device: torch.device, dtype: torch.dtype
+) -> str | None:
     """Return None if products into float32 work and are right, else the reason."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     result = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         for accumulate, expected in ((False, 16.0), (True, 32.0)):
-            gemm(ones, ones, result, accumulate)
+            multiply(ones, ones, result, accumulate)
             if not bool((result == expected).all()):
                 return f"a product of ones gave {result.flatten()[0].item()}, expected {expected}"
     except (NotImplementedError, TypeError) as error:
-        return str(error).splitlines()[0]
+        return _first_line(error)
     except RuntimeError as error:
         if not any(words in str(error) for words in ("not supported", "not implemented", "same dtype")):
             raise
-        return str(error).splitlines()[0]
+        return _first_line(error)
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0] or type(error).__name__

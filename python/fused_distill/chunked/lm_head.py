@@ -12,13 +12,15 @@ from .gemm import gemm, supports_fp32_output, use_onednn
 from .workspace import Workspace, blocks
 
 # On a CPU products run on slices of the vocabulary that fit its caches. On other devices only a head whose
-# dtype must be converted is sliced.
-_SLICE_BYTES = {"cpu": 4 << 20}
-_DEFAULT_SLICE_BYTES = 16 << 20
-_MAX_SLICE_ROWS = {"cpu": 4096}
+# dtype must be converted is sliced, where a converted copy of it does not fit.
+_CPU_SLICE_BYTES = 4 << 20
+_MAX_CPU_SLICE_ROWS = 4096
+_CONVERTED_SLICE_BYTES = 16 << 20  # for callers that plan no memory for the conversion
+MAX_CONVERTED_SLICE_BYTES = 256 << 20  # a product with more is as fast as one with the whole head
 # Bytes of head rows that are gathered at once for a block of tokens; on a GPU enough to keep it busy.
 _GATHERED_BYTES = {"cpu": 2 << 20}
 _DEFAULT_GATHERED_BYTES = 128 << 20
+_PITCH_ELEMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,30 @@ class LMHead:
 
     weight: Tensor  # (V, D)
     dtype: torch.dtype
+    device_type: str
+    slice_rows: int  # rows of the weight that are converted or, on a CPU, multiplied at once
 
     @classmethod
     def for_inputs(
-        cls, hidden: Tensor, weight: Tensor, accumulation: torch.dtype, autocast: torch.dtype | None
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        accumulation: torch.dtype,
+        autocast: torch.dtype | None,
+        device: torch.device | None = None,
     ) -> LMHead:
-        """Return the head with the product dtype that inputs, autocast and the device call for."""
+        """Return the head with the product dtype that inputs, autocast and the device call for.
+
+        The device is that of the hidden states, unless tensors of another one stand in for them.
+        """
+        device = device or hidden.device
         dtype = autocast or torch.promote_types(hidden.dtype, weight.dtype)
-        if accumulation == torch.float64 or not supports_fp32_output(hidden.device, dtype):
+        if accumulation == torch.float64 or not supports_fp32_output(device, dtype):
             dtype = accumulation
-        return cls(weight, dtype)
+        head = cls(weight, dtype, device.type, len(weight))
+        if device.type == "cpu":
+            return head._sliced(min(_CPU_SLICE_BYTES, _MAX_CPU_SLICE_ROWS * head._row_bytes))
+        return head._sliced(_CONVERTED_SLICE_BYTES) if head.converts else head
 
     @property
     def n_logits(self) -> int:
@@ -48,25 +64,51 @@ class LMHead:
         """Return how many rows of the weight gradient `add_weight_gradient` overwrites in the first chunk."""
         return len(self.weight)
 
+    @property
+    def converts(self) -> bool:
+        """Return True if the weight must be converted for the products."""
+        return self.weight.dtype != self.dtype
+
+    @property
+    def copy_bytes(self) -> int:
+        """Return the bytes of the whole weight in the products' dtype, 0 if it needs no conversion or copy.
+
+        On a CPU the converted slice stays in its caches, which a copy of the weight would not.
+        """
+        return len(self.weight) * self._row_bytes if self.converts and self.device_type != "cpu" else 0
+
+    @property
+    def is_copied(self) -> bool:
+        """Return True if `over` converts the whole weight at once."""
+        return self.copy_bytes > 0 and self.slice_rows >= len(self.weight)
+
+    def converting_within(self, n_bytes: int) -> LMHead:
+        """Return the head with a conversion that takes at most n_bytes, but at least a row."""
+        return self._sliced(n_bytes) if self.copy_bytes else self
+
+    def over(self, weight: Tensor) -> LMHead:
+        """Return the head with another weight, converted at once where the memory for this is planned."""
+        return replace(self, weight=weight.to(self.dtype) if self.is_copied else weight)
+
     def workspace(self) -> Workspace:
-        """Return the memory of a converted slice of the weight and of oneDNN's product with it."""
-        width, slice_rows = self.weight.shape[1], self._slice_rows
-        slice_bytes = slice_rows * width * self.dtype.itemsize
-        onednn = use_onednn(self.weight.device, self.dtype)
+        """Return the memory of the converted weight or slice of it, and of oneDNN's product with a slice."""
+        width, slice_rows = self.weight.shape[1], min(self.slice_rows, len(self.weight))
+        onednn = use_onednn(torch.device(self.device_type), self.dtype)
         return Workspace(
-            fixed=((self.weight.dtype != self.dtype) + onednn) * slice_bytes,
+            fixed=(self.converts + onednn) * slice_rows * self._row_bytes,
             per_row=max(slice_rows, width) * self.dtype.itemsize if onednn else 0,
         )
 
     @property
-    def _slice_rows(self) -> int:
-        device, row_bytes = self.weight.device.type, self.weight.shape[1] * self.dtype.itemsize
-        rows = _SLICE_BYTES.get(device, _DEFAULT_SLICE_BYTES) // row_bytes
-        return max(1, min(rows, _MAX_SLICE_ROWS.get(device, rows), len(self.weight)))
+    def _row_bytes(self) -> int:
+        return self.weight.shape[1] * self.dtype.itemsize
 
-    def _vocab_slices(self) -> Iterator[slice]:
-        sliced = self.weight.device.type == "cpu" or self.weight.dtype != self.dtype
-        return blocks(len(self.weight), self._slice_rows if sliced else len(self.weight))
+    def _sliced(self, n_bytes: int) -> LMHead:
+        return replace(self, slice_rows=max(1, min(n_bytes // self._row_bytes, len(self.weight))))
+
+    def _vocab_slices(self, *, reads_weight: bool = True) -> Iterator[slice]:
+        sliced = self.device_type == "cpu" or (reads_weight and self.converts)
+        return blocks(len(self.weight), self.slice_rows if sliced else len(self.weight))
 
     def project(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Compute out (n, V) = hidden (n, D) @ weight^T."""
@@ -82,7 +124,7 @@ class LMHead:
 
     def add_weight_gradient(self, grad: Tensor, hidden: Tensor, out: Tensor, *, overwrite: bool) -> None:
         """Compute out[:V] = grad^T (V, n) @ hidden (n, D) if overwrite, else add it."""
-        for columns in self._vocab_slices():
+        for columns in self._vocab_slices(reads_weight=False):
             gemm(grad[:, columns].T, hidden, out[columns], accumulate=not overwrite)
 
     def add_bias_gradient(self, grad: Tensor, out: Tensor) -> None:
@@ -96,6 +138,7 @@ class IndexedLMHead:
 
     weight: Tensor  # (V, D)
     dtype: torch.dtype
+    device_type: str
     ids: Tensor  # (n, K) int64 of a chunk; (0, K) before the first chunk
     block_rows: int = 1  # tokens whose head rows are gathered at once
     rows_written_by_first_chunk: int = 0  # gradients are added to zeros
@@ -105,6 +148,10 @@ class IndexedLMHead:
         """Return the number of logits per token, K."""
         return self.ids.shape[1]
 
+    def over(self, weight: Tensor) -> IndexedLMHead:
+        """Return the head with another weight."""
+        return replace(self, weight=weight)
+
     def at(self, ids: Tensor, block_rows: int) -> IndexedLMHead:
         """Return the head for the ids of a chunk."""
         return replace(self, ids=ids, block_rows=block_rows)
@@ -113,7 +160,7 @@ class IndexedLMHead:
         """Return the memory of a block's gathered rows, before and after conversion to dtype."""
         elements = self.n_logits * self.weight.shape[1]
         unconverted = self.weight.dtype.itemsize if self.weight.dtype != self.dtype else 0
-        block_bytes = _GATHERED_BYTES.get(self.weight.device.type, _DEFAULT_GATHERED_BYTES)
+        block_bytes = _GATHERED_BYTES.get(self.device_type, _DEFAULT_GATHERED_BYTES)
         return Workspace(
             per_block_row=elements * (self.dtype.itemsize + unconverted),
             block_rows=max(1, block_bytes // (elements * self.dtype.itemsize)),
@@ -146,11 +193,18 @@ class IndexedLMHead:
         out.index_add_(0, self.ids.flatten(), grad.flatten())
 
 
-def logit_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised (rows, columns) tensor.
+def row_bytes(columns: int, dtype: torch.dtype, device_type: str) -> int:
+    """Return the distance in bytes between the rows of a `logit_buffer`.
 
-    On a CPU rows are 64 bytes further apart than their length. Vocabulary sizes are often multiples of a
-    power of two, and such row strides cause cache-set conflicts.
+    It is a multiple of 64 elements, because GPUs read and multiply rows that start at odd addresses several
+    times slower. On a CPU there are 64 bytes more: vocabulary sizes are often multiples of a power of two,
+    and such row strides cause cache-set conflicts.
     """
-    padding = 64 // dtype.itemsize if device.type == "cpu" else 0
-    return torch.empty(rows, columns + padding, dtype=dtype, device=device)[:, :columns]
+    elements = -(-columns // _PITCH_ELEMENTS) * _PITCH_ELEMENTS
+    return elements * dtype.itemsize + (64 if device_type == "cpu" else 0)
+
+
+def logit_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised (rows, columns) tensor whose rows are `row_bytes` apart."""
+    pitch = row_bytes(columns, dtype, device.type) // dtype.itemsize
+    return torch.empty(rows, pitch, dtype=dtype, device=device)[:, :columns]

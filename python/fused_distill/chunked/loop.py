@@ -18,27 +18,11 @@ from ..rows.base import RowLoss, StudentRows
 from ..stats import DistillStats, RowResult
 from .autograd import FusedLoss, Gradients, LossOutput, Student
 from .gemm import accumulation_dtype, autocast_dtype
+from .grad_scale import float16_grad_scale
 from .lm_head import IndexedLMHead, LMHead, logit_buffer
-from .teacher import Teacher
-from .tensors import LossTensors
-from .workspace import ChunkPlan, Workspace, default_workspace_bytes, plan_chunks
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """The constants of a loss; tokens are flattened."""
-
-    teacher: Teacher
-    shard: VocabShard
-    dtype: torch.dtype  # of logits, losses and accumulated gradients
-    autocast: torch.dtype | None  # dtype of the products under autocast
-    token_weight: Tensor | None  # (N,)
-    labels: Tensor | None  # (N,) int64
-    valid_token_ids: Tensor | None  # (n,) int64 positions of the tokens that count; None: all tokens
-
-    def n_valid(self, student: Student) -> int:
-        """Return the number of tokens that count."""
-        return len(student.hidden) if self.valid_token_ids is None else len(self.valid_token_ids)
+from .memory import CallMemory, call_memory, memory_of
+from .tensors import LossInputs, LossTensors
+from .workspace import ChunkPlan
 
 
 def fused_loss(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tensor, DistillStats]:
@@ -64,24 +48,12 @@ def _outside_the_compiler() -> Any:
 def _eager_fused_loss(
     tensors: LossTensors, config: LossConfig, shard: VocabShard
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    hidden, shape = tensors.student_hidden, tensors.student_hidden.shape[:-1]
-    student = Student(hidden.reshape(-1, hidden.shape[-1]), tensors.student_weight, tensors.student_bias)
-    teacher, token_weight, labels, mask = tensors.teacher, tensors.token_weight, tensors.labels, tensors.mask
-    inputs = LossInputs(
-        teacher,
-        shard,
-        accumulation_dtype(hidden, tensors.student_weight, *teacher.products.values()),
-        autocast_dtype(hidden.device),
-        None if token_weight is None else token_weight.detach().reshape(-1),
-        None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long().contiguous(),
-        None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
-    )
-    n_valid = inputs.n_valid(student)
-    backend = choose_backend(config.backend, hidden.device, inputs.dtype)
-    row_loss = make_row_loss(backend, config, teacher.k, n_valid * shard.max_local_size, shard.is_sharded)
-    compute = partial(chunked_loss, inputs=inputs, config=config, row_loss=row_loss)
-    needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
-    outputs = FusedLoss.apply(compute, config.reduction == "none", needs_grad, *student)
+    shape, mask = tensors.student_hidden.shape[:-1], tensors.mask
+    valid_token_ids = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+    call = prepare(tensors, config, shard, device_of(tensors.student_hidden), valid_token_ids)
+    n_valid = call.inputs.n_valid(call.student)
+    compute = partial(chunked_loss, inputs=call.inputs, config=call.config, row_loss=call.row_loss)
+    outputs = FusedLoss.apply(compute, config.reduction == "none", call.needs_grad, *call.student)
     loss, *columns = cast("tuple[Any, ...]", outputs)
     if config.reduction == "none":
         loss = loss.reshape(shape)
@@ -90,6 +62,39 @@ def _eager_fused_loss(
     if not config.return_stats:
         return loss
     return loss, DistillStats(*columns).map(lambda c: c.reshape(shape))
+
+
+def device_of(hidden: Tensor) -> torch.device:
+    """Return the device that chunk sizes and products are chosen for."""
+    return hidden.device
+
+
+def prepare(
+    tensors: LossTensors,
+    config: LossConfig,
+    shard: VocabShard,
+    device: torch.device,
+    valid_token_ids: Tensor | None,  # (n,) int64; None: all tokens
+) -> ChunkLoop:
+    """Return the loop for checked tensors; its plan is all that it can compute from meta tensors."""
+    hidden, teacher = tensors.student_hidden, tensors.teacher
+    token_weight, labels = tensors.token_weight, tensors.labels
+    student = Student(hidden.reshape(-1, hidden.shape[-1]), tensors.student_weight, tensors.student_bias)
+    inputs = LossInputs(
+        teacher,
+        shard,
+        device,
+        accumulation_dtype(hidden, tensors.student_weight, *teacher.products.values()),
+        autocast_dtype(hidden.device if hidden.device.type != "meta" else device),
+        None if token_weight is None else token_weight.detach().reshape(-1),
+        None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long().contiguous(),
+        valid_token_ids,
+    )
+    config = replace(config, backend=choose_backend(config.backend, device, inputs.dtype))
+    n_logits = inputs.n_valid(student) * shard.max_local_size
+    row_loss = make_row_loss(config.backend, config, teacher.k, n_logits, shard.is_sharded)
+    needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
+    return ChunkLoop(student, inputs, config, row_loss, needs_grad)
 
 
 def chunked_loss(
@@ -110,11 +115,12 @@ def chunked_loss(
     if factor is not None:
         token_weight = factor if token_weight is None else factor * token_weight
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
-        loop = _ChunkLoop(student, inputs, config, row_loss, needs_grad)
-        rows, gradients = loop.run(token_weight)
+        loop = ChunkLoop(student, inputs, config, row_loss, needs_grad)
+        rows, gradients, grad_factor = loop.run(token_weight)
         to_tokens = partial(_scatter_to_tokens, inputs.valid_token_ids, len(student.hidden))
         loss = to_tokens(rows.loss) if per_token else rows.loss.sum()
-        return LossOutput(loss, None if rows.stats is None else rows.stats.map(to_tokens), gradients)
+        stats = None if rows.stats is None else rows.stats.map(to_tokens)
+        return LossOutput(loss, stats, gradients, grad_factor)
 
 
 def _scatter_to_tokens(valid_token_ids: Tensor | None, n_tokens: int, column: Tensor) -> Tensor:
@@ -125,96 +131,105 @@ def _scatter_to_tokens(valid_token_ids: Tensor | None, n_tokens: int, column: Te
 
 
 @dataclass(frozen=True)
-class _ChunkLoop:
+class ChunkLoop:
+    """A call of a loss: its plan, and its computation."""
+
     student: Student
     inputs: LossInputs
-    config: LossConfig
+    config: LossConfig  # with the chosen backend, "triton" or "torch"
     row_loss: RowLoss
-    needs_grad: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]  # of hidden, weight, bias
 
-    def plan(self) -> ChunkPlan:
-        """Return chunk sizes that keep temporary memory within workspace_bytes on every rank."""
-        student, inputs, dtype = self.student, self.inputs, self.inputs.dtype
-        hidden_size, n_columns = student.hidden.shape[-1], inputs.shard.max_local_size
-        weight = student.weight[:1].expand(n_columns, -1)  # the largest rank's head, without its memory
-        teacher = inputs.teacher.workspace(n_columns, dtype, inputs.autocast)
-        head = self._head(weight)
-        separate_grad = head.dtype.itemsize if self._separate_grad(head) else 0
-        tensors = Workspace(
-            fixed=64 * len(student.hidden),  # losses, statistics, weights and positions of all tokens
-            per_row=head.n_logits * (dtype.itemsize + separate_grad)
-            + 2 * hidden_size * dtype.itemsize  # the chunk's hidden states and their gradient
-            + 512,  # numbers of the row arithmetic
-        )
-        need = head.workspace() + teacher + self.row_loss.workspace(head.n_logits, dtype) + tensors
-        # The two heads are multiplied one after the other.
-        need = replace(need, fixed=need.fixed - min(head.workspace().fixed, teacher.fixed))
-        head_bytes = weight.numel() * dtype.itemsize
-        bound = self.config.workspace_bytes or default_workspace_bytes(student.hidden.device.type, head_bytes)
-        return plan_chunks(inputs.n_valid(student), bound, need)
+    def plan(self, device_memory: int | None) -> tuple[CallMemory, ChunkPlan]:
+        """Return memory and chunks of the call, which are the same on every rank of a process group."""
+        inputs = self.inputs
+        if inputs.shard.is_sharded:
+            device_memory = None
+        memory = call_memory(self.student, inputs, self.config, self.row_loss, self.needs_grad, device_memory)
+        return memory, memory.plan(inputs.n_valid(self.student))
 
-    def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients]:
-        """Return losses and statistics of the n valid tokens, and the gradients of the losses' sum."""
-        plan = self.plan()
-        student, inputs, dtype = self.student, self.inputs, self.inputs.dtype
-        shard, device, valid = inputs.shard, student.hidden.device, inputs.valid_token_ids
-        weight = student.weight[: shard.size]
-        # Kernels read vectors as contiguous.
+    def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
+        """Return losses and statistics of the n valid tokens, and gradients of their sum with a factor."""
+        student, inputs, dtype, shard = self.student, self.inputs, self.inputs.dtype, self.inputs.shard
+        memory, plan = self.plan(memory_of(inputs.device))
+        head = memory.head.over(student.weight[: shard.size])
         bias = None if student.bias is None else student.bias[: shard.size].to(dtype).contiguous()
-        head = self._head(weight)
         gradients = self._empty_gradients(head.rows_written_by_first_chunk)
+        grad_scale = self._grad_scale(head.dtype, token_weight)
         if token_weight is None:
-            token_weight = torch.ones((), dtype=dtype, device=device).expand(len(student.hidden))
+            token_weight = torch.ones((), dtype=dtype, device=student.hidden.device)
+            token_weight = token_weight.expand(len(student.hidden))
 
         rows = min(plan.rows, plan.n_tokens)
-        read_teacher = inputs.teacher.reader(shard, rows, dtype, inputs.autocast)
-        logits = logit_buffer(rows, head.n_logits, dtype, device)
+        read_teacher = inputs.teacher.reader(shard, rows, dtype, memory.teacher_head)
+        logits = logit_buffer(rows, head.n_logits, dtype, student.hidden.device)
         grad_buffer = None
-        if self._separate_grad(head):
-            grad_buffer = logit_buffer(rows, head.n_logits, head.dtype, device)
+        if memory.has_grad_buffer:
+            grad_rows = min(plan.grad_buffer_rows, plan.n_tokens)
+            grad_buffer = logit_buffer(grad_rows, head.n_logits, head.dtype, student.hidden.device)
 
         results: list[RowResult] = []
-        for chunk in plan.chunks():
-            n = chunk.stop - chunk.start
-            tokens = chunk if valid is None else valid[chunk]
-            teacher_rows = read_teacher(tokens)
-            if isinstance(head, IndexedLMHead) and teacher_rows.ids is not None:
-                head = head.at(teacher_rows.ids, plan.block_rows)
+        for part in plan.grad_chunks():
+            tokens = self._positions(part)
             hidden = student.hidden[tokens].to(head.dtype)
-            student_rows = StudentRows(
-                head.project(hidden, logits[:n]),
-                token_weight[tokens].to(dtype).contiguous(),  # a fixed layout avoids recompilation
-                bias,
-                None if inputs.labels is None else shard.local_labels(inputs.labels[tokens]),
-            )
-            grad = None
-            if any(self.needs_grad):
-                grad = student_rows.logits if grad_buffer is None else grad_buffer[:n]
-            results.append(
-                self.row_loss(
-                    student_rows,
-                    teacher_rows,
-                    self.config,
-                    grad=grad,
-                    group=shard.group,
-                    block_rows=plan.block_rows,
+            grad = None if grad_buffer is None else grad_buffer[: len(hidden)]
+            for chunk in plan.chunks(part):
+                teacher_rows = read_teacher(self._positions(chunk))
+                if isinstance(head, IndexedLMHead) and teacher_rows.ids is not None:
+                    head = head.at(teacher_rows.ids, plan.block_rows)
+                in_part = slice(chunk.start - part.start, chunk.stop - part.start)
+                projected = head.project(hidden[in_part], logits[: chunk.stop - chunk.start])
+                if grad_buffer is None and any(self.needs_grad):
+                    grad = projected
+                results.append(
+                    self.row_loss(
+                        self._student_rows(chunk, projected, bias, token_weight, grad_scale),
+                        teacher_rows,
+                        self.config,
+                        grad=grad if grad_buffer is None else grad_buffer[in_part],
+                        group=shard.group,
+                        block_rows=plan.block_rows,
+                    )
                 )
-            )
             if grad is not None:
-                _accumulate(gradients, grad, head, hidden, tokens, first=chunk.start == 0)
+                _accumulate(gradients, grad, head, hidden, tokens, first=part.start == 0)
         if gradients.hidden is not None:
             shard.group.all_reduce_sum_(gradients.hidden)
-        return RowResult.concatenate(results), gradients
+        factor = None if grad_scale is None else grad_scale.reciprocal()
+        return RowResult.concatenate(results), gradients, factor
 
-    def _head(self, weight: Tensor) -> LMHead | IndexedLMHead:
-        inputs, k = self.inputs, self.inputs.teacher.k
-        if k is not None and self.config.projects_support_only:
-            return IndexedLMHead(weight, inputs.dtype, weight.new_empty((0, k), dtype=torch.int64))
-        return LMHead.for_inputs(self.student.hidden, weight, inputs.dtype, inputs.autocast)
+    def _grad_scale(self, product_dtype: torch.dtype, token_weight: Tensor | None) -> Tensor | None:
+        """Return the power of two that the logit gradients are multiplied by; None: 1."""
+        if product_dtype != torch.float16 or not any(self.needs_grad) or self.inputs.teacher.k is not None:
+            return None
+        valid = self.inputs.valid_token_ids
+        weight = token_weight if token_weight is None or valid is None else token_weight[valid]
+        weight = None if weight is None else weight.to(self.inputs.dtype)
+        return float16_grad_scale(self.config, weight, self.student.hidden.device)
 
-    def _separate_grad(self, head: LMHead | IndexedLMHead) -> bool:
-        """Return True if the logit gradient cannot overwrite the student's logits, whose dtype differs."""
-        return any(self.needs_grad) and head.dtype != self.inputs.dtype
+    def _positions(self, chunk: slice) -> slice | Tensor:
+        """Return where a chunk of the valid tokens is among all tokens."""
+        valid = self.inputs.valid_token_ids
+        return chunk if valid is None else valid[chunk]
+
+    def _student_rows(
+        self,
+        chunk: slice,
+        logits: Tensor,
+        bias: Tensor | None,
+        token_weight: Tensor,
+        grad_scale: Tensor | None,
+    ) -> StudentRows:
+        inputs, tokens = self.inputs, self._positions(chunk)
+        # Kernels read vectors as contiguous, and a fixed layout avoids recompilation.
+        weight = token_weight[tokens].to(inputs.dtype).contiguous()
+        return StudentRows(
+            logits,
+            weight,
+            bias,
+            None if inputs.labels is None else inputs.shard.local_labels(inputs.labels[tokens]),
+            None if grad_scale is None else weight * grad_scale,
+        )
 
     def _empty_gradients(self, rows_written_by_first_chunk: int) -> Gradients:
         """Return the buffers that `_accumulate` fills; zeros where it does not write."""

@@ -13,7 +13,7 @@ from ..parallel.vocab_shard import VocabShard
 from ..rows.base import TeacherRows
 from ..validation import check_hidden_and_head, check_id_range, check_support
 from .gemm import float64_if_supported
-from .lm_head import LMHead, logit_buffer
+from .lm_head import LMHead, logit_buffer, row_bytes
 from .workspace import Workspace
 
 ReadRows = Callable[["slice | Tensor"], TeacherRows]  # from the tokens of a chunk
@@ -51,18 +51,28 @@ class FullTeacher:
         bias = None if self.bias is None else gather_dtensor(self.bias.detach())
         return FullTeacher(hidden, gather_dtensor(self.weight.detach()), bias)
 
-    def workspace(self, n_columns: int, dtype: torch.dtype, autocast: torch.dtype | None) -> Workspace:
-        """Return the memory of the logits, the hidden states of a chunk and the head's products."""
+    def head(
+        self,
+        n_columns: int,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None,
+        device: torch.device | None = None,
+    ) -> LMHead:
+        """Return the head of n_columns columns, which is for sizes only: all its rows are the first one."""
         weight = self.weight[:1].expand(n_columns, -1)
-        head = LMHead.for_inputs(self.hidden, weight, dtype, autocast)
-        row_bytes = (n_columns + self.hidden.shape[-1]) * dtype.itemsize
-        return Workspace(fixed=head.workspace().fixed, per_row=row_bytes)
+        return LMHead.for_inputs(self.hidden, weight, dtype, autocast, device)
 
-    def reader(
-        self, shard: VocabShard, max_rows: int, dtype: torch.dtype, autocast: torch.dtype | None
-    ) -> ReadRows:
-        """Return a function that projects at most max_rows tokens at a time, into one buffer."""
-        head = LMHead.for_inputs(self.hidden, self.weight[: shard.size], dtype, autocast)
+    def workspaces(self, n_columns: int, dtype: torch.dtype, device_type: str) -> dict[str, Workspace]:
+        """Return the memory of a chunk's logits and hidden states, by name."""
+        return {
+            "teacher logits": Workspace(per_row=row_bytes(n_columns, dtype, device_type)),
+            "teacher hidden states": Workspace(per_row=self.hidden.shape[-1] * dtype.itemsize),
+        }
+
+    def reader(self, shard: VocabShard, max_rows: int, dtype: torch.dtype, head: LMHead | None) -> ReadRows:
+        """Return a function that projects at most max_rows tokens at a time by the head, into one buffer."""
+        assert head is not None
+        head = head.over(self.weight[: shard.size])
         bias = None if self.bias is None else self.bias[: shard.size].to(dtype).contiguous()
         buffer = logit_buffer(max_rows, shard.size, dtype, self.hidden.device)
 
@@ -100,16 +110,24 @@ class TopKTeacher:
         check_id_range("teacher_ids", self.ids, shard.total, unused=absent, mask=mask)
         return TopKTeacher(self.logprobs.detach().reshape(-1, self.k), self.ids.reshape(-1, self.k))
 
-    def workspace(self, n_columns: int, dtype: torch.dtype, autocast: torch.dtype | None) -> Workspace:
-        """Return the memory of sorted ids and log-probabilities and of the sort's temporaries."""
-        del n_columns, dtype, autocast
-        return Workspace(per_row=64 * self.ids.shape[-1])
+    def head(
+        self,
+        n_columns: int,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Return None: a top-k teacher has no head."""
+        del n_columns, dtype, autocast, device
 
-    def reader(
-        self, shard: VocabShard, max_rows: int, dtype: torch.dtype, autocast: torch.dtype | None
-    ) -> ReadRows:
+    def workspaces(self, n_columns: int, dtype: torch.dtype, device_type: str) -> dict[str, Workspace]:
+        """Return the memory of sorted ids and log-probabilities and of the sort's temporaries, by name."""
+        del n_columns, dtype, device_type
+        return {"teacher support": Workspace(per_row=64 * self.ids.shape[-1])}
+
+    def reader(self, shard: VocabShard, max_rows: int, dtype: torch.dtype, head: LMHead | None) -> ReadRows:
         """Return a function that sorts a chunk's entries by id and keeps the first of duplicates."""
-        del max_rows, dtype, autocast
+        del max_rows, dtype, head
 
         def read(tokens: slice | Tensor) -> TeacherRows:
             logprobs, ids = self.logprobs[tokens], self.ids[tokens].long()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..config import LossConfig
 from ..parallel.vocab_shard import VocabShard
 from ..validation import check_float, check_hidden_and_head, check_labels, check_normalizer, check_tokens
+from .autograd import Student
 from .teacher import Teacher
 from .workspace import shard_of_call
 
@@ -37,3 +40,21 @@ class LossTensors(NamedTuple):
         shard = shard_of_call(config, student, self.teacher.products, self.mask)
         check_labels(self.labels, config.hard_weight, shape, device, shard.total)
         return shard
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """The constants of a loss; tokens are flattened."""
+
+    teacher: Teacher
+    shard: VocabShard
+    device: torch.device  # where the loss is computed
+    dtype: torch.dtype  # of logits, losses and accumulated gradients
+    autocast: torch.dtype | None  # dtype of the products under autocast
+    token_weight: Tensor | None  # (N,)
+    labels: Tensor | None  # (N,) int64
+    valid_token_ids: Tensor | None  # (n,) int64 positions of the tokens that count; None: all tokens
+
+    def n_valid(self, student: Student) -> int:
+        """Return the number of tokens that count."""
+        return len(student.hidden) if self.valid_token_ids is None else len(self.valid_token_ids)

@@ -20,6 +20,12 @@ class StudentRows(NamedTuple):
     weight: Tensor  # (n,) in the same dtype, contiguous: the factor of each row's loss
     bias: Tensor | None = None  # (V,)
     labels: Tensor | None = None  # (n,) int64; -100: no label; V or more: a column of another rank
+    scaled_weight: Tensor | None = None  # (n,) like weight: weight times a factor that the loop undoes
+
+    @property
+    def grad_weight(self) -> Tensor:
+        """Return the (n,) factor of each row's logit gradient."""
+        return self.weight if self.scaled_weight is None else self.scaled_weight
 
 
 class TeacherRows(NamedTuple):
@@ -44,7 +50,7 @@ class RowLoss(Protocol):
         teacher: TeacherRows,
         config: LossConfig,
         *,
-        grad: Tensor | None,  # (n, V), may be student.logits itself: receives d(sum of losses) / d(logits)
+        grad: Tensor | None,  # (n, V), may be student.logits: receives grad_weight * d(loss) / d(logits)
         group: ShardGroup,
         block_rows: int | None,  # rows whose temporaries may be held at once; None: all
     ) -> RowResult:

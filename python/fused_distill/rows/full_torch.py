@@ -101,7 +101,8 @@ class TorchJSD:
                 block_of_rows = rows(block)
                 kl = None if kl_student is None else kl_student[block]
                 out = block_of_rows.student if grad is student.logits else grad[block]
-                return block_of_rows, softmax.block(block), config.divergence, kl, student.weight[block], out
+                weight = student.grad_weight[block]
+                return block_of_rows, softmax.block(block), config.divergence, kl, weight, out
 
             run(_gradient, gradient_arguments)
         return RowResult(loss * student.weight, DistillStats(*stats) if config.return_stats else None)

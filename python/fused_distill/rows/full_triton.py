@@ -54,7 +54,7 @@ class TritonJSD:
             (mixture_kls,) = group.all_reduce_sum(kernels.mixture_sums(statistics))
             soft = config.one_minus_beta * mixture_kls[:, 0] + config.beta * mixture_kls[:, 1]
         if grad is not None:
-            kernels.gradient(statistics, mixture_kls, student.weight, grad)
+            kernels.gradient(statistics, mixture_kls, student.grad_weight, grad)
         loss = config.soft_weight * soft
         if student.labels is not None:
             loss = loss + config.hard_weight * statistics[:, row_statistics.NLL.value]

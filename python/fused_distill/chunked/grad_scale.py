@@ -1,0 +1,48 @@
+"""The power of two that multiplies float16 logit gradients, whose smallest number is 6e-8."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..config import Divergence, LossConfig
+
+_LARGEST = 15  # logit gradients stay below 2^15, half of float16's largest number
+_LARGEST_POWER = 60  # leaves the scaled gradients within float32's range
+# Reverse KL's gradient p_s (log p_s - log p_t - KL) is at most a quarter of the largest difference of two
+# log ratios. This is for differences of 512.
+_LARGEST_REVERSE_KL = 128.0
+
+
+def largest_logit_gradient(config: LossConfig) -> float:
+    """Return a bound on the absolute logit gradient of a row whose weight is 1.
+
+    That of forward KL, p_s - p_t, is at most 1, as is that of the cross entropy. That of the mixture is at
+    most (1 - beta) (beta - log(1 - beta)) < 1, because log(m / p_s) is between log(1 - beta) and
+    beta p_t / p_s.
+    """
+    divergence = _LARGEST_REVERSE_KL if config.divergence is Divergence.REVERSE_KL else 1.0
+    soft = config.soft_weight * config.inv_temperature * divergence
+    return config.student_logit_scale * (soft + config.hard_weight)
+
+
+def float16_grad_scale(config: LossConfig, weight: Tensor | None, device: torch.device) -> Tensor:
+    """Return a 0-d power of two that brings the largest logit gradients near float16's largest number.
+
+    Args:
+        config: options of the loss.
+        weight: (n,) factors of the tokens' losses, of valid tokens only; None: 1. The host does not wait for
+            them. If one is not finite, or all are 0, they are taken as 1.
+        device: where to put the result.
+    """
+    largest = largest_logit_gradient(config)
+    power = 2.0 ** min(_LARGEST - math.ceil(math.log2(largest)), _LARGEST_POWER) if largest else 1.0
+    if weight is None or not len(weight):
+        return torch.full((), power, device=device)
+    largest_weight = weight.abs().max()
+    mantissa, _ = torch.frexp(largest_weight)
+    by_weight = mantissa / largest_weight  # 2^-e for largest_weight = mantissa * 2^e, 0.5 <= mantissa < 1
+    usable = (largest_weight > 0) & largest_weight.isfinite() & by_weight.isfinite()
+    return torch.where(usable, by_weight, 1.0) * power

@@ -1,0 +1,146 @@
+"""Calls on the CPU that are planned as on a GPU, with its half-precision products emulated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from cases import HALF, INTERPRETED, Case, LossResult, cases
+from checks import with_few_examples
+from fp32_products import gpu_rules
+from fused_distill import fused_linear_jsd
+from fused_distill.chunked.grad_scale import float16_grad_scale, largest_logit_gradient
+from fused_distill.chunked.lm_head import LMHead
+from fused_distill.config import LossConfig
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
+
+
+def roundings(result: LossResult, oracle: LossResult) -> list[float]:
+    """Return each gradient's error as a multiple of that of the exact gradient rounded once."""
+    ratios = []
+    for actual, exact in zip(result.grads, oracle.grads, strict=True):
+        assert actual is not None
+        assert exact is not None
+        rounding = (exact.to(actual.dtype).double() - exact).norm()
+        ratios.append(float((actual.double() - exact).norm() / rounding))
+    return ratios
+
+
+def close_case(dtype: torch.dtype, loss: float, vocab: int = 2000) -> Case:
+    """Return a call on flat distributions with about this loss."""
+    generator = torch.Generator().manual_seed(0)
+    n, size = 40, 32
+    head = torch.randn(vocab, size, generator=generator) / size**0.5
+    teacher_hidden = torch.randn(n, size, generator=generator).to(dtype)
+    noise = torch.randn(n, size, generator=generator) * (2 * loss) ** 0.5
+    # The noise goes into the teacher's float32 states, where half precision would round it away.
+    return Case((teacher_hidden, head.to(dtype), teacher_hidden.float() + noise, head.to(dtype).float()))
+
+
+@with_few_examples
+@given(cases(dtypes=HALF))
+def test_half_gradients_are_within_three_roundings_of_the_exact_ones(case: Case) -> None:
+    with gpu_rules():
+        case = case if "workspace_bytes" not in case.options else with_small_workspace(case)
+        result = case.run("torch")
+    oracle = case.oracle()
+    torch.testing.assert_close(result.loss.double(), oracle.loss, rtol=1e-5, atol=1e-5)
+    for actual, exact in zip(result.grads, oracle.grads, strict=True):
+        assert actual is not None
+        assert exact is not None
+        rounding = (exact.to(actual.dtype).double() - exact).norm()
+        assert (actual.double() - exact).norm() <= 3 * rounding + 1e-5 * exact.norm() + 1e-6
+
+
+def with_small_workspace(case: Case) -> Case:
+    """Return the call with as many times the smallest workspace of a GPU as it had."""
+    before = case.options["workspace_bytes"]
+    return case.with_options(workspace_bytes=case.min_workspace() * (1 + before % 5))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_close_models_keep_their_gradient_in_float16(beta: float) -> None:
+    case = close_case(torch.float16, loss=1e-6).with_options(beta=beta, reduction="sum")
+    with gpu_rules():
+        result = case.run("torch")
+    oracle = case.oracle()
+    assert oracle.loss.item() / 40 == pytest.approx(1e-6, rel=0.9)
+    assert max(roundings(result, oracle)) < 3
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_large_token_weights_do_not_overflow_float16_logit_gradients(reduction: str) -> None:
+    case = close_case(torch.float16, loss=1.0)
+    weights = {"token_weight": torch.linspace(-3e4, 3e5, 40)}
+    case = replace(case, keyword_tensors=weights).with_options(reduction=reduction, normalizer=None)
+    case = case.with_options(student_logit_scale=1e-3)
+    with gpu_rules():
+        result = case.run("torch")
+    assert max(roundings(result, case.oracle())) < 3
+
+
+@given(
+    st.sampled_from([0.0, 0.2, 0.5, 0.999]),
+    st.floats(0.1, 10.0),
+    st.floats(0.1, 4.0),
+    st.floats(0.1, 30.0),
+    st.integers(0, 1000),
+)
+def test_logit_gradients_stay_below_their_bound(
+    beta: float, temperature: float, scale: float, spread: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    config = LossConfig(beta=beta, temperature=temperature, student_logit_scale=scale, hard_weight=0.5)
+    n, vocab = 20, 7
+    logits = (spread * torch.randn(n, vocab, generator=generator).double()).requires_grad_()
+    teacher, eye = spread * torch.randn(n, vocab, generator=generator).double(), torch.eye(vocab).double()
+    loss = fused_linear_jsd(
+        logits,
+        eye,
+        teacher,
+        eye,
+        labels=torch.randint(0, vocab, (n,), generator=generator),
+        hard_weight=0.5,
+        beta=beta,
+        temperature=temperature,
+        student_logit_scale=scale,
+        reduction="sum",
+        backend="reference",
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.abs().max() <= largest_logit_gradient(config)
+
+
+@pytest.mark.parametrize(
+    "weight", [None, [0.0, 0.0], [1.0, torch.inf], [torch.nan], [], [-3e-30, 1e-38], [7.0]]
+)
+def test_scale_of_float16_gradients_is_a_power_of_two_that_uses_the_range(weight: list[float] | None) -> None:
+    weights = None if weight is None else torch.tensor(weight)
+    scale = float16_grad_scale(LossConfig(), weights, torch.device("cpu"))
+    assert torch.frexp(scale).mantissa == 0.5
+    largest = max([abs(w) for w in weight or [] if 0 < abs(w) < torch.inf] or [1.0])
+    if weight != [1.0, torch.inf]:
+        assert 2**13 <= largest * scale <= 2**15
+
+
+def test_a_head_under_autocast_is_converted_once_per_call() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hs, ws, ht, wt = (torch.randn(s, 8, generator=generator) for s in (600, 90, 600, 90))
+    hs.requires_grad_()
+    converted = []
+    over = LMHead.over
+
+    def spy(self: LMHead, weight: torch.Tensor) -> LMHead:
+        converted.append(over(self, weight))
+        return converted[-1]
+
+    with gpu_rules(), torch.autocast("cpu", torch.bfloat16), mock.patch.object(LMHead, "over", spy):
+        loss = fused_linear_jsd(hs, ws, ht, wt, workspace_bytes=5 << 20, backend="torch")
+    assert loss.isfinite()
+    assert [head.weight.dtype for head in converted] == [torch.bfloat16, torch.bfloat16]
+    assert not any(head.converts for head in converted)
