@@ -167,16 +167,9 @@ def _checkpoint(folder: Path | str) -> str:
 
 
 def _vllm_options(sampling: Sampling, prompt: int) -> dict[str, Any]:
-    """Return vLLM's names for the options; the seed depends on the prompt's position in the call."""
-    return {
-        "n": sampling.n,
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "seed": None if sampling.seed is None else sampling.seed + prompt * sampling.n,
-        "logprobs": 0,
-    }
+    """Return the options under vLLM's names, which are ours; the seed depends on the prompt's position."""
+    seed = None if sampling.seed is None else sampling.seed + prompt * sampling.n
+    return {**vars(sampling), "seed": seed, "logprobs": 0}
 
 
 def _completions(
@@ -185,13 +178,11 @@ def _completions(
     choices = sorted(content["choices"], key=lambda choice: choice["index"])
     if len(choices) != n * len(prompts):
         raise ServerError(f"the answer has {len(choices)} completions, expected {n * len(prompts)}")
-    completions: list[Completion] = []
-    for i, choice in enumerate(choices):
-        logprobs, reason = choice["logprobs"]["token_logprobs"], choice["finish_reason"]
-        completions.append(
-            _completion(groups[i // n], prompts[i // n], choice["token_ids"], logprobs, reason)
-        )
-    return completions
+    logprobs = [choice["logprobs"]["token_logprobs"] for choice in choices]
+    return [
+        _completion(groups[i // n], prompts[i // n], c["token_ids"], logprobs[i], c["finish_reason"])
+        for i, c in enumerate(choices)
+    ]
 
 
 def _completion(

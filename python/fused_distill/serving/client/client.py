@@ -86,7 +86,7 @@ class TeacherClient:
 
     def close(self) -> None:
         """Close connections and threads; a pending call fails."""
-        self._http.stop_waiting()
+        self._http.closed.set()
         self._pool.shutdown(cancel_futures=True)
         self._http.close()
 
