@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +27,7 @@ class TeacherError(ServerError):
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """Sequences, scoring options and the deadline of time.monotonic()."""
+    """The fields of a request for log-probabilities, as its body names them."""
 
     sequences: list[list[int]]
     prompt_lengths: list[int]
@@ -36,15 +35,12 @@ class ScoringRequest:
     temperature: float
     score_ids: list[list[list[int]]] | None
     vocab_size: int | None
-    deadline: float
 
     @classmethod
     def create(
         cls,
         sequences: Sequence[Ids] | NDArray[Any],
         prompt_lengths: Ids,
-        seconds: float,
-        *,
         top_logprobs: int = 0,
         temperature: float = 1.0,
         score_ids: ScoreIds | None = None,
@@ -65,31 +61,27 @@ class ScoringRequest:
             float(temperature),
             scores,
             None if vocab_size is None else int(vocab_size),
-            time.monotonic() + seconds,
         )
-        request._check()
-        return request
-
-    def _check(self) -> None:
-        if not self.sequences:
+        if not request.sequences:
             raise ValueError("sequences must not be empty")
-        check_request(self.sequences, self.prompt_lengths, self.score_ids)
-        if self.top_logprobs < 0:
-            raise ValueError(f"top_logprobs must not be negative, got {self.top_logprobs}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
-        for i, tokens in enumerate(self.sequences):
+        check_request(request.sequences, request.prompt_lengths, scores)
+        if request.top_logprobs < 0:
+            raise ValueError(f"top_logprobs must not be negative, got {request.top_logprobs}")
+        if not request.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {request.temperature}")
+        if request.vocab_size is not None and request.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {request.vocab_size}")
+        for i, tokens in enumerate(request.sequences):
             if not tokens:
                 raise ValueError(f"sequences[{i}] must have at least one token, got none")
-        for i, (scores, n) in enumerate(zip(self.score_ids or [], self.positions, strict=False)):
-            widths = {len(ids) for ids in scores}
-            if len(scores) != n or not widths <= {self.score_count}:
+        for i, (rows, n) in enumerate(zip(scores or [], request.positions, strict=False)):
+            widths = {len(ids) for ids in rows}
+            if len(rows) != n or not widths <= {request.score_count}:
                 raise ValueError(
-                    f"score_ids[{i}] must have {n} positions of {self.score_count} ids, "
-                    f"got {len(scores)} of {sorted(widths)}"
+                    f"score_ids[{i}] must have {n} positions of {request.score_count} ids, "
+                    f"got {len(rows)} of {sorted(widths)}"
                 )
+        return request
 
     @property
     def positions(self) -> list[int]:
