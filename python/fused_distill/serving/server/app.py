@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
+import secrets
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -12,17 +12,17 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi import Response as HttpResponse
-from fastapi.responses import FileResponse
-from prometheus_client import generate_latest
+from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..protocol.hidden_states import HiddenStates, encode_hidden
 from ..protocol.logprobs import encode_binary, encode_json
 from ..protocol.packing import VERSION
 from ..protocol.request import HEAD_PATH, SCORE_PATH
-from .batching import Batcher, BatchLimits, QueueFull, Stopped
+from .batching import Batcher, BatchLimits
 from .engine import Result, TeacherEngine
-from .middleware import AuthAndLimitMiddleware, Metrics
 from .validation import RequestBody, RequestError, ServerLimits, parse_request
 
 
@@ -52,7 +52,7 @@ def create_app(
     """
     check_token(token)
     limits = limits or ServerLimits()
-    batcher = Batcher(engine, batch_limits)
+    batcher = Batcher(engine, batch_limits or BatchLimits(), limits.retry_after_seconds)
     metrics = Metrics(batcher, limits)
 
     @asynccontextmanager
@@ -125,10 +125,6 @@ def create_app(
             if not scoring.done():
                 raise RequestError(499, "the client has disconnected")
             result = scoring.result()
-        except QueueFull as error:
-            raise RequestError(429, str(error), **{"Retry-After": str(limits.retry_after_seconds)}) from None
-        except Stopped:
-            raise RequestError(503, "the server is shutting down") from None
         except RequestError:
             raise
         except Exception as error:
@@ -146,13 +142,62 @@ def _encode(result: Result, body: RequestBody) -> HttpResponse:
     if isinstance(result, HiddenStates):
         payload = encode_hidden(result, "float32" if body.dtype == "float32" else "bfloat16")
     elif body.response_format == "json":
-        return _json_response(encode_json(result))
+        return JSONResponse(encode_json(result))
     else:
         payload = encode_binary(result, "float16" if body.dtype == "float16" else "float32")
     if body.response_format == "base64":
-        return _json_response({"version": VERSION, "binary": base64.b64encode(payload).decode()})
+        return JSONResponse({"version": VERSION, "binary": base64.b64encode(payload).decode()})
     return HttpResponse(payload, media_type="application/octet-stream")
 
 
-def _json_response(content: object) -> HttpResponse:
-    return HttpResponse(json.dumps(content, separators=(",", ":")), media_type="application/json")
+class Metrics:
+    """The server's Prometheus metrics, in a registry of their own."""
+
+    def __init__(self, batcher: Batcher, limits: ServerLimits):
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter("teacher_requests", "Requests by status", ["status"], registry=registry)
+        self.positions = Counter("teacher_positions", "Positions scored", registry=registry)
+        self.seconds = Histogram(
+            "teacher_request_seconds",
+            "Time from request to response",
+            buckets=[limits.request_seconds * 2**-i for i in reversed(range(16))],
+            registry=registry,
+        )
+        waiting = Gauge("teacher_waiting_requests", "Requests with waiting sequences", registry=registry)
+        waiting.set_function(lambda: len(batcher.queue))
+        running = Gauge("teacher_running_sequences", "Sequences in the engine", registry=registry)
+        running.set_function(lambda: batcher.running)
+
+
+class AuthAndLimitMiddleware:
+    """Check the bearer token and the size of the body before it is read, and count response statuses."""
+
+    def __init__(self, app: ASGIApp, token: str | None, limits: ServerLimits, metrics: Metrics):
+        self.app, self.limits, self.metrics = app, limits, metrics
+        self.authorization = None if token is None else b"Bearer " + token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counting_send(message: Message) -> None:
+            if message["type"] == "http.response.start" and scope["path"] == SCORE_PATH:
+                self.metrics.requests.labels(str(message["status"])).inc()
+            await send(message)
+
+        error = self._check(scope["method"], scope["path"], dict(scope["headers"]))
+        await (self.app if error is None else error.response)(scope, receive, counting_send)
+
+    def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> RequestError | None:
+        if self.authorization is not None and path != "/health":
+            given = headers.get(b"authorization", b"")
+            if not secrets.compare_digest(given, self.authorization):
+                return RequestError(401, "a valid bearer token is required", **{"WWW-Authenticate": "Bearer"})
+        length = headers.get(b"content-length")
+        if b"transfer-encoding" in headers or (method == "POST" and length is None):
+            return RequestError(411, "the body must come with Content-Length")
+        if length is not None and (not length.isdigit() or int(length) > self.limits.body_bytes):
+            return RequestError(413, f"the body must have at most {self.limits.body_bytes} bytes")
+        return None

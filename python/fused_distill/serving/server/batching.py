@@ -11,16 +11,9 @@ from typing import Any
 
 from ..protocol.request import ScoringOptions, TokenSequence
 from .engine import Result, TeacherEngine
+from .validation import RequestError
 
 _MAX_FAILURES = 5  # consecutive failed batches after which the engine counts as failing
-
-
-class QueueFull(Exception):
-    """The queue is full; the client should try again later."""
-
-
-class Stopped(Exception):
-    """The server is shutting down."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +39,8 @@ class _Job:
     sequences: list[TokenSequence]
     options: ScoringOptions
     result: asyncio.Future[list[Result]]
-    waiting: deque[int] = field(init=False)
+    waiting: deque[int]  # indices of sequences
     answers: dict[int, Result] = field(default_factory=dict[int, Result])
-
-    def __post_init__(self) -> None:
-        order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i].tokens))
-        self.waiting = deque(order)
 
     def add(self, index: int, answer: Result) -> None:
         """Store the answer of one sequence; complete the request with the last one."""
@@ -69,9 +58,8 @@ class _Job:
 class Batcher:
     """Owner of the engine: the event loop calls `submit`, the engine runs in a thread of its own."""
 
-    def __init__(self, engine: TeacherEngine, limits: BatchLimits | None = None):
-        self.engine = engine
-        self.limits = limits or BatchLimits()
+    def __init__(self, engine: TeacherEngine, limits: BatchLimits, retry_after_seconds: int):
+        self.engine, self.limits, self.retry_after_seconds = engine, limits, retry_after_seconds
         self.queue: deque[_Job] = deque()  # requests with waiting sequences
         self.running = 0  # sequences in the engine
         self._failures = 0  # consecutive batches that raised
@@ -85,13 +73,13 @@ class Batcher:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Fail waiting requests with `Stopped` and wait for a running engine call."""
+        """Fail waiting requests and wait for a running engine call."""
         task, self._task = self._task, None
         assert task is not None
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         while self.queue:
-            self.queue.popleft().fail(Stopped())
+            self.queue.popleft().fail(_stopping())
         await asyncio.to_thread(self._thread.shutdown)
 
     @property
@@ -108,15 +96,17 @@ class Batcher:
         """Return the joined answer for these sequences, at least one. Cancelling the call frees its place.
 
         Raises:
-            QueueFull: `max_waiting` requests are waiting already.
-            Stopped: the server is shutting down.
+            RequestError: `max_waiting` requests are waiting already, or the server is shutting down.
             Exception: whatever the engine raised on a batch with one of the sequences.
         """
         if not self.alive:
-            raise Stopped
+            raise _stopping()
         if len(self.queue) >= self.limits.max_waiting:
-            raise QueueFull(f"{len(self.queue)} requests are waiting")
-        job = _Job(sequences, options, asyncio.get_running_loop().create_future())
+            headers = {"Retry-After": str(self.retry_after_seconds)}
+            raise RequestError(429, f"{len(self.queue)} requests are waiting", **headers)
+        longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].tokens))
+        future = asyncio.get_running_loop().create_future()
+        job = _Job(sequences, options, future, deque(longest_first))
         self.queue.append(job)
         self._arrived.set()
         try:
@@ -164,7 +154,7 @@ class Batcher:
             self._failures = 0
         except asyncio.CancelledError:
             for job in jobs:
-                job.fail(Stopped())
+                job.fail(_stopping())
             raise
         except BaseException as error:  # even SystemExit of an engine must not leave requests waiting
             self._failures += 1
@@ -185,3 +175,7 @@ class Batcher:
         if len(answers) != len(sequences):
             raise RuntimeError(f"the engine gave {len(answers)} answers for {len(sequences)} sequences")
         return [answer if answer.valid else None for answer in answers]
+
+
+def _stopping() -> RequestError:
+    return RequestError(503, "the server is shutting down")

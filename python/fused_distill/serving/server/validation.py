@@ -89,14 +89,13 @@ def parse_request(
     """
     try:
         request = RequestBody.model_validate_json(body)
+        if request.model_extra:
+            raise RequestError(422, f"{next(iter(request.model_extra))}: unknown field")
+        return request, *_validate(request, engine, limits)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "body"
         raise RequestError(422, f"{field}: {first['msg']}") from None
-    if request.model_extra:
-        raise RequestError(422, f"{next(iter(request.model_extra))}: unknown field")
-    try:
-        return request, *_validate(request, engine, limits)
     except ValueError as error:
         raise RequestError(422, str(error)) from None
 
