@@ -209,20 +209,16 @@ class TeacherClient:
                 raise ValueError(f"vocab_size must be None {server} scores over its own vocabulary")
 
         def send(part: ScoringRequest, first: int) -> TeacherLogprobs:
+            fields = part.sequences, part.prompt_lengths, part.top_logprobs
+            path, body = SCORE_PATH, {**vars(part), "response_format": "binary"}
             if openai:
-                sequences, prompt_lengths, k = part.sequences, part.prompt_lengths, part.top_logprobs
-
-                def decode(response: httpx.Response) -> TeacherLogprobs:
-                    return openai_answer(response.json(), sequences, prompt_lengths, k)
-
                 model = self._model or self._http.send("GET", "/v1/models", deadline, first_model)["id"]
-                body = openai_request(model, sequences, k)
-                answer = self._http.send("POST", "/v1/completions", deadline, decode, body)
-            else:
-                body = {**vars(part), "response_format": "binary"}
-                answer = self._http.send(
-                    "POST", SCORE_PATH, deadline, lambda r: decode_binary(r.content), body
-                )
+                path, body = "/v1/completions", openai_request(model, part.sequences, part.top_logprobs)
+
+            def decode(response: httpx.Response) -> TeacherLogprobs:
+                return openai_answer(response.json(), *fields) if openai else decode_binary(response.content)
+
+            answer = self._http.send("POST", path, deadline, decode, body)
             part.check_answer(answer, first)
             return answer
 
@@ -232,7 +228,7 @@ class TeacherClient:
         self, request: ScoringRequest, send: Callable[[ScoringRequest, int], T], max_tokens: int
     ) -> list[T]:
         parts = request.parts(min(self.request_tokens, max_tokens))
-        futures = [self._pool.submit(send, request.part(part), part.start) for part in parts]
+        futures = [self._pool.submit(send, part, first) for first, part in parts]
         try:
             return [future.result() for future in futures]
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,26 +94,29 @@ class ScoringRequest:
         """Number of score ids per position."""
         return next((len(ids) for scores in self.score_ids or [] for ids in scores), 0)
 
-    def parts(self, max_tokens: int) -> list[range]:
-        """Divide the sequences into consecutive ranges of about max_tokens; a longer sequence goes alone."""
-        weight = 1 + self.score_count / _SCORE_IDS_PER_TOKEN
-        parts: list[range] = []
-        start, tokens = 0, 0.0
-        for i, sequence in enumerate(self.sequences):
-            full = tokens + weight * len(sequence) > max_tokens or i - start >= _MAX_SEQUENCES
-            if i > start and full:
-                parts.append(range(start, i))
-                start, tokens = i, 0.0
-            tokens += weight * len(sequence)
-        parts.append(range(start, len(self.sequences)))
-        return parts
+    def parts(self, max_tokens: int) -> Iterator[tuple[int, ScoringRequest]]:
+        """Yield requests for consecutive sequences of about max_tokens; a longer sequence goes alone.
 
-    def part(self, indices: range) -> ScoringRequest:
-        """Return a request for these sequences only."""
-        scores = None if self.score_ids is None else [self.score_ids[i] for i in indices]
-        sequences = [self.sequences[i] for i in indices]
-        prompt_lengths = [self.prompt_lengths[i] for i in indices]
-        return replace(self, sequences=sequences, prompt_lengths=prompt_lengths, score_ids=scores)
+        With each comes the index, within the whole call, of its first sequence.
+        """
+        weight = 1 + self.score_count / _SCORE_IDS_PER_TOKEN
+        cuts, tokens = [0], 0.0
+        for i, sequence in enumerate(self.sequences):
+            full = tokens + weight * len(sequence) > max_tokens or i - cuts[-1] >= _MAX_SEQUENCES
+            if i > cuts[-1] and full:
+                cuts.append(i)
+                tokens = 0.0
+            tokens += weight * len(sequence)
+        for start, end in zip(cuts, [*cuts[1:], len(self.sequences)], strict=True):
+            yield (
+                start,
+                replace(
+                    self,
+                    sequences=self.sequences[start:end],
+                    prompt_lengths=self.prompt_lengths[start:end],
+                    score_ids=self.score_ids and self.score_ids[start:end],
+                ),
+            )
 
     def check_answer(self, answer: TeacherLogprobs, first: int) -> None:
         """Check that the answer fits the request and that no number is missing.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -53,18 +51,22 @@ def create_app(
     check_token(token)
     limits = limits or ServerLimits()
     batcher = Batcher(engine, batch_limits or BatchLimits(), limits.retry_after_seconds)
-    metrics = Metrics(batcher, limits)
+    registry = CollectorRegistry()
+    answered = Counter("teacher_requests", "Requests by status", ["status"], registry=registry)
+    positions = Counter("teacher_positions", "Positions scored", registry=registry)
+    seconds = Histogram(
+        "teacher_request_seconds",
+        "Time from request to response",
+        buckets=[limits.request_seconds * 2**-i for i in reversed(range(16))],
+        registry=registry,
+    )
+    waiting = Gauge("teacher_waiting_requests", "Requests with waiting sequences", registry=registry)
+    waiting.set_function(lambda: len(batcher.queue))
+    running = Gauge("teacher_running_sequences", "Sequences in the engine", registry=registry)
+    running.set_function(lambda: batcher.running)
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        try:
-            async with batcher:
-                yield
-        finally:
-            engine.close()
-
-    app = FastAPI(title="fused-distill teacher", lifespan=lifespan)
-    app.add_middleware(AuthAndLimitMiddleware, token=token, limits=limits, metrics=metrics)
+    app = FastAPI(title="fused-distill teacher", lifespan=lambda _: batcher)
+    app.add_middleware(AuthAndLimitMiddleware, token=token, body_bytes=limits.body_bytes, answered=answered)
 
     @app.exception_handler(RequestError)
     async def error_response(_: Request, error: RequestError) -> HttpResponse:
@@ -80,7 +82,7 @@ def create_app(
 
     @app.get("/metrics")
     async def prometheus() -> HttpResponse:
-        return HttpResponse(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+        return HttpResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/teacher")
     async def teacher() -> dict[str, Any]:
@@ -104,7 +106,7 @@ def create_app(
 
     @app.post(SCORE_PATH, openapi_extra={"requestBody": schema})
     async def get_sequence_logprobs(request: Request) -> HttpResponse:
-        with metrics.seconds.time():
+        with seconds.time():
             try:
                 return await asyncio.wait_for(respond(request), limits.request_seconds)
             except asyncio.TimeoutError:
@@ -132,7 +134,7 @@ def create_app(
         finally:
             scoring.cancel()
             disconnection.cancel()
-        metrics.positions.inc(int(result.lengths.sum()))
+        positions.inc(int(result.lengths.sum()))
         return await asyncio.to_thread(_encode, result, body)
 
     return app
@@ -150,30 +152,11 @@ def _encode(result: Result, body: RequestBody) -> HttpResponse:
     return HttpResponse(payload, media_type="application/octet-stream")
 
 
-class Metrics:
-    """The server's Prometheus metrics, in a registry of their own."""
-
-    def __init__(self, batcher: Batcher, limits: ServerLimits):
-        registry = self.registry = CollectorRegistry()
-        self.requests = Counter("teacher_requests", "Requests by status", ["status"], registry=registry)
-        self.positions = Counter("teacher_positions", "Positions scored", registry=registry)
-        self.seconds = Histogram(
-            "teacher_request_seconds",
-            "Time from request to response",
-            buckets=[limits.request_seconds * 2**-i for i in reversed(range(16))],
-            registry=registry,
-        )
-        waiting = Gauge("teacher_waiting_requests", "Requests with waiting sequences", registry=registry)
-        waiting.set_function(lambda: len(batcher.queue))
-        running = Gauge("teacher_running_sequences", "Sequences in the engine", registry=registry)
-        running.set_function(lambda: batcher.running)
-
-
 class AuthAndLimitMiddleware:
     """Check the bearer token and the size of the body before it is read, and count response statuses."""
 
-    def __init__(self, app: ASGIApp, token: str | None, limits: ServerLimits, metrics: Metrics):
-        self.app, self.limits, self.metrics = app, limits, metrics
+    def __init__(self, app: ASGIApp, token: str | None, body_bytes: int, answered: Counter):
+        self.app, self.body_bytes, self.answered = app, body_bytes, answered
         self.authorization = None if token is None else b"Bearer " + token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -184,7 +167,7 @@ class AuthAndLimitMiddleware:
 
         async def counting_send(message: Message) -> None:
             if message["type"] == "http.response.start" and scope["path"] == SCORE_PATH:
-                self.metrics.requests.labels(str(message["status"])).inc()
+                self.answered.labels(str(message["status"])).inc()
             await send(message)
 
         error = self._check(scope["method"], scope["path"], dict(scope["headers"]))
@@ -198,6 +181,6 @@ class AuthAndLimitMiddleware:
         length = headers.get(b"content-length")
         if b"transfer-encoding" in headers or (method == "POST" and length is None):
             return RequestError(411, "the body must come with Content-Length")
-        if length is not None and (not length.isdigit() or int(length) > self.limits.body_bytes):
-            return RequestError(413, f"the body must have at most {self.limits.body_bytes} bytes")
+        if length is not None and (not length.isdigit() or int(length) > self.body_bytes):
+            return RequestError(413, f"the body must have at most {self.body_bytes} bytes")
         return None

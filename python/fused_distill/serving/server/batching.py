@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..protocol.request import ScoringOptions, TokenSequence
@@ -14,6 +14,7 @@ from .engine import Result, TeacherEngine
 from .validation import RequestError
 
 _MAX_FAILURES = 5  # consecutive failed batches after which the engine counts as failing
+_STOPPING = 503, "the server is shutting down"
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,15 @@ class _Job:
 
     sequences: list[TokenSequence]
     options: ScoringOptions
-    result: asyncio.Future[list[Result]]
+    answers: list[asyncio.Future[Result]]  # of each sequence
     waiting: deque[int]  # indices of sequences
-    answers: dict[int, Result] = field(default_factory=dict[int, Result])
-
-    def add(self, index: int, answer: Result) -> None:
-        """Store the answer of one sequence; complete the request with the last one."""
-        self.answers[index] = answer
-        if len(self.answers) == len(self.sequences) and not self.result.done():
-            self.result.set_result([self.answers[i] for i in range(len(self.sequences))])
 
     def fail(self, error: Exception) -> None:
         """Complete the request with an error."""
         self.waiting.clear()
-        if not self.result.done():
-            self.result.set_exception(error)
+        for answer in self.answers:
+            if not answer.done():
+                answer.set_exception(error)
 
 
 class Batcher:
@@ -66,21 +61,23 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Batcher:
+    async def __aenter__(self) -> None:
         """Start accepting requests."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-engine")
         self._task = asyncio.create_task(self._run())
-        return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Fail waiting requests and wait for a running engine call."""
+        """Fail waiting requests, wait for a running engine call and close the engine."""
         task, self._task = self._task, None
         assert task is not None
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         while self.queue:
-            self.queue.popleft().fail(_stopping())
-        await asyncio.to_thread(self._thread.shutdown)
+            self.queue.popleft().fail(RequestError(*_STOPPING))
+        try:
+            await asyncio.to_thread(self._thread.shutdown)
+        finally:
+            self.engine.close()
 
     @property
     def alive(self) -> bool:
@@ -100,17 +97,17 @@ class Batcher:
             Exception: whatever the engine raised on a batch with one of the sequences.
         """
         if not self.alive:
-            raise _stopping()
+            raise RequestError(*_STOPPING)
         if len(self.queue) >= self.limits.max_waiting:
             headers = {"Retry-After": str(self.retry_after_seconds)}
             raise RequestError(429, f"{len(self.queue)} requests are waiting", **headers)
         longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].tokens))
-        future = asyncio.get_running_loop().create_future()
-        job = _Job(sequences, options, future, deque(longest_first))
+        answers = [asyncio.get_running_loop().create_future() for _ in sequences]
+        job = _Job(sequences, options, answers, deque(longest_first))
         self.queue.append(job)
         self._arrived.set()
         try:
-            parts: list[Any] = await job.result
+            parts: list[Any] = await asyncio.gather(*answers)
             return await asyncio.to_thread(type(parts[0]).join, parts)  # takes long for large answers
         finally:
             job.waiting.clear()
@@ -145,20 +142,19 @@ class Batcher:
 
     async def _score(self, batch: list[tuple[_Job, int]]) -> None:
         sequences = [job.sequences[i] for job, i in batch]
-        jobs = list(dict.fromkeys(job for job, _ in batch))
         self.running = len(batch)
         try:
             answers = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._call_engine, sequences, jobs[0].options
+                self._thread, self._call_engine, sequences, batch[0][0].options
             )
             self._failures = 0
         except asyncio.CancelledError:
-            for job in jobs:
-                job.fail(_stopping())
+            for job, _ in batch:
+                job.fail(RequestError(*_STOPPING))
             raise
         except BaseException as error:  # even SystemExit of an engine must not leave requests waiting
             self._failures += 1
-            for job in jobs:
+            for job, _ in batch:
                 job.fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
             return
         finally:
@@ -166,8 +162,8 @@ class Batcher:
         for (job, index), answer in zip(batch, answers, strict=True):
             if answer is None:
                 job.fail(RuntimeError(f"the engine gave numbers that are not finite for sequence {index}"))
-            else:
-                job.add(index, answer)
+            elif not job.answers[index].done():
+                job.answers[index].set_result(answer)
 
     def _call_engine(self, sequences: list[TokenSequence], options: ScoringOptions) -> list[Result | None]:
         """Return the engine's answers, None for one that has an invalid number."""
@@ -175,7 +171,3 @@ class Batcher:
         if len(answers) != len(sequences):
             raise RuntimeError(f"the engine gave {len(answers)} answers for {len(sequences)} sequences")
         return [answer if answer.valid else None for answer in answers]
-
-
-def _stopping() -> RequestError:
-    return RequestError(503, "the server is shutting down")

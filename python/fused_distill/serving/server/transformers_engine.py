@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from ... import topk_logprobs
 from ...huggingface.lm_head import lm_head_of
@@ -107,31 +105,22 @@ class TransformersEngine:
             if options.response == "hidden_states":
                 assert self.head_file is not None  # checked by the server
                 return HiddenStates(lengths, states.cpu(), self.head_file.saved().sha256).split()
-            return self._logprobs(states, lengths, batch, options).split()
-
-    def close(self) -> None:
-        """Remove the file of the LM head."""
-        if self.head_file is not None:
-            self.head_file.close()
-
-    def _logprobs(
-        self, states: Tensor, lengths: NDArray[np.int64], batch: list[TokenSequence], options: ScoringOptions
-    ) -> TeacherLogprobs:
         actual = [token for s in batch for token in s.tokens[s.start :]]
         query_ids = torch.tensor(actual, dtype=torch.int64, device=states.device).unsqueeze(-1)
         if options.score_count is not None:
             rows = [row for s in batch for row in s.score_ids or ()]
             score_ids = torch.tensor(rows, dtype=torch.int64, device=states.device)
             query_ids = torch.cat([query_ids, score_ids.reshape(len(query_ids), options.score_count)], -1)
-        top = topk_logprobs(
-            states,
-            self.head.weight,
-            options.top_logprobs,
-            query_ids,
-            temperature=options.temperature,
-            **self.head.options(),
-            vocab_size=options.vocab_size or self.info.vocab_size,
-        )
+        with torch.inference_mode():
+            top = topk_logprobs(
+                states,
+                self.head.weight,
+                options.top_logprobs,
+                query_ids,
+                temperature=options.temperature,
+                **self.head.options(),
+                vocab_size=options.vocab_size or self.info.vocab_size,
+            )
         assert top.actual_logprobs is not None
         query_logprobs = top.actual_logprobs.float().cpu().numpy()
         return TeacherLogprobs(
@@ -140,4 +129,9 @@ class TransformersEngine:
             top.ids.int().cpu().numpy(),
             query_logprobs[:, 0],
             None if options.score_count is None else query_logprobs[:, 1:],
-        )
+        ).split()
+
+    def close(self) -> None:
+        """Remove the file of the LM head."""
+        if self.head_file is not None:
+            self.head_file.close()

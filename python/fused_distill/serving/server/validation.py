@@ -158,15 +158,10 @@ def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
 
 def _check_options(request: RequestBody, capabilities: tuple[Capability, ...]) -> None:
     hidden = request.response == "hidden_states"
-    needed: dict[Capability, bool] = {
-        "temperature": request.temperature != 1,
-        "score_ids": request.score_ids is not None,
-        "vocab_size": request.vocab_size is not None,
-        "hidden_states": hidden,
-    }
-    for capability, is_needed in needed.items():
-        if is_needed and capability not in capabilities:
-            field = "response" if capability == "hidden_states" else capability
+    for field in ("temperature", "score_ids", "vocab_size", "response"):
+        capability = "hidden_states" if field == "response" else field
+        is_default = getattr(request, field) == RequestBody.model_fields[field].default
+        if not is_default and capability not in capabilities:
             raise ValueError(f"{field} must have its default: this teacher's engine has no {capability}")
     dtypes = get_args(HiddenDtype if hidden else Dtype)
     if request.dtype is not None and request.dtype not in dtypes:
