@@ -52,28 +52,20 @@ class NcclWeightSync:
         transport: httpx.BaseTransport | None = None,
     ):
         try:
-            from vllm.distributed.weight_transfer import (  # pyright: ignore[reportMissingImports]
-                ModuleSource,
-                WeightTransferTrainerFactory,
-            )
-            from vllm.distributed.weight_transfer.nccl_engine import (  # pyright: ignore[reportMissingImports]
-                NCCLTrainerInitInfo,
-            )
+            from vllm.distributed import weight_transfer  # pyright: ignore[reportMissingImports]
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo  # pyright: ignore
         except ImportError as error:
             raise ImportError("NcclWeightSync needs vLLM in this environment: pip install vllm") from error
+        once = RetryPolicy(attempts=1)
         self._control = _Control(
-            url,
-            token=token,
-            timeout_seconds=timeout_seconds,
-            retries=RetryPolicy(attempts=1),
-            transport=transport,
+            url, token=token, timeout_seconds=timeout_seconds, retries=once, transport=transport
         )
         self._is_first = rank == 0
         workers = self._control.world_size() if self._is_first else 0
-        self._engine: Any = WeightTransferTrainerFactory.trainer_init(
+        self._engine: Any = weight_transfer.WeightTransferTrainerFactory.trainer_init(
             NCCLTrainerInitInfo(rank=rank, master_address=address, master_port=port, world_size=workers + 1),
             client=self._control,
-            source=ModuleSource(model),
+            source=weight_transfer.ModuleSource(model),
         )
 
     def sync(self) -> None:

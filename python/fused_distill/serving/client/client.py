@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Literal, TypeVar
@@ -27,7 +28,7 @@ Protocol = Literal["auto", "fused-distill", "openai"]
 T = TypeVar("T")
 
 
-class TeacherClient:
+class TeacherClient(AbstractContextManager["TeacherClient"]):
     """Client of one teacher behind one or more servers. Threads may share a client.
 
     Args:
@@ -80,9 +81,6 @@ class TeacherClient:
         )
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
 
-    def __enter__(self) -> TeacherClient:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -97,7 +95,7 @@ class TeacherClient:
         deadline = time.monotonic() + self.deadline_seconds
         if self._detect_protocol(deadline) == "openai":
             return self._http.send("GET", "/v1/models", deadline, first_model)
-        return self._teacher_info(deadline)
+        return self._http.send("GET", "/v1/teacher", deadline, lambda r: dict(r.json()))
 
     def head(self, cache: Path | None = None) -> LMHeadParams:
         """Return the teacher's LM head on the CPU. It is downloaded once and cached by its checksum.
@@ -267,14 +265,11 @@ class TeacherClient:
         if self._detect_protocol(deadline) == "openai":
             raise ValueError("a stock vLLM server gives no hidden states")
         if self._hidden_info is None:
-            info = self._teacher_info(deadline)
+            info = self._http.send("GET", "/v1/teacher", deadline, lambda r: dict(r.json()))
             if "hidden_states" not in info["capabilities"]:
                 raise TeacherError(f"this teacher's engine has no hidden_states, only {info['capabilities']}")
             self._hidden_info = info
         return self._hidden_info
-
-    def _teacher_info(self, deadline: float) -> dict[str, Any]:
-        return self._http.send("GET", "/v1/teacher", deadline, lambda response: dict(response.json()))
 
 
 def _etag(response: httpx.Response) -> str:

@@ -86,8 +86,7 @@ class ScoringRequest:
     @property
     def positions(self) -> list[int]:
         """Number of scored positions per sequence."""
-        lengths = zip(self.sequences, self.prompt_lengths, strict=True)
-        return [scored_positions(len(tokens), prompt_length) for tokens, prompt_length in lengths]
+        return list(map(scored_positions, map(len, self.sequences), self.prompt_lengths))
 
     @property
     def score_count(self) -> int:
@@ -119,14 +118,9 @@ class ScoringRequest:
             )
 
     def check_answer(self, answer: TeacherLogprobs, first: int) -> None:
-        """Check that the answer fits the request and that no number is missing.
+        """Raise a TeacherError if the answer does not fit the request or a number is missing.
 
-        Args:
-            answer: what the server gave.
-            first: index, within the whole call, of this request's first sequence.
-
-        Raises:
-            TeacherError: the answer does not fit.
+        The first sequence has the index `first` within the whole call.
         """
         self._check_lengths(answer.lengths)
         scores = answer.score_logprobs
@@ -149,11 +143,9 @@ class ScoringRequest:
     def check_hidden_states(self, hidden: HiddenStates, first: int) -> None:
         """Check hidden states as `check_answer` checks log-probabilities."""
         self._check_lengths(hidden.lengths)
-        for i, part in enumerate(hidden.split()):
+        for i, part in enumerate(hidden.split(), first):
             if not part.valid:
-                raise TeacherError(
-                    f"the answer has a hidden state that is not finite in sequence {first + i}"
-                )
+                raise TeacherError(f"the answer has a hidden state that is not finite in sequence {i}")
 
     def _check_lengths(self, lengths: NDArray[np.int64]) -> None:
         if lengths.tolist() != self.positions:

@@ -38,12 +38,7 @@ class RetryPolicy:
 class RetryingClient:
     """Send requests to one of several servers with the same content. Threads may share a client.
 
-    Args:
-        url: one server, or several; when one fails, the next is tried.
-        token: bearer token.
-        timeout_seconds: limit between two bytes of one attempt.
-        retries: see RetryPolicy.
-        transport: httpx transport.
+    The arguments are those of `TeacherClient`.
 
     Raises:
         ValueError: url is empty or does not begin with http:// or https://.
@@ -94,7 +89,17 @@ class RetryingClient:
             ServerError: a server refused the request, or none gave a good response in time.
         """
         failed_rounds = 0
+        wait, longest_wait = self.retries.first_wait_seconds, self.retries.longest_wait_seconds
 
+        @tenacity.retry(
+            retry=tenacity.retry_if_exception(lambda e: getattr(e, "retry_after", None) is not None),
+            wait=tenacity.wait_random_exponential(wait, longest_wait, min=wait / 2)
+            + tenacity.wait_exception(lambda e: getattr(e, "retry_after", 0.0)),
+            stop=tenacity.stop_when_event_set(self.closed)
+            | tenacity.stop_before_delay(deadline - time.monotonic()),
+            sleep=tenacity.sleep_using_event(self.closed),
+            reraise=True,
+        )
         def one_round() -> T:
             nonlocal failed_rounds
             problem, busy, retry_after, first = "the client is closed", True, 0.0, self._preferred
@@ -124,17 +129,7 @@ class RetryingClient:
             error.retry_after = retry_after
             raise error
 
-        wait, longest_wait = self.retries.first_wait_seconds, self.retries.longest_wait_seconds
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda e: getattr(e, "retry_after", None) is not None),
-            wait=tenacity.wait_random_exponential(wait, longest_wait, min=wait / 2)
-            + tenacity.wait_exception(lambda e: getattr(e, "retry_after", 0.0)),
-            stop=tenacity.stop_when_event_set(self.closed)
-            | tenacity.stop_before_delay(deadline - time.monotonic()),
-            sleep=tenacity.sleep_using_event(self.closed),
-            reraise=True,
-        )
-        return retrying(one_round)
+        return one_round()
 
     def _attempt(
         self, method: str, url: str, deadline: float, body: object, file: IO[bytes] | None

@@ -34,13 +34,9 @@ from .packing import VERSION, WireError, pack, unpack
 Format = Literal["binary", "base64", "json"]
 Dtype = Literal["float32", "float16"]
 
-_FLOATS = (torch.float32, torch.float16)
 _DTYPES = {
-    "lengths": (torch.int32,),
-    "logprobs": _FLOATS,
-    "ids": (torch.int32,),
-    "actual_logprobs": _FLOATS,
-    "score_logprobs": _FLOATS,
+    **dict.fromkeys(("lengths", "ids"), (torch.int32,)),
+    **dict.fromkeys(("logprobs", "actual_logprobs", "score_logprobs"), (torch.float32, torch.float16)),
 }
 
 

@@ -19,7 +19,7 @@ from ..protocol.hidden_states import HiddenStates, encode_hidden
 from ..protocol.logprobs import encode_binary, encode_json
 from ..protocol.packing import VERSION
 from ..protocol.request import HEAD_PATH, SCORE_PATH
-from .batching import Batcher, BatchLimits
+from .batching import MAX_FAILURES, Batcher, BatchLimits
 from .engine import Result, TeacherEngine
 from .validation import RequestBody, RequestError, ServerLimits, parse_request
 
@@ -76,7 +76,7 @@ def create_app(
     async def health() -> dict[str, str]:
         if not batcher.alive:
             raise RequestError(503, "the engine takes no requests")
-        if batcher.failing:
+        if batcher.failures >= MAX_FAILURES:
             raise RequestError(503, "the engine fails on every batch")
         return {"status": "ok"}
 
@@ -86,13 +86,12 @@ def create_app(
 
     @app.get("/v1/teacher")
     async def teacher() -> dict[str, Any]:
-        max_k = min(limits.top_logprobs, engine.info.vocab_size)
         head = engine.head_file
         return {
             **engine.info._asdict(),
             "hidden_size": None if head is None else head.head.weight.shape[1],
             "wire_version": VERSION,
-            "limits": {**asdict(limits), "top_logprobs": max_k},
+            "limits": {**asdict(limits), "top_logprobs": min(limits.top_logprobs, engine.info.vocab_size)},
         }
 
     @app.api_route(HEAD_PATH, methods=["GET", "HEAD"])

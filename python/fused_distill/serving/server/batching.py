@@ -13,7 +13,7 @@ from ..protocol.request import ScoringOptions, TokenSequence
 from .engine import Result, TeacherEngine
 from .validation import RequestError
 
-_MAX_FAILURES = 5  # consecutive failed batches after which the engine counts as failing
+MAX_FAILURES = 5  # consecutive failed batches after which the engine counts as failing
 _STOPPING = 503, "the server is shutting down"
 
 
@@ -57,7 +57,7 @@ class Batcher:
         self.engine, self.limits, self.retry_after_seconds = engine, limits, retry_after_seconds
         self.queue: deque[_Job] = deque()  # requests with waiting sequences
         self.running = 0  # sequences in the engine
-        self._failures = 0  # consecutive batches that raised
+        self.failures = 0  # consecutive batches that raised
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -83,11 +83,6 @@ class Batcher:
     def alive(self) -> bool:
         """True while requests are accepted."""
         return self._task is not None and not self._task.done()
-
-    @property
-    def failing(self) -> bool:
-        """True if the engine raised on each of the last batches."""
-        return self._failures >= _MAX_FAILURES
 
     async def submit(self, sequences: list[TokenSequence], options: ScoringOptions) -> Result:
         """Return the joined answer for these sequences, at least one. Cancelling the call frees its place.
@@ -120,8 +115,7 @@ class Batcher:
             self._arrived.clear()
             while self.queue:
                 await asyncio.sleep(self.limits.window_seconds)
-                batch = list(self._next_batch())
-                if batch:
+                if batch := list(self._next_batch()):
                     await self._score(batch)
 
     def _next_batch(self) -> Iterator[tuple[_Job, int]]:
@@ -147,13 +141,13 @@ class Batcher:
             answers = await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._call_engine, sequences, batch[0][0].options
             )
-            self._failures = 0
+            self.failures = 0
         except asyncio.CancelledError:
             for job, _ in batch:
                 job.fail(RequestError(*_STOPPING))
             raise
         except BaseException as error:  # even SystemExit of an engine must not leave requests waiting
-            self._failures += 1
+            self.failures += 1
             for job, _ in batch:
                 job.fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
             return

@@ -63,12 +63,7 @@ class TransformersEngine:
 
     @classmethod
     def load(
-        cls,
-        name: str,
-        device: str,
-        dtype: str,
-        max_length: int | None = None,
-        hidden_states: bool = True,
+        cls, name: str, device: str, dtype: str, max_length: int | None = None, hidden_states: bool = True
     ) -> TransformersEngine:
         """Load the model and the tokenizer of a local path or hub name.
 
@@ -97,30 +92,29 @@ class TransformersEngine:
                 f"got {type(self.model).__name__}, which computes others"
             )
 
+    @torch.inference_mode()
     def score(self, batch: list[TokenSequence], options: ScoringOptions) -> Results:
         """See TeacherEngine. The LM head runs at scored positions only."""
         lengths = np.array([s.positions for s in batch], dtype=np.int64)
-        with torch.inference_mode():
-            states = self.hidden_state_model.states(batch)
-            if options.response == "hidden_states":
-                assert self.head_file is not None  # checked by the server
-                return HiddenStates(lengths, states.cpu(), self.head_file.saved().sha256).split()
+        states = self.hidden_state_model.states(batch)
+        if options.response == "hidden_states":
+            assert self.head_file is not None  # checked by the server
+            return HiddenStates(lengths, states.cpu(), self.head_file.saved().sha256).split()
         actual = [token for s in batch for token in s.tokens[s.start :]]
         query_ids = torch.tensor(actual, dtype=torch.int64, device=states.device).unsqueeze(-1)
         if options.score_count is not None:
             rows = [row for s in batch for row in s.score_ids or ()]
             score_ids = torch.tensor(rows, dtype=torch.int64, device=states.device)
             query_ids = torch.cat([query_ids, score_ids.reshape(len(query_ids), options.score_count)], -1)
-        with torch.inference_mode():
-            top = topk_logprobs(
-                states,
-                self.head.weight,
-                options.top_logprobs,
-                query_ids,
-                temperature=options.temperature,
-                **self.head.options(),
-                vocab_size=options.vocab_size or self.info.vocab_size,
-            )
+        top = topk_logprobs(
+            states,
+            self.head.weight,
+            options.top_logprobs,
+            query_ids,
+            temperature=options.temperature,
+            **self.head.options(),
+            vocab_size=options.vocab_size or self.info.vocab_size,
+        )
         assert top.actual_logprobs is not None
         query_logprobs = top.actual_logprobs.float().cpu().numpy()
         return TeacherLogprobs(
