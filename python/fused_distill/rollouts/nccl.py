@@ -52,29 +52,27 @@ class NcclWeightSync:
         transport: httpx.BaseTransport | None = None,
     ):
         try:
-            from vllm.distributed.weight_transfer import (  # pyright: ignore[reportMissingImports]
-                ModuleSource,
-                WeightTransferTrainerFactory,
-            )
-            from vllm.distributed.weight_transfer.nccl_engine import (  # pyright: ignore[reportMissingImports]
-                NCCLTrainerInitInfo,
-            )
+            from vllm.distributed import weight_transfer  # pyright: ignore[reportMissingImports]
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo  # pyright: ignore
         except ImportError as error:
             raise ImportError("NcclWeightSync needs vLLM in this environment: pip install vllm") from error
-        self._control = _Control(url, token, timeout_seconds, transport)
+        once = RetryPolicy(attempts=1)
+        self._control = _Control(
+            url, token=token, timeout_seconds=timeout_seconds, retries=once, transport=transport
+        )
         self._is_first = rank == 0
         workers = self._control.world_size() if self._is_first else 0
-        self._engine: Any = WeightTransferTrainerFactory.trainer_init(
+        self._engine: Any = weight_transfer.WeightTransferTrainerFactory.trainer_init(
             NCCLTrainerInitInfo(rank=rank, master_address=address, master_port=port, world_size=workers + 1),
             client=self._control,
-            source=ModuleSource(model),
+            source=weight_transfer.ModuleSource(model),
         )
 
     def sync(self) -> None:
         """Send the current weights and reset the server's prefix cache."""
         self._engine.send_weights()
         if self._is_first:
-            self._control.send("POST", "/reset_prefix_cache", check_reset)
+            self._control.call("POST", "/reset_prefix_cache", check_reset)
 
     def close(self) -> None:
         """Leave the NCCL group and close the connection."""
@@ -82,27 +80,14 @@ class NcclWeightSync:
         self._control.close()
 
 
-class _Control:
+class _Control(RetryingClient):
     """HTTP calls that vLLM's sender makes. None is retried, because the server waits for NCCL inside them."""
 
-    def __init__(
-        self, url: str, token: str | None, timeout_seconds: float, transport: httpx.BaseTransport | None
-    ):
-        self.timeout_seconds = timeout_seconds
-        self._http = RetryingClient(
-            url,
-            token=token,
-            timeout_seconds=timeout_seconds,
-            retries=RetryPolicy(attempts=1),
-            transport=transport,
-        )
-        self.close = self._http.close
-
-    def send(self, method: str, path: str, decode: Callable[[httpx.Response], T], body: object = None) -> T:
-        return self._http.send(method, path, time.monotonic() + self.timeout_seconds, decode, body)
+    def call(self, method: str, path: str, decode: Callable[[httpx.Response], T], body: object = None) -> T:
+        return self.send(method, path, time.monotonic() + self.timeout_seconds, decode, body)
 
     def world_size(self) -> int:
-        return self.send("GET", "/get_world_size", lambda r: int(r.json()["world_size"]))
+        return self.call("GET", "/get_world_size", lambda r: int(r.json()["world_size"]))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._post("/init_weight_transfer_engine", init_info=init_info)
@@ -120,4 +105,4 @@ class _Control:
         self._post("/finish_weight_update", weight_version=weight_version)
 
     def _post(self, path: str, **body: Any) -> None:
-        self.send("POST", path, lambda _: None, body)
+        self.call("POST", path, lambda _: None, body)

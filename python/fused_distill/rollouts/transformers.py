@@ -10,9 +10,6 @@ from torch import Tensor
 
 from .base import Completion, Sampling, checked_prompts
 
-# Override the model's generation_config.json: rollouts are samples of the model itself.
-_NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-
 
 class TransformersRollouts:
     """See RolloutEngine. Completions come from the model's current weights, on its device.
@@ -41,8 +38,7 @@ class TransformersRollouts:
         self.model.eval()
         try:
             # The seed starts one random stream for the whole call; the caller's stream is not advanced.
-            device = self.model.device
-            devices = [device] if device.type == "cuda" else []
+            devices = [self.model.device] if self.model.device.type == "cuda" else []
             with torch.random.fork_rng(devices, enabled=sampling.seed is not None):
                 if sampling.seed is not None:
                     torch.manual_seed(sampling.seed)
@@ -61,10 +57,9 @@ class TransformersRollouts:
         device = self.model.device
         padded = [[0] * (longest - len(p)) + p for p in prompts]
         attention = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        options: dict[str, Any] = {"do_sample": False}
+        options: dict[str, Any] = {}
         if sampling.temperature > 0:
             options = {
-                "do_sample": True,
                 "temperature": float(sampling.temperature),
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
@@ -75,11 +70,14 @@ class TransformersRollouts:
             attention_mask=torch.tensor(attention, device=device),
             max_new_tokens=sampling.max_tokens,
             num_return_sequences=sampling.n,
+            do_sample=sampling.temperature > 0,
             pad_token_id=0,
             return_dict_in_generate=True,
             output_logits=self.logprobs,
             synced_gpus=self.synced,
-            **_NEUTRAL,
+            # Override the model's generation_config.json: rollouts are samples of the model itself.
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             **options,
         )
         tokens: Tensor = output.sequences[:, longest:]

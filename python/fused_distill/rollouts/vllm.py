@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ _CONCURRENCY = 32  # requests in flight; the server batches them
 _CACHE_KEPT = "vLLM did not reset its prefix cache; it refuses while requests run"
 
 
-class VllmRollouts:
+class VllmRollouts(AbstractContextManager["VllmRollouts"]):
     """See RolloutEngine. A stock vLLM server generates; weights are synchronised from disk.
 
     Args:
@@ -50,9 +51,6 @@ class VllmRollouts:
         self._http = RetryingClient(
             url, token=token, timeout_seconds=timeout_seconds, retries=retries, transport=transport
         )
-
-    def __enter__(self) -> VllmRollouts:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._http.close()
@@ -87,7 +85,16 @@ class VllmRollouts:
             }
 
             def decode(response: httpx.Response) -> list[Completion]:
-                return _completions(response.json(), prompts[batch], groups[batch], sampling.n)
+                choices = sorted(response.json()["choices"], key=lambda choice: choice["index"])
+                expected = sampling.n * len(prompts[batch])
+                if len(choices) != expected:
+                    raise ServerError(f"the answer has {len(choices)} completions, expected {expected}")
+                completions: list[Completion] = []
+                for i, choice in enumerate(choices, start * sampling.n):
+                    group, prompt = groups[i // sampling.n], prompts[i // sampling.n]
+                    logprobs, reason = choice["logprobs"]["token_logprobs"], choice["finish_reason"]
+                    completions.append(_completion(group, prompt, choice["token_ids"], logprobs, reason))
+                return completions
 
             return self._http.send("POST", "/v1/completions", deadline, decode, body)
 
@@ -106,9 +113,8 @@ class VllmRollouts:
             ServerError: the server refused, e.g. because it runs without VLLM_SERVER_DEV_MODE=1, or kept its
                 cache, as it does while requests run.
         """
-        path = _checkpoint(folder)
+        call = {"method": "reload_weights", "kwargs": {"weights_path": _checkpoint(folder)}}
         deadline = time.monotonic() + self.deadline_seconds
-        call = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         self._http.send("POST", "/collective_rpc", deadline, lambda _: None, call)
         self._http.send("POST", "/reset_prefix_cache", deadline, check_reset)
 
@@ -167,31 +173,9 @@ def _checkpoint(folder: Path | str) -> str:
 
 
 def _vllm_options(sampling: Sampling, prompt: int) -> dict[str, Any]:
-    """Return vLLM's names for the options; the seed depends on the prompt's position in the call."""
-    return {
-        "n": sampling.n,
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "seed": None if sampling.seed is None else sampling.seed + prompt * sampling.n,
-        "logprobs": 0,
-    }
-
-
-def _completions(
-    content: dict[str, Any], prompts: list[list[int]], groups: list[int], n: int
-) -> list[Completion]:
-    choices = sorted(content["choices"], key=lambda choice: choice["index"])
-    if len(choices) != n * len(prompts):
-        raise ServerError(f"the answer has {len(choices)} completions, expected {n * len(prompts)}")
-    completions: list[Completion] = []
-    for i, choice in enumerate(choices):
-        logprobs, reason = choice["logprobs"]["token_logprobs"], choice["finish_reason"]
-        completions.append(
-            _completion(groups[i // n], prompts[i // n], choice["token_ids"], logprobs, reason)
-        )
-    return completions
+    """Return the options under vLLM's names, which are ours; the seed depends on the prompt's position."""
+    seed = None if sampling.seed is None else sampling.seed + prompt * sampling.n
+    return {**vars(sampling), "seed": seed, "logprobs": 0}
 
 
 def _completion(

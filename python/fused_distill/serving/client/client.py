@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -13,11 +16,11 @@ from numpy.typing import NDArray
 
 from ...huggingface.lm_head import LMHeadParams
 from ..protocol.hidden_states import HiddenDtype, HiddenStates, decode_hidden
+from ..protocol.lm_head import file_sha256, load_head
 from ..protocol.logprobs import TeacherLogprobs, decode_binary
 from ..protocol.openai import first_model, openai_answer, openai_request
 from ..protocol.packing import WireError
-from ..protocol.request import SCORE_PATH
-from .lm_head_cache import cached_head
+from ..protocol.request import HEAD_PATH, SCORE_PATH
 from .request import Ids, ScoreIds, ScoringRequest, TeacherError
 from .retry import RetryingClient, RetryPolicy
 
@@ -25,7 +28,7 @@ Protocol = Literal["auto", "fused-distill", "openai"]
 T = TypeVar("T")
 
 
-class TeacherClient:
+class TeacherClient(AbstractContextManager["TeacherClient"]):
     """Client of one teacher behind one or more servers. Threads may share a client.
 
     Args:
@@ -78,15 +81,12 @@ class TeacherClient:
         )
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
 
-    def __enter__(self) -> TeacherClient:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close connections and threads; a pending call fails."""
-        self._http.stop_waiting()
+        self._http.closed.set()
         self._pool.shutdown(cancel_futures=True)
         self._http.close()
 
@@ -95,7 +95,7 @@ class TeacherClient:
         deadline = time.monotonic() + self.deadline_seconds
         if self._detect_protocol(deadline) == "openai":
             return self._http.send("GET", "/v1/models", deadline, first_model)
-        return self._teacher_info(deadline)
+        return self._http.send("GET", "/v1/teacher", deadline, lambda r: dict(r.json()))
 
     def head(self, cache: Path | None = None) -> LMHeadParams:
         """Return the teacher's LM head on the CPU. It is downloaded once and cached by its checksum.
@@ -108,7 +108,12 @@ class TeacherClient:
         """
         deadline = time.monotonic() + self.deadline_seconds
         self._require_hidden_states(deadline)
-        head, self._head_sha256 = cached_head(self._http, deadline, cache)
+        sha256 = self._http.send("HEAD", HEAD_PATH, deadline, _etag)
+        folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fused-distill"
+        path = folder / f"head-{sha256}.safetensors"
+        if not path.exists() or file_sha256(path) != sha256:  # missing or damaged
+            self._download_head(path, sha256, deadline)
+        head, self._head_sha256 = load_head(path), sha256
         return head
 
     def get_hidden_states(
@@ -133,10 +138,25 @@ class TeacherClient:
             ServerError: as `get_sequence_logprobs`; TeacherError also if the hidden states belong to another
                 head than `head()` returned.
         """
-        request = ScoringRequest.create(sequences, prompt_lengths, self.deadline_seconds)
-        info = self._require_hidden_states(request.deadline)
-        max_tokens = info["limits"]["numbers"] // info["hidden_size"]
-        parts = self._send_parts(request, lambda part, i: self._states(part, i, dtype), max_tokens)
+        request = ScoringRequest.create(sequences, prompt_lengths)
+        deadline = time.monotonic() + self.deadline_seconds
+        info = self._require_hidden_states(deadline)
+
+        def send(part: ScoringRequest, first: int) -> HiddenStates:
+            body = {
+                "sequences": part.sequences,
+                "prompt_lengths": part.prompt_lengths,
+                "response": "hidden_states",
+                "response_format": "binary",
+                "dtype": dtype,
+            }
+            hidden = self._http.send("POST", SCORE_PATH, deadline, lambda r: decode_hidden(r.content), body)
+            part.check_hidden_states(hidden, first)
+            if self._head_sha256 not in (None, hidden.head_sha256):
+                raise TeacherError("the hidden states belong to another head than head() returned")
+            return hidden
+
+        parts = self._send_parts(request, send, info["limits"]["numbers"] // info["hidden_size"])
         try:
             return HiddenStates.join(parts)
         except WireError as error:
@@ -172,82 +192,62 @@ class TeacherClient:
             TeacherError: a kind of ServerError; the response does not fit the request or lacks a number.
         """
         request = ScoringRequest.create(
-            sequences,
-            prompt_lengths,
-            self.deadline_seconds,
-            top_logprobs=top_logprobs,
-            temperature=temperature,
-            score_ids=score_ids,
-            vocab_size=vocab_size,
+            sequences, prompt_lengths, top_logprobs, temperature, score_ids, vocab_size
         )
-        if self._detect_protocol(request.deadline) == "openai":
+        deadline = time.monotonic() + self.deadline_seconds
+        openai = self._detect_protocol(deadline) == "openai"
+        if openai:
+            server = "with a stock vLLM server, which"
             if temperature != 1:
-                raise ValueError(
-                    "temperature must be 1 with a stock vLLM server, which ignores it for prompt "
-                    f"log-probabilities, got {temperature}"
-                )
+                reason = f"ignores it for prompt log-probabilities, got {temperature}"
+                raise ValueError(f"temperature must be 1 {server} {reason}")
             if score_ids is not None:
-                raise ValueError(
-                    "score_ids must be None with a stock vLLM server, which scores its own top tokens only"
-                )
+                raise ValueError(f"score_ids must be None {server} scores its own top tokens only")
             if vocab_size is not None:
-                raise ValueError(
-                    "vocab_size must be None with a stock vLLM server, which scores over its own vocabulary"
-                )
-        return TeacherLogprobs.join(self._send_parts(request, self._score, self.request_tokens))
+                raise ValueError(f"vocab_size must be None {server} scores over its own vocabulary")
+
+        def send(part: ScoringRequest, first: int) -> TeacherLogprobs:
+            fields = part.sequences, part.prompt_lengths, part.top_logprobs
+            path, body = SCORE_PATH, {**vars(part), "response_format": "binary"}
+            if openai:
+                model = self._model or self._http.send("GET", "/v1/models", deadline, first_model)["id"]
+                path, body = "/v1/completions", openai_request(model, part.sequences, part.top_logprobs)
+
+            def decode(response: httpx.Response) -> TeacherLogprobs:
+                return openai_answer(response.json(), *fields) if openai else decode_binary(response.content)
+
+            answer = self._http.send("POST", path, deadline, decode, body)
+            part.check_answer(answer, first)
+            return answer
+
+        return TeacherLogprobs.join(self._send_parts(request, send, self.request_tokens))
 
     def _send_parts(
         self, request: ScoringRequest, send: Callable[[ScoringRequest, int], T], max_tokens: int
     ) -> list[T]:
         parts = request.parts(min(self.request_tokens, max_tokens))
-        futures = [self._pool.submit(send, request.part(part), part.start) for part in parts]
+        futures = [self._pool.submit(send, part, first) for first, part in parts]
         try:
             return [future.result() for future in futures]
         finally:
             for future in futures:
                 future.cancel()
 
-    def _states(self, request: ScoringRequest, first: int, dtype: HiddenDtype) -> HiddenStates:
-        body = {
-            "sequences": request.sequences,
-            "prompt_lengths": request.prompt_lengths,
-            "response": "hidden_states",
-            "response_format": "binary",
-            "dtype": dtype,
-        }
-        hidden = self._http.send(
-            "POST", SCORE_PATH, request.deadline, lambda r: decode_hidden(r.content), body
-        )
-        request.check_hidden_states(hidden, first)
-        if self._head_sha256 not in (None, hidden.head_sha256):
-            raise TeacherError("the hidden states belong to another head than head() returned")
-        return hidden
+    def _download_head(self, path: Path, sha256: str, deadline: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            partial = Path(file.name)
 
-    def _score(self, request: ScoringRequest, first: int) -> TeacherLogprobs:
-        sequences, prompt_lengths, k = request.sequences, request.prompt_lengths, request.top_logprobs
-        if self._protocol == "openai":
-            model = self._model or self._http.send("GET", "/v1/models", request.deadline, first_model)["id"]
-            path, body = "/v1/completions", openai_request(model, sequences, k)
-        else:
-            path = SCORE_PATH
-            body = {
-                "sequences": sequences,
-                "prompt_lengths": prompt_lengths,
-                "top_logprobs": k,
-                "temperature": request.temperature,
-                "score_ids": request.score_ids,
-                "vocab_size": request.vocab_size,
-                "response_format": "binary",
-            }
+            def check(_: httpx.Response) -> None:
+                file.flush()
+                if file_sha256(partial) != sha256:
+                    raise ValueError("the downloaded head does not match its checksum")
 
-        def decode(response: httpx.Response) -> TeacherLogprobs:
-            if self._protocol == "openai":
-                return openai_answer(response.json(), sequences, prompt_lengths, k)
-            return decode_binary(response.content)
-
-        answer = self._http.send("POST", path, request.deadline, decode, body)
-        request.check_answer(answer, first)
-        return answer
+            try:
+                self._http.send("GET", HEAD_PATH, deadline, check, file=file.file)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _detect_protocol(self, deadline: float) -> Protocol:
         """Detect the servers' protocol on first use."""
@@ -265,11 +265,15 @@ class TeacherClient:
         if self._detect_protocol(deadline) == "openai":
             raise ValueError("a stock vLLM server gives no hidden states")
         if self._hidden_info is None:
-            info = self._teacher_info(deadline)
+            info = self._http.send("GET", "/v1/teacher", deadline, lambda r: dict(r.json()))
             if "hidden_states" not in info["capabilities"]:
                 raise TeacherError(f"this teacher's engine has no hidden_states, only {info['capabilities']}")
             self._hidden_info = info
         return self._hidden_info
 
-    def _teacher_info(self, deadline: float) -> dict[str, Any]:
-        return self._http.send("GET", "/v1/teacher", deadline, lambda response: dict(response.json()))
+
+def _etag(response: httpx.Response) -> str:
+    sha256 = response.headers["etag"].removeprefix("W/").strip('"')
+    if len(bytes.fromhex(sha256)) != 32:
+        raise ValueError(f"the head's checksum must have 64 hexadecimal digits, got {sha256!r}")
+    return sha256

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +27,7 @@ class TeacherError(ServerError):
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """Sequences, scoring options and the deadline of time.monotonic()."""
+    """The fields of a request for log-probabilities, as its body names them."""
 
     sequences: list[list[int]]
     prompt_lengths: list[int]
@@ -36,15 +35,12 @@ class ScoringRequest:
     temperature: float
     score_ids: list[list[list[int]]] | None
     vocab_size: int | None
-    deadline: float
 
     @classmethod
     def create(
         cls,
         sequences: Sequence[Ids] | NDArray[Any],
         prompt_lengths: Ids,
-        seconds: float,
-        *,
         top_logprobs: int = 0,
         temperature: float = 1.0,
         score_ids: ScoreIds | None = None,
@@ -65,73 +61,66 @@ class ScoringRequest:
             float(temperature),
             scores,
             None if vocab_size is None else int(vocab_size),
-            time.monotonic() + seconds,
         )
-        request._check()
-        return request
-
-    def _check(self) -> None:
-        if not self.sequences:
+        if not request.sequences:
             raise ValueError("sequences must not be empty")
-        check_request(self.sequences, self.prompt_lengths, self.score_ids)
-        if self.top_logprobs < 0:
-            raise ValueError(f"top_logprobs must not be negative, got {self.top_logprobs}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
-        for i, tokens in enumerate(self.sequences):
+        check_request(request.sequences, request.prompt_lengths, scores)
+        if request.top_logprobs < 0:
+            raise ValueError(f"top_logprobs must not be negative, got {request.top_logprobs}")
+        if not request.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {request.temperature}")
+        if request.vocab_size is not None and request.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {request.vocab_size}")
+        for i, tokens in enumerate(request.sequences):
             if not tokens:
                 raise ValueError(f"sequences[{i}] must have at least one token, got none")
-        for i, (scores, n) in enumerate(zip(self.score_ids or [], self.positions, strict=False)):
-            widths = {len(ids) for ids in scores}
-            if len(scores) != n or not widths <= {self.score_count}:
+        for i, (rows, n) in enumerate(zip(scores or [], request.positions, strict=False)):
+            widths = {len(ids) for ids in rows}
+            if len(rows) != n or not widths <= {request.score_count}:
                 raise ValueError(
-                    f"score_ids[{i}] must have {n} positions of {self.score_count} ids, "
-                    f"got {len(scores)} of {sorted(widths)}"
+                    f"score_ids[{i}] must have {n} positions of {request.score_count} ids, "
+                    f"got {len(rows)} of {sorted(widths)}"
                 )
+        return request
 
     @property
     def positions(self) -> list[int]:
         """Number of scored positions per sequence."""
-        lengths = zip(self.sequences, self.prompt_lengths, strict=True)
-        return [scored_positions(len(tokens), prompt_length) for tokens, prompt_length in lengths]
+        return list(map(scored_positions, map(len, self.sequences), self.prompt_lengths))
 
     @property
     def score_count(self) -> int:
         """Number of score ids per position."""
         return next((len(ids) for scores in self.score_ids or [] for ids in scores), 0)
 
-    def parts(self, max_tokens: int) -> list[range]:
-        """Divide the sequences into consecutive ranges of about max_tokens; a longer sequence goes alone."""
-        weight = 1 + self.score_count / _SCORE_IDS_PER_TOKEN
-        parts: list[range] = []
-        start, tokens = 0, 0.0
-        for i, sequence in enumerate(self.sequences):
-            full = tokens + weight * len(sequence) > max_tokens or i - start >= _MAX_SEQUENCES
-            if i > start and full:
-                parts.append(range(start, i))
-                start, tokens = i, 0.0
-            tokens += weight * len(sequence)
-        parts.append(range(start, len(self.sequences)))
-        return parts
+    def parts(self, max_tokens: int) -> Iterator[tuple[int, ScoringRequest]]:
+        """Yield requests for consecutive sequences of about max_tokens; a longer sequence goes alone.
 
-    def part(self, indices: range) -> ScoringRequest:
-        """Return a request for these sequences only."""
-        scores = None if self.score_ids is None else [self.score_ids[i] for i in indices]
-        sequences = [self.sequences[i] for i in indices]
-        prompt_lengths = [self.prompt_lengths[i] for i in indices]
-        return replace(self, sequences=sequences, prompt_lengths=prompt_lengths, score_ids=scores)
+        With each comes the index, within the whole call, of its first sequence.
+        """
+        weight = 1 + self.score_count / _SCORE_IDS_PER_TOKEN
+        cuts, tokens = [0], 0.0
+        for i, sequence in enumerate(self.sequences):
+            full = tokens + weight * len(sequence) > max_tokens or i - cuts[-1] >= _MAX_SEQUENCES
+            if i > cuts[-1] and full:
+                cuts.append(i)
+                tokens = 0.0
+            tokens += weight * len(sequence)
+        for start, end in zip(cuts, [*cuts[1:], len(self.sequences)], strict=True):
+            yield (
+                start,
+                replace(
+                    self,
+                    sequences=self.sequences[start:end],
+                    prompt_lengths=self.prompt_lengths[start:end],
+                    score_ids=self.score_ids and self.score_ids[start:end],
+                ),
+            )
 
     def check_answer(self, answer: TeacherLogprobs, first: int) -> None:
-        """Check that the answer fits the request and that no number is missing.
+        """Raise a TeacherError if the answer does not fit the request or a number is missing.
 
-        Args:
-            answer: what the server gave.
-            first: index, within the whole call, of this request's first sequence.
-
-        Raises:
-            TeacherError: the answer does not fit.
+        The first sequence has the index `first` within the whole call.
         """
         self._check_lengths(answer.lengths)
         scores = answer.score_logprobs
@@ -154,11 +143,9 @@ class ScoringRequest:
     def check_hidden_states(self, hidden: HiddenStates, first: int) -> None:
         """Check hidden states as `check_answer` checks log-probabilities."""
         self._check_lengths(hidden.lengths)
-        for i, part in enumerate(hidden.split()):
+        for i, part in enumerate(hidden.split(), first):
             if not part.valid:
-                raise TeacherError(
-                    f"the answer has a hidden state that is not finite in sequence {first + i}"
-                )
+                raise TeacherError(f"the answer has a hidden state that is not finite in sequence {i}")
 
     def _check_lengths(self, lengths: NDArray[np.int64]) -> None:
         if lengths.tolist() != self.positions:

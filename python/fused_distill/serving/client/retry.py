@@ -10,15 +10,7 @@ from dataclasses import dataclass
 from typing import IO, TypeVar
 
 import httpx
-from tenacity import (
-    Retrying,
-    retry_if_exception_type,
-    sleep_using_event,
-    stop_before_delay,
-    stop_when_event_set,
-    wait_exception,
-    wait_random_exponential,
-)
+import tenacity
 
 T = TypeVar("T")
 
@@ -31,13 +23,7 @@ _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticErr
 class ServerError(ConnectionError):
     """No server gave a usable answer; the message holds the last server's response or error."""
 
-
-class _RoundFailed(Exception):
-    """No server answered in one round, but a later round may succeed."""
-
-    def __init__(self, problem: str, retry_after: float):
-        super().__init__(f"no usable answer: {problem}")
-        self.retry_after = retry_after  # seconds
+    retry_after: float | None = None  # seconds before another round over all servers; None: it is no use
 
 
 @dataclass(frozen=True)
@@ -52,12 +38,7 @@ class RetryPolicy:
 class RetryingClient:
     """Send requests to one of several servers with the same content. Threads may share a client.
 
-    Args:
-        url: one server, or several; when one fails, the next is tried.
-        token: bearer token.
-        timeout_seconds: limit between two bytes of one attempt.
-        retries: see RetryPolicy.
-        transport: httpx transport.
+    The arguments are those of `TeacherClient`.
 
     Raises:
         ValueError: url is empty or does not begin with http:// or https://.
@@ -83,15 +64,11 @@ class RetryingClient:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(headers=headers, transport=transport)
         self._preferred = 0  # index of the server that answered last
-        self._closed = threading.Event()
-
-    def stop_waiting(self) -> None:
-        """Make pending requests fail instead of retrying."""
-        self._closed.set()
+        self.closed = threading.Event()  # set: pending requests fail instead of retrying
 
     def close(self) -> None:
         """Close the connections; pending requests fail."""
-        self._closed.set()
+        self.closed.set()
         self._http.close()
 
     def send(
@@ -112,14 +89,23 @@ class RetryingClient:
             ServerError: a server refused the request, or none gave a good response in time.
         """
         failed_rounds = 0
+        wait, longest_wait = self.retries.first_wait_seconds, self.retries.longest_wait_seconds
 
+        @tenacity.retry(
+            retry=tenacity.retry_if_exception(lambda e: getattr(e, "retry_after", None) is not None),
+            wait=tenacity.wait_random_exponential(wait, longest_wait, min=wait / 2)
+            + tenacity.wait_exception(lambda e: getattr(e, "retry_after", 0.0)),
+            stop=tenacity.stop_when_event_set(self.closed)
+            | tenacity.stop_before_delay(deadline - time.monotonic()),
+            sleep=tenacity.sleep_using_event(self.closed),
+            reraise=True,
+        )
         def one_round() -> T:
             nonlocal failed_rounds
             problem, busy, retry_after, first = "the client is closed", True, 0.0, self._preferred
-            for i in range(len(self.urls)):
-                if self._closed.is_set() or (i and time.monotonic() >= deadline):
+            for index in (*range(first, len(self.urls)), *range(first)):
+                if self.closed.is_set() or (index != first and time.monotonic() >= deadline):
                     break
-                index = (first + i) % len(self.urls)
                 server = self.urls[index]
                 try:
                     response = self._attempt(method, server + path, deadline, body, file)
@@ -139,21 +125,11 @@ class RetryingClient:
             failed_rounds += not busy
             if failed_rounds >= self.retries.attempts:
                 raise ServerError(f"no usable answer in {failed_rounds} rounds: {problem}")
-            raise _RoundFailed(problem, retry_after)
+            error = ServerError(f"no usable answer: {problem} (closed or past the deadline)")
+            error.retry_after = retry_after
+            raise error
 
-        first_wait, longest_wait = self.retries.first_wait_seconds, self.retries.longest_wait_seconds
-        retrying = Retrying(
-            retry=retry_if_exception_type(_RoundFailed),
-            wait=wait_random_exponential(first_wait, longest_wait, min=first_wait / 2)
-            + wait_exception(lambda error: getattr(error, "retry_after", 0.0)),
-            stop=stop_when_event_set(self._closed) | stop_before_delay(deadline - time.monotonic()),
-            sleep=sleep_using_event(self._closed),
-            reraise=True,
-        )
-        try:
-            return retrying(one_round)
-        except _RoundFailed as error:
-            raise ServerError(f"{error} (closed or past the deadline)") from None
+        return one_round()
 
     def _attempt(
         self, method: str, url: str, deadline: float, body: object, file: IO[bytes] | None

@@ -26,8 +26,6 @@ from .packing import WireError, pack, unpack
 
 HiddenDtype = Literal["float32", "bfloat16"]
 
-_DTYPES = {"lengths": (torch.int32,), "states": (torch.float32, torch.bfloat16)}
-
 
 @dataclass(frozen=True, eq=False)
 class HiddenStates:
@@ -72,11 +70,9 @@ class HiddenStates:
 
 def encode_hidden(hidden: HiddenStates, dtype: HiddenDtype = "bfloat16") -> bytes:
     """Return the binary form."""
-    tensors = {
-        "lengths": torch.from_numpy(hidden.lengths.astype(np.int32)),
-        "states": hidden.states.to(getattr(torch, dtype)),
-    }
-    return pack(tensors, head_sha256=hidden.head_sha256)
+    lengths = torch.from_numpy(hidden.lengths.astype(np.int32))
+    states = hidden.states.to(getattr(torch, dtype))
+    return pack({"lengths": lengths, "states": states}, head_sha256=hidden.head_sha256)
 
 
 def decode_hidden(payload: bytes) -> HiddenStates:
@@ -85,7 +81,8 @@ def decode_hidden(payload: bytes) -> HiddenStates:
     Raises:
         WireError: the payload is not one whole, valid response of this version.
     """
-    tensors, metadata = unpack(payload, _DTYPES)
+    dtypes = {"lengths": (torch.int32,), "states": (torch.float32, torch.bfloat16)}
+    tensors, metadata = unpack(payload, dtypes)
     head_sha256 = metadata.get("head_sha256", "")
     if metadata.keys() != {"head_sha256"} or not re.fullmatch("[0-9a-f]{64}", head_sha256):
         raise WireError("the metadata must be a version and a head_sha256 of 64 hexadecimal digits")

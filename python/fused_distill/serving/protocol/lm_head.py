@@ -18,11 +18,10 @@ from ...huggingface.lm_head import LMHeadParams
 def save_head(head: LMHeadParams, path: Path) -> str:
     """Save "weight" (V, Dt) and, if the head has one, "bias" (V,). Return the SHA-256 of the file."""
     tensors = {"weight": head.weight, "bias": head.bias}
-    scalars = {"logit_scale": head.logit_scale, "softcap": head.softcap}
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None},
         path,
-        {"lm_head_of": json.dumps(scalars)},
+        {"lm_head_of": json.dumps({"logit_scale": head.logit_scale, "softcap": head.softcap})},
     )
     return file_sha256(path)
 
@@ -37,9 +36,8 @@ def load_head(path: Path) -> LMHeadParams:
         with safe_open(path, "pt") as file:
             scalars = json.loads((file.metadata() or {})["lm_head_of"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return LMHeadParams(
-                tensors["weight"], tensors.get("bias"), scalars["logit_scale"], scalars["softcap"]
-            )
+            weight, bias = tensors["weight"], tensors.get("bias")
+            return LMHeadParams(weight, bias, scalars["logit_scale"], scalars["softcap"])
     except (SafetensorError, LookupError, ValueError, TypeError) as error:
         raise ValueError(f"path must be a teacher's LM head, got {path}: {error}") from error
 
@@ -84,4 +82,3 @@ class HeadFile:
         with self._lock:
             if self._folder is not None:
                 self._folder.cleanup()
-            self._folder = self._saved = None

@@ -34,13 +34,9 @@ from .packing import VERSION, WireError, pack, unpack
 Format = Literal["binary", "base64", "json"]
 Dtype = Literal["float32", "float16"]
 
-_FLOATS = (torch.float32, torch.float16)
 _DTYPES = {
-    "lengths": (torch.int32,),
-    "logprobs": _FLOATS,
-    "ids": (torch.int32,),
-    "actual_logprobs": _FLOATS,
-    "score_logprobs": _FLOATS,
+    **dict.fromkeys(("lengths", "ids"), (torch.int32,)),
+    **dict.fromkeys(("logprobs", "actual_logprobs", "score_logprobs"), (torch.float32, torch.float16)),
 }
 
 
@@ -67,8 +63,7 @@ class TeacherLogprobs:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays with one row per position, by name."""
-        arrays = {"logprobs": self.logprobs, "ids": self.ids, "actual_logprobs": self.actual_logprobs}
-        return arrays if self.score_logprobs is None else {**arrays, "score_logprobs": self.score_logprobs}
+        return {name: a for name, a in vars(self).items() if name != "lengths" and a is not None}
 
     @property
     def valid(self) -> bool:
@@ -77,14 +72,9 @@ class TeacherLogprobs:
 
     def split(self) -> list[TeacherLogprobs]:
         """Return one object per sequence."""
-        ends = np.cumsum(self.lengths)
-        return [
-            TeacherLogprobs(
-                self.lengths[i : i + 1],
-                **{name: array[end - self.lengths[i] : end] for name, array in self.arrays().items()},
-            )
-            for i, end in enumerate(ends)
-        ]
+        ends = np.cumsum(self.lengths)[:-1]
+        parts = zip(*(np.split(array, ends) for array in self.arrays().values()), strict=True)
+        return [TeacherLogprobs(np.array([n]), *part) for n, part in zip(self.lengths, parts, strict=False)]
 
     @classmethod
     def join(cls, parts: list[TeacherLogprobs]) -> TeacherLogprobs:
@@ -136,17 +126,15 @@ def decode_binary(payload: bytes) -> TeacherLogprobs:
 
 def encode_json(response: TeacherLogprobs) -> dict[str, Any]:
     """Return the JSON form, ready for any JSON library."""
-    content: dict[str, Any] = {
+    parts = response.split()
+    return {
         "version": VERSION,
         "lengths": response.lengths.tolist(),
         "k": response.ids.shape[1],
         "m": 0 if response.score_logprobs is None else response.score_logprobs.shape[1],
         "score_logprobs": None,
+        **{name: [_with_null(part.arrays()[name]) for part in parts] for name in response.arrays()},
     }
-    parts = response.split()
-    for name in response.arrays():
-        content[name] = [_with_null(part.arrays()[name]) for part in parts]
-    return content
 
 
 def _with_null(values: NDArray[Any]) -> list[Any]:

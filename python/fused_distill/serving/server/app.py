@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+import secrets
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi import Response as HttpResponse
-from fastapi.responses import FileResponse
-from prometheus_client import generate_latest
+from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..protocol.hidden_states import HiddenStates, encode_hidden
 from ..protocol.logprobs import encode_binary, encode_json
 from ..protocol.packing import VERSION
 from ..protocol.request import HEAD_PATH, SCORE_PATH
-from .batching import Batcher, BatchLimits, QueueFull, Stopped
+from .batching import MAX_FAILURES, Batcher, BatchLimits
 from .engine import Result, TeacherEngine
-from .middleware import AuthAndLimitMiddleware, Metrics
 from .validation import RequestBody, RequestError, ServerLimits, parse_request
 
 
@@ -52,19 +50,23 @@ def create_app(
     """
     check_token(token)
     limits = limits or ServerLimits()
-    batcher = Batcher(engine, batch_limits)
-    metrics = Metrics(batcher, limits)
+    batcher = Batcher(engine, batch_limits or BatchLimits(), limits.retry_after_seconds)
+    registry = CollectorRegistry()
+    answered = Counter("teacher_requests", "Requests by status", ["status"], registry=registry)
+    positions = Counter("teacher_positions", "Positions scored", registry=registry)
+    seconds = Histogram(
+        "teacher_request_seconds",
+        "Time from request to response",
+        buckets=[limits.request_seconds * 2**-i for i in reversed(range(16))],
+        registry=registry,
+    )
+    waiting = Gauge("teacher_waiting_requests", "Requests with waiting sequences", registry=registry)
+    waiting.set_function(lambda: len(batcher.queue))
+    running = Gauge("teacher_running_sequences", "Sequences in the engine", registry=registry)
+    running.set_function(lambda: batcher.running)
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        try:
-            async with batcher:
-                yield
-        finally:
-            engine.close()
-
-    app = FastAPI(title="fused-distill teacher", lifespan=lifespan)
-    app.add_middleware(AuthAndLimitMiddleware, token=token, limits=limits, metrics=metrics)
+    app = FastAPI(title="fused-distill teacher", lifespan=lambda _: batcher)
+    app.add_middleware(AuthAndLimitMiddleware, token=token, body_bytes=limits.body_bytes, answered=answered)
 
     @app.exception_handler(RequestError)
     async def error_response(_: Request, error: RequestError) -> HttpResponse:
@@ -74,23 +76,22 @@ def create_app(
     async def health() -> dict[str, str]:
         if not batcher.alive:
             raise RequestError(503, "the engine takes no requests")
-        if batcher.failing:
+        if batcher.failures >= MAX_FAILURES:
             raise RequestError(503, "the engine fails on every batch")
         return {"status": "ok"}
 
     @app.get("/metrics")
     async def prometheus() -> HttpResponse:
-        return HttpResponse(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+        return HttpResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/teacher")
     async def teacher() -> dict[str, Any]:
-        max_k = min(limits.top_logprobs, engine.info.vocab_size)
         head = engine.head_file
         return {
             **engine.info._asdict(),
             "hidden_size": None if head is None else head.head.weight.shape[1],
             "wire_version": VERSION,
-            "limits": {**asdict(limits), "top_logprobs": max_k},
+            "limits": {**asdict(limits), "top_logprobs": min(limits.top_logprobs, engine.info.vocab_size)},
         }
 
     @app.api_route(HEAD_PATH, methods=["GET", "HEAD"])
@@ -104,7 +105,7 @@ def create_app(
 
     @app.post(SCORE_PATH, openapi_extra={"requestBody": schema})
     async def get_sequence_logprobs(request: Request) -> HttpResponse:
-        with metrics.seconds.time():
+        with seconds.time():
             try:
                 return await asyncio.wait_for(respond(request), limits.request_seconds)
             except asyncio.TimeoutError:
@@ -125,10 +126,6 @@ def create_app(
             if not scoring.done():
                 raise RequestError(499, "the client has disconnected")
             result = scoring.result()
-        except QueueFull as error:
-            raise RequestError(429, str(error), **{"Retry-After": str(limits.retry_after_seconds)}) from None
-        except Stopped:
-            raise RequestError(503, "the server is shutting down") from None
         except RequestError:
             raise
         except Exception as error:
@@ -136,7 +133,7 @@ def create_app(
         finally:
             scoring.cancel()
             disconnection.cancel()
-        metrics.positions.inc(int(result.lengths.sum()))
+        positions.inc(int(result.lengths.sum()))
         return await asyncio.to_thread(_encode, result, body)
 
     return app
@@ -146,13 +143,43 @@ def _encode(result: Result, body: RequestBody) -> HttpResponse:
     if isinstance(result, HiddenStates):
         payload = encode_hidden(result, "float32" if body.dtype == "float32" else "bfloat16")
     elif body.response_format == "json":
-        return _json_response(encode_json(result))
+        return JSONResponse(encode_json(result))
     else:
         payload = encode_binary(result, "float16" if body.dtype == "float16" else "float32")
     if body.response_format == "base64":
-        return _json_response({"version": VERSION, "binary": base64.b64encode(payload).decode()})
+        return JSONResponse({"version": VERSION, "binary": base64.b64encode(payload).decode()})
     return HttpResponse(payload, media_type="application/octet-stream")
 
 
-def _json_response(content: object) -> HttpResponse:
-    return HttpResponse(json.dumps(content, separators=(",", ":")), media_type="application/json")
+class AuthAndLimitMiddleware:
+    """Check the bearer token and the size of the body before it is read, and count response statuses."""
+
+    def __init__(self, app: ASGIApp, token: str | None, body_bytes: int, answered: Counter):
+        self.app, self.body_bytes, self.answered = app, body_bytes, answered
+        self.authorization = None if token is None else b"Bearer " + token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counting_send(message: Message) -> None:
+            if message["type"] == "http.response.start" and scope["path"] == SCORE_PATH:
+                self.answered.labels(str(message["status"])).inc()
+            await send(message)
+
+        error = self._check(scope["method"], scope["path"], dict(scope["headers"]))
+        await (self.app if error is None else error.response)(scope, receive, counting_send)
+
+    def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> RequestError | None:
+        if self.authorization is not None and path != "/health":
+            given = headers.get(b"authorization", b"")
+            if not secrets.compare_digest(given, self.authorization):
+                return RequestError(401, "a valid bearer token is required", **{"WWW-Authenticate": "Bearer"})
+        length = headers.get(b"content-length")
+        if b"transfer-encoding" in headers or (method == "POST" and length is None):
+            return RequestError(411, "the body must come with Content-Length")
+        if length is not None and (not length.isdigit() or int(length) > self.body_bytes):
+            return RequestError(413, f"the body must have at most {self.body_bytes} bytes")
+        return None

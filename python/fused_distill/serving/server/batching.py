@@ -6,21 +6,15 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..protocol.request import ScoringOptions, TokenSequence
 from .engine import Result, TeacherEngine
+from .validation import RequestError
 
-_MAX_FAILURES = 5  # consecutive failed batches after which the engine counts as failing
-
-
-class QueueFull(Exception):
-    """The queue is full; the client should try again later."""
-
-
-class Stopped(Exception):
-    """The server is shutting down."""
+MAX_FAILURES = 5  # consecutive failed batches after which the engine counts as failing
+_STOPPING = 503, "the server is shutting down"
 
 
 @dataclass(frozen=True)
@@ -45,82 +39,70 @@ class _Job:
 
     sequences: list[TokenSequence]
     options: ScoringOptions
-    result: asyncio.Future[list[Result]]
-    waiting: deque[int] = field(init=False)
-    answers: dict[int, Result] = field(default_factory=dict[int, Result])
-
-    def __post_init__(self) -> None:
-        order = sorted(range(len(self.sequences)), key=lambda i: -len(self.sequences[i].tokens))
-        self.waiting = deque(order)
-
-    def add(self, index: int, answer: Result) -> None:
-        """Store the answer of one sequence; complete the request with the last one."""
-        self.answers[index] = answer
-        if len(self.answers) == len(self.sequences) and not self.result.done():
-            self.result.set_result([self.answers[i] for i in range(len(self.sequences))])
+    answers: list[asyncio.Future[Result]]  # of each sequence
+    waiting: deque[int]  # indices of sequences
 
     def fail(self, error: Exception) -> None:
         """Complete the request with an error."""
         self.waiting.clear()
-        if not self.result.done():
-            self.result.set_exception(error)
+        for answer in self.answers:
+            if not answer.done():
+                answer.set_exception(error)
 
 
 class Batcher:
     """Owner of the engine: the event loop calls `submit`, the engine runs in a thread of its own."""
 
-    def __init__(self, engine: TeacherEngine, limits: BatchLimits | None = None):
-        self.engine = engine
-        self.limits = limits or BatchLimits()
+    def __init__(self, engine: TeacherEngine, limits: BatchLimits, retry_after_seconds: int):
+        self.engine, self.limits, self.retry_after_seconds = engine, limits, retry_after_seconds
         self.queue: deque[_Job] = deque()  # requests with waiting sequences
         self.running = 0  # sequences in the engine
-        self._failures = 0  # consecutive batches that raised
+        self.failures = 0  # consecutive batches that raised
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Batcher:
+    async def __aenter__(self) -> None:
         """Start accepting requests."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-engine")
         self._task = asyncio.create_task(self._run())
-        return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Fail waiting requests with `Stopped` and wait for a running engine call."""
+        """Fail waiting requests, wait for a running engine call and close the engine."""
         task, self._task = self._task, None
         assert task is not None
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         while self.queue:
-            self.queue.popleft().fail(Stopped())
-        await asyncio.to_thread(self._thread.shutdown)
+            self.queue.popleft().fail(RequestError(*_STOPPING))
+        try:
+            await asyncio.to_thread(self._thread.shutdown)
+        finally:
+            self.engine.close()
 
     @property
     def alive(self) -> bool:
         """True while requests are accepted."""
         return self._task is not None and not self._task.done()
 
-    @property
-    def failing(self) -> bool:
-        """True if the engine raised on each of the last batches."""
-        return self._failures >= _MAX_FAILURES
-
     async def submit(self, sequences: list[TokenSequence], options: ScoringOptions) -> Result:
         """Return the joined answer for these sequences, at least one. Cancelling the call frees its place.
 
         Raises:
-            QueueFull: `max_waiting` requests are waiting already.
-            Stopped: the server is shutting down.
+            RequestError: `max_waiting` requests are waiting already, or the server is shutting down.
             Exception: whatever the engine raised on a batch with one of the sequences.
         """
         if not self.alive:
-            raise Stopped
+            raise RequestError(*_STOPPING)
         if len(self.queue) >= self.limits.max_waiting:
-            raise QueueFull(f"{len(self.queue)} requests are waiting")
-        job = _Job(sequences, options, asyncio.get_running_loop().create_future())
+            headers = {"Retry-After": str(self.retry_after_seconds)}
+            raise RequestError(429, f"{len(self.queue)} requests are waiting", **headers)
+        longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].tokens))
+        answers = [asyncio.get_running_loop().create_future() for _ in sequences]
+        job = _Job(sequences, options, answers, deque(longest_first))
         self.queue.append(job)
         self._arrived.set()
         try:
-            parts: list[Any] = await job.result
+            parts: list[Any] = await asyncio.gather(*answers)
             return await asyncio.to_thread(type(parts[0]).join, parts)  # takes long for large answers
         finally:
             job.waiting.clear()
@@ -133,8 +115,7 @@ class Batcher:
             self._arrived.clear()
             while self.queue:
                 await asyncio.sleep(self.limits.window_seconds)
-                batch = list(self._next_batch())
-                if batch:
+                if batch := list(self._next_batch()):
                     await self._score(batch)
 
     def _next_batch(self) -> Iterator[tuple[_Job, int]]:
@@ -155,20 +136,19 @@ class Batcher:
 
     async def _score(self, batch: list[tuple[_Job, int]]) -> None:
         sequences = [job.sequences[i] for job, i in batch]
-        jobs = list(dict.fromkeys(job for job, _ in batch))
         self.running = len(batch)
         try:
             answers = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._call_engine, sequences, jobs[0].options
+                self._thread, self._call_engine, sequences, batch[0][0].options
             )
-            self._failures = 0
+            self.failures = 0
         except asyncio.CancelledError:
-            for job in jobs:
-                job.fail(Stopped())
+            for job, _ in batch:
+                job.fail(RequestError(*_STOPPING))
             raise
         except BaseException as error:  # even SystemExit of an engine must not leave requests waiting
-            self._failures += 1
-            for job in jobs:
+            self.failures += 1
+            for job, _ in batch:
                 job.fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
             return
         finally:
@@ -176,8 +156,8 @@ class Batcher:
         for (job, index), answer in zip(batch, answers, strict=True):
             if answer is None:
                 job.fail(RuntimeError(f"the engine gave numbers that are not finite for sequence {index}"))
-            else:
-                job.add(index, answer)
+            elif not job.answers[index].done():
+                job.answers[index].set_result(answer)
 
     def _call_engine(self, sequences: list[TokenSequence], options: ScoringOptions) -> list[Result | None]:
         """Return the engine's answers, None for one that has an invalid number."""

@@ -116,13 +116,13 @@ class HiddenStateModel:
     def _sharing_works(self, trial: list[TokenSequence], padded: Tensor) -> bool:
         """Return True if two passes over a cache give the states of one pass."""
         try:
-            works = close_in_norm(self.forward_shared_prefix(trial), padded)
+            if close_in_norm(self.forward_shared_prefix(trial), padded):
+                return True
+            reason = "this model's cache gives other hidden states"
         except Exception as error:  # every family without such a cache fails in its own way
-            _log.warning("prompts are not shared: %s: %s", type(error).__name__, error)
-            return False
-        if not works:
-            _log.warning("prompts are not shared: this model's cache gives other hidden states")
-        return works
+            reason = f"{type(error).__name__}: {error}"
+        _log.warning("prompts are not shared: %s", reason)
+        return False
 
 
 def close_in_norm(a: Tensor, b: Tensor) -> bool:

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from ... import topk_logprobs
 from ...huggingface.lm_head import lm_head_of
@@ -65,12 +63,7 @@ class TransformersEngine:
 
     @classmethod
     def load(
-        cls,
-        name: str,
-        device: str,
-        dtype: str,
-        max_length: int | None = None,
-        hidden_states: bool = True,
+        cls, name: str, device: str, dtype: str, max_length: int | None = None, hidden_states: bool = True
     ) -> TransformersEngine:
         """Load the model and the tokenizer of a local path or hub name.
 
@@ -99,24 +92,14 @@ class TransformersEngine:
                 f"got {type(self.model).__name__}, which computes others"
             )
 
+    @torch.inference_mode()
     def score(self, batch: list[TokenSequence], options: ScoringOptions) -> Results:
         """See TeacherEngine. The LM head runs at scored positions only."""
         lengths = np.array([s.positions for s in batch], dtype=np.int64)
-        with torch.inference_mode():
-            states = self.hidden_state_model.states(batch)
-            if options.response == "hidden_states":
-                assert self.head_file is not None  # checked by the server
-                return HiddenStates(lengths, states.cpu(), self.head_file.saved().sha256).split()
-            return self._logprobs(states, lengths, batch, options).split()
-
-    def close(self) -> None:
-        """Remove the file of the LM head."""
-        if self.head_file is not None:
-            self.head_file.close()
-
-    def _logprobs(
-        self, states: Tensor, lengths: NDArray[np.int64], batch: list[TokenSequence], options: ScoringOptions
-    ) -> TeacherLogprobs:
+        states = self.hidden_state_model.states(batch)
+        if options.response == "hidden_states":
+            assert self.head_file is not None  # checked by the server
+            return HiddenStates(lengths, states.cpu(), self.head_file.saved().sha256).split()
         actual = [token for s in batch for token in s.tokens[s.start :]]
         query_ids = torch.tensor(actual, dtype=torch.int64, device=states.device).unsqueeze(-1)
         if options.score_count is not None:
@@ -140,4 +123,9 @@ class TransformersEngine:
             top.ids.int().cpu().numpy(),
             query_logprobs[:, 0],
             None if options.score_count is None else query_logprobs[:, 1:],
-        )
+        ).split()
+
+    def close(self) -> None:
+        """Remove the file of the LM head."""
+        if self.head_file is not None:
+            self.head_file.close()

@@ -89,14 +89,13 @@ def parse_request(
     """
     try:
         request = RequestBody.model_validate_json(body)
+        if request.model_extra:
+            raise RequestError(422, f"{next(iter(request.model_extra))}: unknown field")
+        return request, *_validate(request, engine, limits)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "body"
         raise RequestError(422, f"{field}: {first['msg']}") from None
-    if request.model_extra:
-        raise RequestError(422, f"{next(iter(request.model_extra))}: unknown field")
-    try:
-        return request, *_validate(request, engine, limits)
     except ValueError as error:
         raise RequestError(422, str(error)) from None
 
@@ -115,7 +114,6 @@ def _validate(
     _require_at_most(min(limits.top_logprobs, vocab_size), "top_logprobs", request.top_logprobs)
 
     items: list[TokenSequence] = []
-    score_counts: set[int] = set()
     for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         if not 1 <= len(tokens) <= info.max_length:
             raise ValueError(f"sequences[{i}] must have 1 to {info.max_length} tokens, got {len(tokens)}")
@@ -126,23 +124,19 @@ def _validate(
         if score_ids is not None:
             if len(score_ids) != item.positions:
                 raise ValueError(f"score_ids[{i}] must have {item.positions} positions, got {len(score_ids)}")
-            score_counts |= set(map(len, score_ids))
             _check_ids(f"score_ids[{i}]", chain.from_iterable(score_ids), vocab_size)
+    score_counts = {len(ids) for rows in scores or [] for ids in rows}
     if len(score_counts) > 1:
         raise ValueError(f"score_ids must have as many ids at every position, got {sorted(score_counts)[:5]}")
-    score_count = max(score_counts, default=0)
-    _require_at_most(limits.score_ids, "score_ids", score_count, " per position")
-    width = 1 + request.top_logprobs + score_count
+    score_count = None if scores is None else max(score_counts, default=0)
+    _require_at_most(limits.score_ids, "score_ids", score_count or 0, " per position")
+    width = 1 + request.top_logprobs + (score_count or 0)
     if engine.head_file is not None and request.response == "hidden_states":
         width = engine.head_file.head.weight.shape[1]
     numbers = sum(item.positions for item in items) * width
     _require_at_most(limits.numbers, "sequences", numbers, " numbers in the response")
     return items, ScoringOptions(
-        request.top_logprobs,
-        None if scores is None else score_count,
-        request.temperature,
-        request.response,
-        request.vocab_size,
+        request.top_logprobs, score_count, request.temperature, request.response, request.vocab_size
     )
 
 
@@ -159,23 +153,16 @@ def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
 
 def _check_options(request: RequestBody, capabilities: tuple[Capability, ...]) -> None:
     hidden = request.response == "hidden_states"
-    needed: dict[Capability, bool] = {
-        "temperature": request.temperature != 1,
-        "score_ids": request.score_ids is not None,
-        "vocab_size": request.vocab_size is not None,
-        "hidden_states": hidden,
-    }
-    for capability, is_needed in needed.items():
-        if is_needed and capability not in capabilities:
-            field = "response" if capability == "hidden_states" else capability
+    for field in ("temperature", "score_ids", "vocab_size", "response"):
+        capability = "hidden_states" if field == "response" else field
+        is_default = getattr(request, field) == RequestBody.model_fields[field].default
+        if not is_default and capability not in capabilities:
             raise ValueError(f"{field} must have its default: this teacher's engine has no {capability}")
     dtypes = get_args(HiddenDtype if hidden else Dtype)
     if request.dtype is not None and request.dtype not in dtypes:
         raise ValueError(f"dtype must be one of {dtypes} for {request.response}, got {request.dtype!r}")
-    if not hidden:
-        return
-    if request.response_format == "json":
+    if hidden and request.response_format == "json":
         raise ValueError("response_format must be 'binary' or 'base64' for hidden states, got 'json'")
     options = request.model_fields_set & {"top_logprobs", "temperature", "score_ids", "vocab_size"}
-    if options:
+    if hidden and options:
         raise ValueError(f"{min(options)} must not be given for hidden states, which do not depend on it")
