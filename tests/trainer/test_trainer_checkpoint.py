@@ -8,11 +8,11 @@ import resource
 import signal
 import sys
 import time
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from forking import forking
 from fused_distill.cli import main
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
@@ -39,9 +39,7 @@ SETTINGS = (
 
 def start(config: TrainConfig, file_limit: int = resource.RLIM_INFINITY) -> BaseProcess:
     """Start a run with --resume in a new process, which has imported everything already."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["fused_distill.trainer.loop"])
-    process = context.Process(target=train_quietly, args=(config, file_limit))
+    process = forking().Process(target=train_quietly, args=(config, file_limit))
     process.start()
     return process
 
@@ -99,8 +97,7 @@ def test_a_run_killed_at_the_worst_moment_resumes_bit_for_bit(
     lab: Lab, uninterrupted: tuple[Path, float], tmp_path: Path, place: str
 ) -> None:
     config = lab.config(tmp_path, *SETTINGS)
-    context = get_context("forkserver")
-    process = context.Process(target=killed_at, args=(config, place))
+    process = forking().Process(target=killed_at, args=(config, place))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
