@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs providers without the 
 def bench(script: str, output: Path, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, ROOT / "bench" / script, "--small", "--output", output, *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}  # as from a shell
+    environment["TORCH_COMPILE_DISABLE"] = "1"  # Liger's compilations take most of the time of a tiny run
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=output.parent, env=environment
     )
@@ -62,8 +63,10 @@ def test_providers_compute_what_the_float64_reference_computes(provider: str, be
     hs, ws, ht, wt = (t.double() for t in expected)
     expected_loss: Any = reference.linear_jsd(hs, ws, ht, wt, beta=beta)
     expected_loss.backward()
-    loss = LOSSES[provider](beta)(*inputs)
-    loss.backward()
+    # Liger's loss takes seconds to compile for each beta: one suffices.
+    with torch.compiler.set_stance("default" if beta == 0.5 else "force_eager"):
+        loss = LOSSES[provider](beta)(*inputs)
+        loss.backward()
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
     for tensor, expected_tensor in zip(inputs[:2], expected[:2], strict=True):
         torch.testing.assert_close(tensor.grad, expected_tensor.grad, rtol=1e-3, atol=1e-6)
@@ -94,7 +97,7 @@ def test_a_cpu_run_saves_rows_with_machine_versions_commit_and_command(tmp_path:
 
 
 def test_a_gpu_run_takes_the_triton_path_and_records_errors(tmp_path: Path) -> None:
-    content = bench("gpu.py", tmp_path / "gpu.json", "-k", "(floor or Triton or triton) and N8")
+    content = bench("gpu.py", tmp_path / "gpu.json", "-k", "triton and N8")
     rows = {(row["provider"], row["beta"]): row for row in content["rows"]}
     assert rows["fused-distill, triton", 0.5]["loss"] > 0
     assert all("seconds" in row or row["error"] for row in content["rows"])

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-LONG = {"layers": 6, "max_steps": 20}
+LONG = {"layers": 6, "max_steps": 12}
 BOTH = pytest.mark.parametrize("options", [{}, SERVED], ids=["local", "server"])
 SERVER_CASES = [
     (0.0, 1, True),
@@ -53,9 +53,6 @@ def assert_trains_as_trl(make: Callable[[], Any], tolerance: float) -> None:
         ours = train(make())
     assert peer.losses[-1] != pytest.approx(peer.losses[0], rel=0.01)  # it did train
     assert_equal_runs(ours, peer, tolerance)
-    again = train(make())  # unpatched
-    assert (again.losses, again.entropies) == (peer.losses, peer.entropies)
-    assert all(map(torch.equal, again.parameters, peer.parameters))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])

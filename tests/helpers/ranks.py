@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forking import forking
 from limits import seconds
-from torch import distributed, multiprocessing
+from torch import distributed
 from uninitialized import fill_uninitialized_memory
 
 
@@ -69,7 +70,7 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forking()
         self._n_starts += 1
         store = str(Path(self._folder.name) / f"store{self._n_starts}")
         for rank in range(self.size):

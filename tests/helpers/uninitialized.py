@@ -12,8 +12,9 @@ def fill_uninitialized_memory(fill: bool = True) -> None:
     """Make torch.empty, new_empty, empty_like and resize_ give NaN, and the largest number for integers.
 
     PyTorch does so under deterministic algorithms. An operation that has no such algorithm warns, and runs.
+    The debug mode turns them on without an import of Inductor, which takes a second in each process.
     """
-    torch.use_deterministic_algorithms(fill, warn_only=True)
+    torch.set_deterministic_debug_mode("warn" if fill else "default")
 
 
 @contextmanager

@@ -8,19 +8,19 @@ import resource
 import signal
 import sys
 import time
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from forking import forking
 from fused_distill.cli import main
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
-from trainer_cases import NOT_INTERPRETED, Lab, metrics
+from trainer_cases import NOT_INTERPRETED, Lab, draw_no_curves, metrics
 from trainer_cases import lab as lab
 
-pytestmark = NOT_INTERPRETED
+pytestmark = [NOT_INTERPRETED, pytest.mark.xdist_group("forks")]
 
 KILLS = int(os.environ.get("FUSED_DISTILL_KILLS", "20"))
 TIMES = ("tokens_per_second", "memory_gib", "rollout_seconds", "teacher_seconds", "update_seconds")
@@ -39,15 +39,14 @@ SETTINGS = (
 
 def start(config: TrainConfig, file_limit: int = resource.RLIM_INFINITY) -> BaseProcess:
     """Start a run with --resume in a new process, which has imported everything already."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["fused_distill.trainer.loop"])
-    process = context.Process(target=train_quietly, args=(config, file_limit))
+    process = forking().Process(target=train_quietly, args=(config, file_limit))
     process.start()
     return process
 
 
 def train_quietly(config: TrainConfig, file_limit: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    draw_no_curves()
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     train(config, resume=True)
 
@@ -99,8 +98,7 @@ def test_a_run_killed_at_the_worst_moment_resumes_bit_for_bit(
     lab: Lab, uninterrupted: tuple[Path, float], tmp_path: Path, place: str
 ) -> None:
     config = lab.config(tmp_path, *SETTINGS)
-    context = get_context("forkserver")
-    process = context.Process(target=killed_at, args=(config, place))
+    process = forking().Process(target=killed_at, args=(config, place))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
