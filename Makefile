@@ -7,6 +7,8 @@
 # make demo           on-policy distillation of Gemma 3 270M on the CPU
 # make bench          time, memory and accuracy on this CPU
 # make bench-gpu      time and memory on this GPU
+# make first-run-gpu  ten minutes on a new GPU: are results right there, and does the time go where it should?
+# make kernel-costs   count the kernels' instructions, bytes and registers in machine code, without a GPU
 # make bench-serving  bytes and time of teacher servers
 # make report         rewrite the tables of README.md and docs/ from bench/results/
 # make docs           build the documentation site
@@ -18,7 +20,7 @@ BIN := $(VENV)/bin
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py tests/rows/test_close_models.py tests/parallel
 
-.PHONY: help demo test test-library test-vllm test-gpu lint fuzz bench bench-gpu bench-serving report docs clean
+.PHONY: help demo test test-library test-vllm test-gpu lint fuzz bench bench-gpu first-run-gpu kernel-costs bench-serving report docs clean
 
 help:
 	@sed -n '/^[^#]/q;s/^# //p' Makefile
@@ -55,6 +57,12 @@ bench: $(VENV)/installed-bench
 
 bench-gpu: $(VENV)/installed-bench
 	$(BIN)/python bench/gpu.py $(ARGS)
+
+first-run-gpu: $(VENV)/installed-bench
+	$(BIN)/python bench/first_run_gpu.py $(ARGS)
+
+kernel-costs: $(VENV)/installed-bench
+	$(BIN)/python bench/kernel_costs.py $(ARGS)
 
 bench-serving: $(VENV)/installed-dev $(VENV)-vllm/installed
 	$(WITH_VLLM) $(BIN)/python bench/serving.py $(ARGS)
