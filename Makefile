@@ -34,9 +34,9 @@ test-library: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNEL_TESTS)
 
-# The losses on a CUDA or ROCm device. The ranks of tests/parallel are processes on the CPU.
+# The losses on a CUDA or ROCm device. The ranks of tests/parallel share it.
 test-gpu: $(VENV)/installed-dev
-	FUSED_DISTILL_TEST_DEVICE=cuda $(BIN)/python -m pytest $(filter-out tests/parallel,$(KERNEL_TESTS))
+	FUSED_DISTILL_TEST_DEVICE=cuda $(BIN)/python -m pytest $(KERNEL_TESTS) tests/test_topk_logprobs.py tests/chunked
 
 # vLLM needs another torch than the tests, so that it has its own virtual environment.
 test-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed
