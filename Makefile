@@ -7,6 +7,8 @@
 # make demo           on-policy distillation of Gemma 3 270M on the CPU
 # make bench          time, memory and accuracy on this CPU
 # make bench-gpu      time and memory on this GPU
+# make first-run-gpu  ten minutes on a new GPU: are results right there, and does the time go where it should?
+# make kernel-costs   count the kernels' instructions, bytes and registers in machine code, without a GPU
 # make bench-serving  bytes and time of teacher servers
 # make report         rewrite the tables of README.md and docs/ from bench/results/
 # make docs           build the documentation site
@@ -22,7 +24,7 @@ TEST_SETTINGS := OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1
 PARALLEL := -n 2 --dist loadgroup
 KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py tests/rows/test_close_models.py tests/chunked/test_triton_matmul.py tests/parallel
 
-.PHONY: help demo test test-library test-vllm test-gpu lint lint-library lint-tests fuzz bench bench-gpu bench-serving report docs clean
+.PHONY: help demo test test-library test-vllm test-gpu lint lint-library lint-tests fuzz bench bench-gpu first-run-gpu kernel-costs bench-serving report docs clean
 
 help:
 	@sed -n '/^[^#]/q;s/^# //p' Makefile
@@ -36,9 +38,9 @@ test-library: $(VENV)/installed-dev
 	$(TEST_SETTINGS) $(BIN)/python -m pytest $(PARALLEL) tests
 	$(TEST_SETTINGS) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(KERNEL_TESTS)
 
-# The losses on a CUDA or ROCm device. The ranks of tests/parallel are processes on the CPU.
+# The losses on a CUDA or ROCm device. The ranks of tests/parallel share it.
 test-gpu: $(VENV)/installed-dev
-	FUSED_DISTILL_TEST_DEVICE=cuda $(BIN)/python -m pytest $(filter-out tests/parallel,$(KERNEL_TESTS))
+	FUSED_DISTILL_TEST_DEVICE=cuda $(BIN)/python -m pytest $(KERNEL_TESTS) tests/test_topk_logprobs.py tests/chunked
 
 # vLLM needs another torch than the tests, so that it has its own virtual environment.
 test-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed
@@ -63,6 +65,12 @@ bench: $(VENV)/installed-bench
 
 bench-gpu: $(VENV)/installed-bench
 	$(BIN)/python bench/gpu.py $(ARGS)
+
+first-run-gpu: $(VENV)/installed-bench
+	$(BIN)/python bench/first_run_gpu.py $(ARGS)
+
+kernel-costs: $(VENV)/installed-bench
+	$(BIN)/python bench/kernel_costs.py $(ARGS)
 
 bench-serving: $(VENV)/installed-dev $(VENV)-vllm/installed
 	$(WITH_VLLM) $(BIN)/python bench/serving.py $(ARGS)

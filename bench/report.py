@@ -4,7 +4,8 @@
     python bench/report.py --check    report tables that differ from their result files (exit status 1)
 
 FILE is the name of a result file in bench/results/, without .json. FILE#full and FILE#topk select the rows
-with a full-vocabulary and with a top-k teacher, FILE#summary those of the first shape at beta 0.5.
+with a full-vocabulary and with a top-k teacher, FILE#summary those of the first shape at beta 0.5, and
+kernel-costs#predicted the times that a model predicts from the kernel costs.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from kernel_report import cost_tables, predicted_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("benchmarks", "numerics", "serving")),
+    *(ROOT / "docs" / f"{page}.md" for page in ("benchmarks", "numerics", "performance", "serving")),
 )
-MARKED = re.compile(r"(<!-- bench:(\S+?)(?:#(full|topk|summary))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- bench:(\S+?)(?:#(full|topk|summary|predicted))? -->\n).*?(<!-- /bench -->)", re.DOTALL
+)
 SHAPE = ("tokens", "vocab", "student_dim", "teacher_dim", "k", "dtype")
 
 Row = dict[str, Any]
@@ -117,9 +122,16 @@ def errors_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def counted(content: dict[str, Any]) -> bool:
+    """Return whether a result file holds kernel costs, which are counted, and not measurements."""
+    return "target" in content["rows"][0]
+
+
 def provenance(content: dict[str, Any]) -> str:
     machine, versions = content["machine"], content["versions"]
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    if counted(content):
+        device = "Compiled without a GPU"
     packages = ", ".join(
         f"{name} {number}" for name, number in versions.items() if number and name != "fused-distill"
     )
@@ -130,6 +142,9 @@ def provenance(content: dict[str, Any]) -> str:
 
 
 def table(content: dict[str, Any], part: str | None = None) -> str:
+    if counted(content):
+        body = predicted_table(content) if part == "predicted" else cost_tables(content)
+        return f"\n{body}\n{provenance(content)}\n"
     if part is not None:
         rows = [row for row in content["rows"] if bool(row["k"]) == (part == "topk")]
         if part == "summary":

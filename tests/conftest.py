@@ -2,6 +2,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cases import DEVICE
+from device import make_tensors_on_device, why_cpu_only
 from hypothesis import HealthCheck, settings
 from uninitialized import filled_uninitialized_memory
 
@@ -15,6 +17,19 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    """Make the tests' tensors on the device under test, those of their modules' constants too."""
+    make_tensors_on_device()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip on a GPU what concerns the CPU only."""
+    for item in items:
+        reason = why_cpu_only(item.nodeid) if DEVICE.type != "cpu" else None
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

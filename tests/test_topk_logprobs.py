@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import INTERPRETED
+from cases import DEVICE, INTERPRETED
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from fused_distill.chunked.lm_head import LMHead
 from hypothesis import given, settings
@@ -75,7 +75,7 @@ def test_one_actual_token_per_position_gives_the_shape_of_the_tokens() -> None:
 
 def test_head_is_projected_in_autocasts_dtype() -> None:
     spy = mock.patch.object(LMHead, "for_inputs", wraps=LMHead.for_inputs)
-    with spy as head, torch.autocast("cpu", torch.bfloat16):
+    with spy as head, torch.autocast(DEVICE.type, torch.bfloat16):
         topk_logprobs(*inputs(), 3)
     assert head.call_args.args[-1] == torch.bfloat16
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DEVICE
 from fused_distill import fused_linear_jsd
 from fused_distill.config import Reduction
 from torch import Tensor
@@ -79,7 +80,7 @@ def test_loss_without_gradients_is_the_same(mode: Any) -> None:
 def test_loss_and_gradients_under_autocast_are_float32() -> None:
     hs, ws, ht, wt = tensors()
     expected = fused_linear_jsd(hs, ws, ht, wt)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         actual = fused_linear_jsd(hs, ws, ht, wt)
     assert actual.dtype == torch.float32
     assert actual.item() == pytest.approx(expected.item(), rel=1e-2)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DEVICE
 from fused_distill import FusedLinearJSDLoss, fused_linear_jsd
 from fused_distill.chunked.gemm import use_onednn
 from fused_distill.config import Reduction
@@ -175,7 +176,7 @@ def test_mixed_dtypes_equal_the_float64_reference(dtypes: tuple[torch.dtype, ...
 def test_loss_under_autocast_equals_that_of_bfloat16_inputs() -> None:
     hs, ws, ht, wt = tensors()
     low = fused_linear_jsd(hs.bfloat16(), ws.bfloat16(), ht.bfloat16(), wt.bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert fused_linear_jsd(hs, ws, ht, wt).item() == pytest.approx(low.item(), rel=1e-2)
 
 
@@ -183,7 +184,7 @@ def test_loss_under_autocast_equals_that_of_bfloat16_inputs() -> None:
 def test_backward_pass_may_be_outside_autocast(reduction: Reduction) -> None:
     hs, ws, ht, wt = tensors()
     expected = torch.autograd.grad(fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum(), (hs, ws))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         loss = fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum()
     for actual, true in zip(torch.autograd.grad(loss, (hs, ws)), expected, strict=True):
         assert (actual - true).norm() < 0.03 * true.norm()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device import make_tensors_on_device
 from forking import forking
 from limits import seconds
 from torch import distributed
@@ -102,6 +103,7 @@ def _in_step(outcomes: list[Any]) -> bool:
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     """Run the tasks that arrive through the pipe until it is closed."""
     torch.set_num_threads(1)
+    make_tensors_on_device()
     fill_uninitialized_memory()
     distributed.init_process_group(
         "gloo",
