@@ -262,7 +262,7 @@ def test_tail_of_any_size_of_the_student_keeps_its_digits(beta: float, student_t
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4, 1e-5])
 def test_close_models_keep_their_digits(tail: Tail, beta: float, noise: float) -> None:
-    student, teacher = close_logits(noise)
+    student, teacher = close_logits(noise, vocab=32000)
     logprobs, ids = torch.log_softmax(teacher.double(), -1).float().topk(64)
     hidden = torch.eye(2)  # the head's columns are the logits, and no product rounds
     case = Case((hidden, student.T.contiguous(), logprobs, ids), {}, {"tail": tail, "beta": beta}, TOPK)

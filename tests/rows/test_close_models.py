@@ -56,7 +56,7 @@ def test_loss_and_gradient_keep_their_digits(noise: float, beta: float) -> None:
 
 
 @needs_no_kernel
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])  # one of each formula: a compilation takes seconds
 def test_compiled_loss_and_gradient_keep_their_digits(beta: float) -> None:
     student, teacher = close_logits(1e-4)
     loss, grad = loss_and_grad(TorchJSD(compiled=True), student, teacher, beta)
