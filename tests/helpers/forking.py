@@ -8,7 +8,11 @@ from multiprocessing.context import ForkServerContext
 from cases import INTERPRETED
 
 # The server process imports them once for all tests of a pytest worker. Those of the kernels train nothing.
-PRELOADED = ["torch.distributed", "hypothesis", "fused_distill" if INTERPRETED else "fused_distill.trainer.loop"]
+PRELOADED = [
+    "torch.distributed",
+    "hypothesis",
+    "fused_distill" if INTERPRETED else "fused_distill.trainer.loop",
+]
 
 
 def forking() -> ForkServerContext:

@@ -17,7 +17,7 @@ from fused_distill.cli import main
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
-from trainer_cases import NOT_INTERPRETED, Lab, metrics
+from trainer_cases import NOT_INTERPRETED, Lab, draw_no_curves, metrics
 from trainer_cases import lab as lab
 
 pytestmark = NOT_INTERPRETED
@@ -46,6 +46,7 @@ def start(config: TrainConfig, file_limit: int = resource.RLIM_INFINITY) -> Base
 
 def train_quietly(config: TrainConfig, file_limit: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    draw_no_curves()
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     train(config, resume=True)
 

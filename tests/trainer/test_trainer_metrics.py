@@ -13,6 +13,11 @@ from trainer_cases import lab as lab
 pytestmark = NOT_INTERPRETED
 
 
+@pytest.fixture(scope="module", autouse=True)
+def report_without_curves() -> None:
+    """Keep the curves in the reports of this module."""
+
+
 def test_a_run_logs_metrics_samples_report_and_tensorboard_events(lab: Lab, tmp_path: Path) -> None:
     student = train(
         lab.config(tmp_path, "data.evaluation_prompts=4", "trackers=[tensorboard]", "rollouts.top_k=3")
