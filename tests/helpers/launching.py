@@ -25,7 +25,8 @@ def launch(strategy: str, *script: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Without ACCELERATE_USE_CPU each process would train alone on a machine without a GPU.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
 
 
