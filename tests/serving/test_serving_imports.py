@@ -31,19 +31,17 @@ sys.meta_path.insert(0, Hidden())
 
 
 @pytest.mark.parametrize(
-    ("packages", "module"),
+    ("packages", "modules"),
     [
-        (SERVER_ONLY, "fused_distill.serving.client.client"),
-        (SERVER_ONLY, "fused_distill.serving.client.align"),
-        (SERVER_ONLY, "fused_distill.rollouts.vllm"),
-        (SERVER_ONLY, "fused_distill.rollouts.nccl"),
-        ((*SERVER_ONLY, *CLIENT, "numpy", "transformers"), "fused_distill.rollouts.base"),
-        ((*SERVER_ONLY, *CLIENT, "numpy", "transformers"), "fused_distill.rollouts.grouping"),
-        ((*SERVER_ONLY, *CLIENT), "fused_distill.rollouts.transformers"),
+        (SERVER_ONLY, ("serving.client.client", "serving.client.align", "rollouts.vllm", "rollouts.nccl")),
+        ((*SERVER_ONLY, *CLIENT, "numpy", "transformers"), ("rollouts.base", "rollouts.grouping")),
+        ((*SERVER_ONLY, *CLIENT), ("rollouts.transformers",)),
     ],
 )
-def test_a_module_needs_the_packages_of_its_extra_only(packages: tuple[str, ...], module: str) -> None:
-    done = run_without(packages, f"import {module}")
+def test_modules_need_the_packages_of_their_extra_only(
+    packages: tuple[str, ...], modules: tuple[str, ...]
+) -> None:
+    done = run_without(packages, "\n".join(f"import fused_distill.{module}" for module in modules))
     assert done.returncode == 0, done.stderr
 
 
