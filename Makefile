@@ -16,9 +16,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
+# Without its check of the compiler, torch.compile starts several seconds sooner in each process.
+TEST_SETTINGS := OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1
+# Tests of a group share a fixture that takes long, so that one process runs them all.
+PARALLEL := -n 2 --dist loadgroup
 KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py tests/rows/test_close_models.py tests/parallel
 
-.PHONY: help demo test test-library test-vllm test-gpu lint fuzz bench bench-gpu bench-serving report docs clean
+.PHONY: help demo test test-library test-vllm test-gpu lint lint-library lint-tests fuzz bench bench-gpu bench-serving report docs clean
 
 help:
 	@sed -n '/^[^#]/q;s/^# //p' Makefile
@@ -29,8 +33,8 @@ demo: $(VENV)/installed-demo
 test: test-library test-vllm
 
 test-library: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNEL_TESTS)
+	$(TEST_SETTINGS) $(BIN)/python -m pytest $(PARALLEL) tests
+	$(TEST_SETTINGS) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(KERNEL_TESTS)
 
 # The losses on a CUDA or ROCm device. The ranks of tests/parallel are processes on the CPU.
 test-gpu: $(VENV)/installed-dev
@@ -40,10 +44,14 @@ test-gpu: $(VENV)/installed-dev
 test-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed
 	$(WITH_VLLM) $(BIN)/python -m pytest tests/real_vllm
 
-lint: $(VENV)/installed-dev
+lint: lint-library lint-tests
+
+lint-library: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+lint-tests: $(VENV)/installed-dev
 	$(BIN)/pyright --project tests
 
 fuzz: $(VENV)/installed-dev

@@ -12,7 +12,10 @@ from trl_cases import Run, assert_equal_runs
 from trl_worker import SHARDED, STUDENTS, TEACHERS
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="about what is computed, not on which backend"),
+    pytest.mark.xdist_group("TRL processes"),  # trained once
+]
 
 Results = dict[str, dict[tuple[str, str], Run]]
 EACH_TEACHER = pytest.mark.parametrize("teacher", TEACHERS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.xdist_group("demo")  # run once
 DEMO = Path(__file__).parents[2] / "examples/demo.py"
 
 

@@ -14,7 +14,7 @@ from limits import seconds
 from ranks import Ranks
 from torch import distributed
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
+pytestmark = [pytest.mark.skipif(INTERPRETED, reason="runs no kernel"), pytest.mark.xdist_group("forks")]
 
 
 @pytest.fixture(scope="module")

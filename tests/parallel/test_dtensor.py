@@ -14,7 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what happens before any kernel")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="about what happens before any kernel"),
+    pytest.mark.xdist_group("forks"),
+]
 
 
 def sharded_head(rows: int, columns: int) -> nn.Linear:

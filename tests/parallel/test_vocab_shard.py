@@ -45,6 +45,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+pytestmark = pytest.mark.xdist_group("forks")
+
 with_examples = settings(max_examples=6 if INTERPRETED else 50)
 with_few_examples = settings(max_examples=2 if INTERPRETED else 25)
 

@@ -20,7 +20,7 @@ from fused_distill.trainer.loop import Trainer, train
 from trainer_cases import NOT_INTERPRETED, Lab, draw_no_curves, metrics
 from trainer_cases import lab as lab
 
-pytestmark = NOT_INTERPRETED
+pytestmark = [NOT_INTERPRETED, pytest.mark.xdist_group("forks")]
 
 KILLS = int(os.environ.get("FUSED_DISTILL_KILLS", "20"))
 TIMES = ("tokens_per_second", "memory_gib", "rollout_seconds", "teacher_seconds", "update_seconds")

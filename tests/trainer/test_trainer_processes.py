@@ -20,7 +20,7 @@ from launching import STRATEGIES, launch, wait_for_output
 from trainer_cases import NOT_INTERPRETED, Lab, losses, metrics, save_model, transformers, weights
 from trainer_cases import lab as lab
 
-pytestmark = NOT_INTERPRETED
+pytestmark = [NOT_INTERPRETED, pytest.mark.xdist_group("trainer processes")]  # trained once
 
 SHARED = ("data.evaluation_prompts=6", "evaluate_every=2", "save_every=2")
 # First off-policy runs, whose samples do not depend on the number of processes, then on-policy runs.
