@@ -62,8 +62,11 @@ class Launch:
 
     def compile(self, target: GPUTarget) -> Any:
         """Return the compiled kernel as this launch specialises it."""
+        keywords = dict(self.keywords)
+        if target.backend == "hip":
+            keywords.pop("maxnreg", None)  # the launch leaves it out on such a device
         with patch.object(driver, "_active", _OfflineDriver(target)):
-            return _run(self.kernel, *self.positional, grid=self.grid, warmup=True, **self.keywords)
+            return _run(self.kernel, *self.positional, grid=self.grid, warmup=True, **keywords)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def test_kernels_import_torch_and_triton_only() -> None:
                 "fused_distill_kernels",
                 "__future__",
                 "collections",
+                "dataclasses",
                 "typing",
             }
 

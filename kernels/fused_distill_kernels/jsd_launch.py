@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .jsd import MIXTURE, gradient_kernel, mixture_sums_kernel
+from .jsd import FORWARD, MIXTURE, REVERSE, gradient_kernel, mixture_sums_kernel
 from .row_statistics import PART, merge_kernel, statistics_kernel
 from .tile import LINEAR, SEPARATE, SOFTCAP
 
@@ -40,6 +40,7 @@ class JSDKernels:
 
     def statistics(self) -> Tensor:
         """Return the row statistics, (n, PART) float32, whose columns row_statistics.py names."""
+        config = self.config
         parts = self._new(PART.value, self._n_parts)
         self._launch(
             statistics_kernel,
@@ -49,8 +50,9 @@ class JSDKernels:
             *self._transform,
             self._factor,
             self._label_factor,
-            WANT_KL=self._wants_kl,
-            WANT_STATS=self.config.return_stats,
+            WANT_REVERSE=config.return_stats or config.divergence == REVERSE.value,
+            WANT_FORWARD=config.return_stats or config.divergence == FORWARD.value,
+            WANT_STATS=config.return_stats,
             WANT_Y=self._wants_y,
         )
         return self.merge(parts)
@@ -144,10 +146,6 @@ class JSDKernels:
     @property
     def _mixture(self) -> tuple[float, float]:
         return float(self.config.beta), self.config.one_minus_beta
-
-    @property
-    def _wants_kl(self) -> bool:
-        return self.config.return_stats or self.config.divergence != MIXTURE.value
 
     @property
     def _wants_y(self) -> bool:

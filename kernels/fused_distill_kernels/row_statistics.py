@@ -48,7 +48,8 @@ def accumulate(
     factor,
     label_factor,
     TRANSFORM: tl.constexpr,
-    WANT_KL: tl.constexpr,
+    WANT_REVERSE: tl.constexpr,
+    WANT_FORWARD: tl.constexpr,
     WANT_STATS: tl.constexpr,
     WANT_Y: tl.constexpr,
 ):
@@ -61,8 +62,9 @@ def accumulate(
     scale_s, scale_t = tl.math.exp2((old_s - max_s) * exp_factor), tl.math.exp2((old_t - max_t) * exp_factor)
     shift = gap_beyond(old_s, old_t, 0.0, max_s, max_t, LINEAR) * factor
     d, kl_s, kl_t = pair_terms(scale_s, scale_t, shift)
-    if WANT_KL:
+    if WANT_REVERSE:
         reverse = mul_zero_safe(scale_s, reverse) + (d * difference + kl_s * sum_s)
+    if WANT_FORWARD:
         forward = mul_zero_safe(scale_t, forward) + (d * difference + kl_t * sum_t)
     if WANT_STATS:
         moment_s = scale_s * (moment_s + (old_s - max_s) * sum_s)
@@ -80,8 +82,9 @@ def accumulate(
     sum_s += tile_sum(p)
     sum_t += tile_sum(q)
     difference += tile_sum(d)
-    if WANT_KL:
+    if WANT_REVERSE:
         reverse += tile_sum(kl_s)
+    if WANT_FORWARD:
         forward += tile_sum(kl_t)
     if WANT_STATS:
         moment_s += tile_sum(p * tl.maximum(u_s, LOWEST))
@@ -153,7 +156,8 @@ def statistics_kernel(
     factor,
     label_factor,
     TRANSFORM: tl.constexpr,
-    WANT_KL: tl.constexpr,
+    WANT_REVERSE: tl.constexpr,
+    WANT_FORWARD: tl.constexpr,
     WANT_STATS: tl.constexpr,
     WANT_Y: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -186,7 +190,17 @@ def statistics_kernel(
                 pointers, tile * block + lanes, n_columns, transform, TRANSFORM, MASKED
             )
             part = accumulate(
-                part, v_s, v_t, extra, factor, label_factor, TRANSFORM, WANT_KL, WANT_STATS, WANT_Y
+                part,
+                v_s,
+                v_t,
+                extra,
+                factor,
+                label_factor,
+                TRANSFORM,
+                WANT_REVERSE,
+                WANT_FORWARD,
+                WANT_STATS,
+                WANT_Y,
             )
     merged, _ = merge(normalised(part), factor, label_factor)
     out = parts_ptr + row * (PART * n_parts) + index

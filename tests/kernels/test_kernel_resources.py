@@ -48,7 +48,6 @@ def test_logits_are_loaded_in_whole_vectors(costs: list[Cost]) -> None:
     assert [cost for cost in over_logits if "16" not in cost.load_bytes] == []
 
 
-@pytest.mark.xfail(strict=True, reason="kernels that hold one tile per program exceed the budget")
 @pytest.mark.parametrize("call", BUDGETS)
 def test_a_step_with_statistics_stays_within_its_budget(call: str) -> None:
     name = f"{call}, statistics"
