@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .arguments import JSDKeywords, TopKJSDKeywords, tensors_from
 from .chunked.teacher import FullTeacher, TopKTeacher
 from .chunked.tensors import LossTensors
 from .config import Backend, LossConfig, Reduction, Tail, TopKLossConfig, config_from
@@ -19,32 +20,19 @@ from .stats import DistillStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 
 # fmt: off
 @overload
 def linear_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ...,
-    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
-    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
-    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
-    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
-    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
-    return_stats: Literal[False] = ..., process_group: ProcessGroup | None = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[JSDKeywords],
 ) -> Tensor: ...
 @overload
 def linear_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ...,
-    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
-    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
-    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
-    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
-    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
-    return_stats: Literal[True], process_group: ProcessGroup | None = ...,
+    return_stats: Literal[True], **options: Unpack[JSDKeywords],
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
 def linear_jsd(
@@ -78,36 +66,20 @@ def linear_jsd(
 
     Tensors are not checked. backend and workspace_bytes have no effect, and process_group must be None.
     """
-    config = config_from(LossConfig, {**locals(), "backend": "reference"})
-    teacher = FullTeacher(teacher_hidden, teacher_weight, teacher_bias)
-    tensors = LossTensors(
-        student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
-    )
-    return loss_by_definition(tensors, config)
+    arguments = {**locals(), "backend": "reference"}
+    return loss_by_definition(tensors_from(FullTeacher, arguments), config_from(LossConfig, arguments))
 
 
 # fmt: off
 @overload
 def linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
-    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
-    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
-    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
-    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[False] = ...,
-    process_group: ProcessGroup | None = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[TopKJSDKeywords],
 ) -> Tensor: ...
 @overload
 def linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
-    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
-    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
-    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
-    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[True],
-    process_group: ProcessGroup | None = ...,
+    return_stats: Literal[True], **options: Unpack[TopKJSDKeywords],
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
 def linear_topk_jsd(
@@ -136,12 +108,8 @@ def linear_topk_jsd(
     process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, DistillStats]:
     """Compute `fused_linear_topk_jsd` by definition; see `linear_jsd`."""
-    config = config_from(TopKLossConfig, {**locals(), "backend": "reference"})
-    teacher = TopKTeacher(teacher_logprobs, teacher_ids)
-    tensors = LossTensors(
-        student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
-    )
-    return loss_by_definition(tensors, config)
+    arguments = {**locals(), "backend": "reference"}
+    return loss_by_definition(tensors_from(TopKTeacher, arguments), config_from(TopKLossConfig, arguments))
 
 
 def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tensor, DistillStats]:
