@@ -117,22 +117,11 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
     mask, student_hidden = tensors.mask, tensors.student_hidden
     if mask is None:
         mask = torch.ones(student_hidden.shape[:-1], dtype=torch.bool, device=student_hidden.device)
-    y_s = _logits(
-        student_hidden[mask],
-        tensors.student_weight,
-        tensors.student_bias,
-        config.student_logit_scale,
-        config.student_softcap,
-    )
+    y_s = _logits(student_hidden[mask], tensors.student_weight, tensors.student_bias, "student_", config)
     teacher, valid = tensors.teacher, mask.reshape(-1)
     if isinstance(teacher, FullTeacher):
-        y_t = _logits(
-            teacher.hidden.reshape(-1, teacher.hidden.shape[-1])[valid],
-            teacher.weight,
-            teacher.bias,
-            config.teacher_logit_scale,
-            config.teacher_softcap,
-        ).detach()
+        hidden = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])[valid]
+        y_t = _logits(hidden, teacher.weight, teacher.bias, "teacher_", config).detach()
         vocab_size = config.vocab_size or min(y_s.shape[1], y_t.shape[1])
         y_s = y_s[:, :vocab_size]
         log_s = F.log_softmax(y_s / config.temperature, dim=-1)
@@ -210,9 +199,8 @@ def _scatter(mask: Tensor, column: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=column.dtype, device=column.device).masked_scatter(mask, column)
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str, config: LossConfig) -> Tensor:
+    scale, softcap = (getattr(config, f"{prefix}{name}") for name in ("logit_scale", "softcap"))
     logits = scale * F.linear(hidden, weight, bias)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

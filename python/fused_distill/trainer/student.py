@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of
+from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of, run_inside_forward
 from .config import ConfigError, LoraConfig, TrainConfig
 from .data import Batch
 
@@ -65,22 +65,6 @@ def _add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     if adapted.get_output_embeddings() is not head:
         raise ConfigError("lora.target_modules: must not hold the output layer, which the loss fuses")
     return adapted
-
-
-def run_inside_forward(
-    wrapper: nn.Module, module: nn.Module, function: Callable[..., T], *inputs: Tensor
-) -> T:
-    """Call `function` in place of the forward of `module`, by calling `wrapper`, its DDP or FSDP wrapper."""
-    forward, results = module.forward, list[T]()
-
-    def replacement(*inputs: Tensor) -> T:
-        module.forward = forward
-        results.append(function(*inputs))
-        return results[0]
-
-    module.forward = replacement
-    wrapper(*inputs)
-    return results[0]  # the wrapper's own return value may be cast by FSDP
 
 
 def run_in_student_forward(
