@@ -70,7 +70,7 @@ def _add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
 def run_in_student_forward(
     wrapper: nn.Module, model: PreTrainedModel, batch: Batch, compute: Callable[[Tensor, LMHeadParams], T]
 ) -> T:
-    """Call `compute` with the student's hidden states (B, T - 1, D) of a batch and its LM head.
+    """Call `compute` with the student's hidden states (n, D) of a batch and its LM head.
 
     The call happens inside the forwards of the model and of the head, where FSDP has gathered their weights.
     """
@@ -78,7 +78,7 @@ def run_in_student_forward(
 
     def forward(tokens: Tensor) -> T:
         output = decoder_of(model)(input_ids=tokens, attention_mask=batch.attention, use_cache=False)
-        hidden = output.last_hidden_state[:, :-1]
+        hidden = batch.pack(output.last_hidden_state)
         return run_inside_forward(head, head, lambda states: compute(states, lm_head_of(model)), hidden)
 
     return run_inside_forward(wrapper, model, forward, batch.tokens)
