@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -43,9 +43,9 @@ class Trainer:
     """Models and data of a run, and one optimizer step or evaluation with them."""
 
     def __init__(self, config: TrainConfig):
-        self.config = config
         check_packages(config)
-        self.accelerator = make_accelerator(config)
+        self.accelerator, config = make_accelerator(config)
+        self.config = config
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.sharded = self.accelerator.device, self.accelerator.is_fsdp2
         check_shares(config, self.processes)
@@ -205,6 +205,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if checkpoints and not resume:
         raise ConfigError(f"output: {config.output} holds checkpoints; --resume resumes from the last")
     run = Trainer(config)
+    config = run.config
     if checkpoints:
         run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
     logger = MetricsLogger(run.accelerator, config, run.step)
@@ -246,19 +247,29 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     return student
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return accelerate's Accelerator for a run."""
+def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
+    """Return accelerate's Accelerator for a run, and the settings with a precision for its device."""
+    cpu = not torch.accelerator.is_available()  # else processes on a CPU would not form a group
+    # Longer than a client retries its server while the other processes wait.
+    device: Any = PartialState(cpu, timeout=timedelta(hours=2)).device
+    config = choose_precision(config, device)
     accelerator = Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
-        cpu=not torch.accelerator.is_available(),  # else processes on a CPU would not form a group
+        cpu=cpu,
         log_with=[*config.trackers] or None,
-        # Longer than a client retries its server while the other processes wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         project_dir=str(config.output),
     )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("fsdp_version: must be 2 (of accelerate's settings)")
-    return accelerator
+    return accelerator, config
+
+
+def choose_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Return the settings with precision auto replaced by bf16 or fp32."""
+    if config.precision != "auto":
+        return config
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
 
 
 def check_packages(config: TrainConfig) -> None:
