@@ -34,7 +34,7 @@ def states_and_head(model: Any, batches: list[Batch]) -> tuple[Tensor, Tensor, f
     """Return the states (n, D) that predict completion tokens, the LM head's weight and its softcap."""
     decoder = model.get_decoder()
     outputs = [(b, decoder(input_ids=b.tokens, attention_mask=b.attention)) for b in batches]
-    states = torch.cat([output.last_hidden_state[:, :-1][b.mask] for b, output in outputs])
+    states = torch.cat([b.pack(output.last_hidden_state) for b, output in outputs])
     head = lm_head_of(model)
     return states, head.weight.detach(), head.softcap
 

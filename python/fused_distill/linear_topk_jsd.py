@@ -6,49 +6,32 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
+from .arguments import TopKJSDKeywords, tensors_from
 from .chunked.loop import fused_loss
 from .chunked.teacher import TopKTeacher
-from .chunked.tensors import LossTensors
 from .config import Backend, Reduction, Tail, TopKLossConfig, config_from, keywords_of
 from .stats import DistillStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 
 # fmt: off
 @overload
 def fused_linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
-    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
-    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
-    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
-    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[False] = ...,
-    process_group: ProcessGroup | None = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[TopKJSDKeywords],
 ) -> Tensor: ...
 @overload
 def fused_linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
-    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
-    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
-    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
-    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[True],
-    process_group: ProcessGroup | None = ...,
+    return_stats: Literal[True], **options: Unpack[TopKJSDKeywords],
 ) -> tuple[Tensor, DistillStats]: ...
 @overload
 def fused_linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
-    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
-    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
-    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
-    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: bool = ...,
-    process_group: ProcessGroup | None = ...,
+    return_stats: bool = ..., **options: Unpack[TopKJSDKeywords],
 ) -> Tensor | tuple[Tensor, DistillStats]: ...
 # fmt: on
 def fused_linear_topk_jsd(
@@ -138,12 +121,8 @@ def fused_linear_topk_jsd(
         ImportError: backend="triton" without Triton.
         RuntimeError: the loss is differentiated twice.
     """
-    config = config_from(TopKLossConfig, locals())
-    teacher = TopKTeacher(teacher_logprobs, teacher_ids)
-    tensors = LossTensors(
-        student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
-    )
-    return fused_loss(tensors, config)
+    arguments = locals()
+    return fused_loss(tensors_from(TopKTeacher, arguments), config_from(TopKLossConfig, arguments))
 
 
 class FusedLinearTopKJSDLoss(nn.Module):
@@ -178,11 +157,7 @@ class FusedLinearTopKJSDLoss(nn.Module):
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
         """Return the loss, or (loss, DistillStats) with return_stats; see `fused_linear_topk_jsd`."""
-        teacher = TopKTeacher(teacher_logprobs, teacher_ids)
-        tensors = LossTensors(
-            student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
-        )
-        return fused_loss(tensors, self.config)
+        return fused_loss(tensors_from(TopKTeacher, locals()), self.config)
 
     def extra_repr(self) -> str:
         """Return the options that differ from their defaults."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .arguments import JSDKeywords, TopKJSDKeywords, tensors_from
 from .chunked.teacher import FullTeacher, TopKTeacher
 from .chunked.tensors import LossTensors
 from .config import Backend, LossConfig, Reduction, Tail, TopKLossConfig, config_from
@@ -19,32 +20,19 @@ from .stats import DistillStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 
 # fmt: off
 @overload
 def linear_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ...,
-    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
-    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
-    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
-    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
-    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
-    return_stats: Literal[False] = ..., process_group: ProcessGroup | None = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[JSDKeywords],
 ) -> Tensor: ...
 @overload
 def linear_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    mask: Tensor | None = ..., student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ...,
-    student_logit_scale: float = ..., teacher_logit_scale: float = ...,
-    student_softcap: float | None = ..., teacher_softcap: float | None = ...,
-    token_weight: Tensor | None = ..., labels: Tensor | None = ..., hard_weight: float = ...,
-    soft_weight: float = ..., vocab_size: int | None = ..., reduction: Reduction = ...,
-    normalizer: float | Tensor | None = ..., workspace_bytes: int | None = ..., backend: Backend = ...,
-    return_stats: Literal[True], process_group: ProcessGroup | None = ...,
+    return_stats: Literal[True], **options: Unpack[JSDKeywords],
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
 def linear_jsd(
@@ -78,36 +66,20 @@ def linear_jsd(
 
     Tensors are not checked. backend and workspace_bytes have no effect, and process_group must be None.
     """
-    config = config_from(LossConfig, {**locals(), "backend": "reference"})
-    teacher = FullTeacher(teacher_hidden, teacher_weight, teacher_bias)
-    tensors = LossTensors(
-        student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
-    )
-    return loss_by_definition(tensors, config)
+    arguments = {**locals(), "backend": "reference"}
+    return loss_by_definition(tensors_from(FullTeacher, arguments), config_from(LossConfig, arguments))
 
 
 # fmt: off
 @overload
 def linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
-    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
-    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
-    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
-    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[False] = ...,
-    process_group: ProcessGroup | None = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[TopKJSDKeywords],
 ) -> Tensor: ...
 @overload
 def linear_topk_jsd(
     student_hidden: Tensor, student_weight: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, *,
-    tail: Tail = ..., mask: Tensor | None = ..., student_bias: Tensor | None = ...,
-    beta: float = ..., temperature: float = ..., student_logit_scale: float = ...,
-    student_softcap: float | None = ..., token_weight: Tensor | None = ..., labels: Tensor | None = ...,
-    hard_weight: float = ..., soft_weight: float = ..., vocab_size: int | None = ...,
-    reduction: Reduction = ..., normalizer: float | Tensor | None = ...,
-    workspace_bytes: int | None = ..., backend: Backend = ..., return_stats: Literal[True],
-    process_group: ProcessGroup | None = ...,
+    return_stats: Literal[True], **options: Unpack[TopKJSDKeywords],
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
 def linear_topk_jsd(
@@ -136,12 +108,8 @@ def linear_topk_jsd(
     process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, DistillStats]:
     """Compute `fused_linear_topk_jsd` by definition; see `linear_jsd`."""
-    config = config_from(TopKLossConfig, {**locals(), "backend": "reference"})
-    teacher = TopKTeacher(teacher_logprobs, teacher_ids)
-    tensors = LossTensors(
-        student_hidden, student_weight, student_bias, teacher, mask, token_weight, labels, normalizer
-    )
-    return loss_by_definition(tensors, config)
+    arguments = {**locals(), "backend": "reference"}
+    return loss_by_definition(tensors_from(TopKTeacher, arguments), config_from(TopKLossConfig, arguments))
 
 
 def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tensor, DistillStats]:
@@ -149,22 +117,11 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
     mask, student_hidden = tensors.mask, tensors.student_hidden
     if mask is None:
         mask = torch.ones(student_hidden.shape[:-1], dtype=torch.bool, device=student_hidden.device)
-    y_s = _logits(
-        student_hidden[mask],
-        tensors.student_weight,
-        tensors.student_bias,
-        config.student_logit_scale,
-        config.student_softcap,
-    )
+    y_s = _logits(student_hidden[mask], tensors.student_weight, tensors.student_bias, "student_", config)
     teacher, valid = tensors.teacher, mask.reshape(-1)
     if isinstance(teacher, FullTeacher):
-        y_t = _logits(
-            teacher.hidden.reshape(-1, teacher.hidden.shape[-1])[valid],
-            teacher.weight,
-            teacher.bias,
-            config.teacher_logit_scale,
-            config.teacher_softcap,
-        ).detach()
+        hidden = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])[valid]
+        y_t = _logits(hidden, teacher.weight, teacher.bias, "teacher_", config).detach()
         vocab_size = config.vocab_size or min(y_s.shape[1], y_t.shape[1])
         y_s = y_s[:, :vocab_size]
         log_s = F.log_softmax(y_s / config.temperature, dim=-1)
@@ -242,9 +199,8 @@ def _scatter(mask: Tensor, column: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=column.dtype, device=column.device).masked_scatter(mask, column)
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str, config: LossConfig) -> Tensor:
+    scale, softcap = (getattr(config, f"{prefix}{name}") for name in ("logit_scale", "softcap"))
     logits = scale * F.linear(hidden, weight, bias)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

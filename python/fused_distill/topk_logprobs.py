@@ -24,6 +24,7 @@ class TopKLogprobs(NamedTuple):
     actual_logprobs: Tensor | None  # float, in the shape of actual_ids; -inf where masked
 
 
+@torch.no_grad()
 def topk_logprobs(
     hidden: Tensor,  # (..., D) float32 / bfloat16 / float16 / float64
     weight: Tensor,  # (V, D)
@@ -81,6 +82,7 @@ def topk_logprobs(
     if not 0 <= k <= n_columns:
         raise ValueError(f"k must be between 0 and the vocabulary size {n_columns}, got {k}")
     check_tokens(shape, device, mask, None)
+    actual = torch.empty(*shape, 0, dtype=torch.int64, device=device)
     if actual_ids is not None:
         check_ids("actual_ids", actual_ids, device)
         if actual_ids.shape[: len(shape)] != shape or actual_ids.dim() > len(shape) + 1:
@@ -88,85 +90,50 @@ def topk_logprobs(
                 f"actual_ids must have the shape of the tokens, {tuple(shape)}, or one dimension more, "
                 f"got {tuple(actual_ids.shape)}"
             )
-        check_id_range("actual_ids", _as_rows(actual_ids, len(shape)), n_columns, mask=mask)
+        actual = actual_ids if actual_ids.dim() > len(shape) else actual_ids.unsqueeze(-1)
+        check_id_range("actual_ids", actual, n_columns, mask=mask)
 
-    weight = gather_dtensor(weight.detach())
-    bias = None if bias is None else gather_dtensor(bias.detach())
-    config = LossConfig(
-        temperature=temperature,
-        student_logit_scale=logit_scale,
-        student_softcap=softcap,
-        workspace_bytes=workspace_bytes,
-    )
+    config = LossConfig(temperature=temperature, student_logit_scale=logit_scale, student_softcap=softcap)
+    weight = gather_dtensor(weight)
     dtype = accumulation_dtype(hidden, weight)
     head = LMHead.for_inputs(hidden, weight[:n_columns], dtype, autocast_dtype(device))
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return _topk_logprobs(hidden, head, dtype, k, actual_ids, bias, mask, config)
-
-
-def _topk_logprobs(
-    hidden: Tensor,
-    head: LMHead,
-    dtype: torch.dtype,
-    k: int,
-    actual_ids: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    config: LossConfig,
-) -> TopKLogprobs:
-    """Run the chunk loop of `topk_logprobs` for checked arguments."""
-    device, shape, n_columns = hidden.device, hidden.shape[:-1], len(head.weight)
+    bias = None if bias is None else gather_dtensor(bias)[:n_columns].to(dtype)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    bias = None if bias is None else bias[:n_columns].to(dtype)
+    actual = actual.reshape(len(hidden), actual.shape[-1]).long()
     valid_token_ids = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
     n_tokens = len(hidden) if valid_token_ids is None else len(valid_token_ids)
-    actual = None
-    if actual_ids is not None:
-        actual = _as_rows(actual_ids, len(shape))
-        actual = actual.reshape(len(hidden), actual.shape[-1]).long()
 
     logprobs = torch.full((len(hidden), k), -torch.inf, dtype=dtype, device=device)
     ids = torch.zeros(len(hidden), k, dtype=torch.int64, device=device)
-    actual_logprobs = (
-        None if actual is None else torch.full(actual.shape, -torch.inf, dtype=dtype, device=device)
-    )
+    actual_logprobs = torch.full(actual.shape, -torch.inf, dtype=dtype, device=device)
     per_row = (2 * n_columns + hidden.shape[-1]) * dtype.itemsize + 512
     need = head.workspace() + Workspace(fixed=64 * len(hidden), per_row=per_row)
-    bound = config.workspace_bytes or default_workspace_bytes(
-        device.type, head.weight.numel() * dtype.itemsize
-    )
+    bound = workspace_bytes or default_workspace_bytes(device.type, head.weight.numel() * dtype.itemsize)
     plan = plan_chunks(n_tokens, bound, need)
     buffer = logit_buffer(min(plan.rows, n_tokens), n_columns, dtype, device)
     scalars = Scalars(*config.scalars(dtype).unbind())
-    scale, softcap = scalars.student_logit_scale, scalars.student_softcap
+    scale, wide = scalars.student_logit_scale, float64_if_supported(device)
     for chunk in plan.chunks():
         tokens = chunk if valid_token_ids is None else valid_token_ids[chunk]
-        logits = head.project(hidden[tokens].to(head.dtype), buffer[: chunk.stop - chunk.start])
+        with torch.autocast(device.type, enabled=False):
+            logits = head.project(hidden[tokens].to(head.dtype), buffer[: chunk.stop - chunk.start])
         if bias is not None:
             logits += bias
-        if config.student_softcap is not None:
-            logits.mul_(scale / softcap).tanh_().mul_(softcap * scalars.inv_temperature)
-        elif config.student_logit_scale != 1 or config.temperature != 1:
+        if softcap is not None:
+            logits.mul_(scale / scalars.student_softcap).tanh_()
+            logits.mul_(scalars.student_softcap * scalars.inv_temperature)
+        elif logit_scale != 1 or temperature != 1:
             logits.mul_(scale * scalars.inv_temperature)
         values, ids[tokens] = logits.topk(k, dim=-1)
-        if actual is not None:
-            values = torch.cat([values, logits.gather(-1, actual[tokens])], -1)
+        values = torch.cat([values, logits.gather(-1, actual[tokens])], -1)
         # The largest exponential is 1 and is left out of the sum: for a confident model all other tokens may
         # sum to 1e-9.
         max_logit, column = logits.max(-1, keepdim=True)
         others = logits.scatter_(-1, column, -torch.inf).sub_(max_logit).exp_().sum(-1, keepdim=True)
-        wide = float64_if_supported(device)
         logp = ((values.to(wide) - max_logit) - others.to(wide).log1p()).to(dtype)
-        logprobs[tokens] = logp[:, :k]
-        if actual_logprobs is not None:
-            actual_logprobs[tokens] = logp[:, k:]
+        logprobs[tokens], actual_logprobs[tokens] = logp[:, :k], logp[:, k:]
     return TopKLogprobs(
         logprobs.reshape(*shape, k),
         ids.reshape(*shape, k),
-        None if actual_logprobs is None or actual_ids is None else actual_logprobs.reshape(actual_ids.shape),
+        None if actual_ids is None else actual_logprobs.reshape(actual_ids.shape),
     )
-
-
-def _as_rows(ids: Tensor, token_dimensions: int) -> Tensor:
-    """Return (...) or (..., M) ids as (..., M)."""
-    return ids if ids.dim() > token_dimensions else ids.unsqueeze(-1)

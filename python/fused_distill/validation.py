@@ -116,9 +116,8 @@ def check_labels(
         if hard_weight != 0:
             raise ValueError(f"labels must be given when hard_weight is not 0, got hard_weight={hard_weight}")
         return
+    check_ids("labels", labels, device)
     check_per_token("labels", labels, shape, device)
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
     outside = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocab_size))
     if hard_weight != 0 and bool(outside.any()):
         worst = int(labels[outside][0])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from fused_distill.cli import main
+from fused_distill.trainer.loop import choose_precision, train
 from trainer_cases import NOT_INTERPRETED, Lab, load_config
 from trainer_cases import lab as lab
 
@@ -181,3 +183,31 @@ def test_an_output_with_checkpoints_needs_resume(
     paths = [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
     line = error_line(capsys, "train", str(tmp_path / "settings.yaml"), f"output={tmp_path}", *paths)
     assert f"output: {tmp_path} holds checkpoints" in line
+
+
+@pytest.mark.parametrize(
+    ("device", "supported", "precision"),
+    [("cpu", True, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp32"), ("mps", True, "fp32")],
+)
+def test_automatic_precision_is_bf16_on_cuda_devices_that_support_it(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, supported: bool, precision: str
+) -> None:
+    def is_bf16_supported(including_emulation: bool) -> bool:
+        return supported or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    config = lab.config(tmp_path)
+    assert config.precision == "auto"
+    assert choose_precision(config, torch.device(device)).precision == precision
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_given_precision_is_kept(lab: Lab, tmp_path: Path, precision: str) -> None:
+    config = lab.config(tmp_path, f"precision={precision}")
+    assert choose_precision(config, torch.device("cuda")) is config
+
+
+def test_a_run_on_the_cpu_uses_and_records_fp32(lab: Lab, tmp_path: Path) -> None:
+    train(lab.config(tmp_path, "steps=1"))
+    [settings] = tmp_path.glob("checkpoints/*/settings.json")
+    assert '"precision": "fp32"' in settings.read_text()

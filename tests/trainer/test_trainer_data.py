@@ -154,9 +154,11 @@ def test_every_epoch_has_every_sample_in_its_own_order() -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_the_mask_is_true_where_the_next_token_belongs_to_a_completion() -> None:
+def test_valid_tokens_are_those_whose_next_token_belongs_to_a_completion() -> None:
     samples = [Sample(0, [5, 6], [7, 8, 9]), Sample(1, [5, 6, 7], [8]), Sample(2, [5], [])]
     batch = Batch.collate(samples, torch.device("cpu"))
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 0], [5, 0, 0, 0, 0]]
     assert batch.attention.sum(1).tolist() == [5, 4, 1]
-    assert batch.mask.int().tolist() == [[0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert batch.valid.tolist() == [1, 2, 3, 7]
+    assert batch.lengths == [3, 1, 0]
+    assert batch.pack(batch.tokens.unsqueeze(-1)).squeeze(-1).tolist() == [6, 7, 8, 7]

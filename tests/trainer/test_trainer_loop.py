@@ -154,6 +154,16 @@ def test_a_non_finite_loss_names_the_tokens(lab: Lab, tmp_path: Path, targets: s
     )
 
 
+def test_a_non_finite_loss_changes_no_weight(lab: Lab, tmp_path: Path) -> None:
+    trainer = Trainer(lab.config(tmp_path, "gradient_accumulation_steps=2"))
+    with torch.no_grad():
+        teacher(trainer).get_output_embeddings().weight[9] = torch.nan
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(NonFiniteLoss, match="the loss is not finite at"):
+        trainer.update(trainer.fill_buffer())
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
 def test_a_non_finite_gradient_changes_no_weight(lab: Lab, tmp_path: Path) -> None:
     trainer = Trainer(lab.config(tmp_path))
     trained = next(trainer.model.parameters())

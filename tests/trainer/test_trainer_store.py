@@ -109,7 +109,7 @@ def test_finite_logprobs_stay_finite_in_float16() -> None:
         vocab_size = 98
 
         def targets(self, batch: Batch, student_ids: torch.Tensor | None) -> TopKTargets:
-            logprobs = torch.tensor([-0.5, -1e6, -torch.inf]).expand(*batch.mask.shape, 3)
+            logprobs = torch.tensor([-0.5, -1e6, -torch.inf]).expand(len(batch.valid), 3)
             return TopKTargets(logprobs, torch.zeros(logprobs.shape, dtype=torch.int64))
 
     [row] = cache_teacher.score([Sample(0, [5], [6])], FarApart(), torch.float16, torch.device("cpu"))

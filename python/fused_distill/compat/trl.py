@@ -28,6 +28,7 @@ import inspect
 import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..huggingface.lm_head import lm_head_of
+from ..huggingface.lm_head import lm_head_of, run_inside_forward
 from ..linear_jsd import fused_linear_jsd
 from ..linear_topk_jsd import fused_linear_topk_jsd
 from ..parallel.dtensor import gather_dtensor
@@ -188,14 +189,11 @@ def _sparse_loss(
     start = batch["input_ids"].shape[1] - completion_ids.shape[1] - 1
     student = trainer.accelerator.unwrap_model(student, keep_torch_compile=False)
 
-    layer = student.get_output_embeddings()
-    layer_forward, results = layer.forward, list[Tensor]()
-
     def loss(hidden: Tensor) -> Tensor:
         head = lm_head_of(student)
         device = head.weight.device
         with _gathered(head.weight, head.bias, hidden) as (weight, bias):
-            result = fused_linear_topk_jsd(
+            return fused_linear_topk_jsd(
                 hidden[:, start : start + n_scored].to(device),
                 weight,
                 logprobs.to(device),
@@ -206,15 +204,9 @@ def _sparse_loss(
                 temperature=trainer.temperature,
                 **head._replace(bias=bias).options("student_"),
             )
-        results.append(result)
-        return result
 
-    layer.forward = loss
-    try:
-        student.forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    finally:
-        layer.forward = layer_forward
-    return results[0]
+    forward = partial(student.forward, attention_mask=batch["attention_mask"], use_cache=False)
+    return run_inside_forward(forward, student.get_output_embeddings(), loss, batch["input_ids"])
 
 
 def _support(beta: float, teacher: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,14 @@ Does not import transformers; everything is read from the given model.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+T = TypeVar("T")
 
 
 class LMHeadParams(NamedTuple):
@@ -59,3 +62,22 @@ def decoder_of(model: Any) -> Any:
     """Return the part of a `transformers` causal language model that computes its last hidden states."""
     decoder = model.get_decoder()
     return getattr(model, "model", decoder) if decoder is model else decoder
+
+
+def run_inside_forward(
+    wrapper: Callable[..., Any], module: nn.Module, function: Callable[..., T], *inputs: Tensor
+) -> T:
+    """Call `function` in place of the forward of `module`, by calling `wrapper`, e.g. its FSDP wrapper."""
+    forward, results = module.forward, list[T]()
+
+    def replacement(*inputs: Tensor) -> T:
+        module.forward = forward
+        results.append(function(*inputs))
+        return results[0]
+
+    module.forward = replacement
+    try:
+        wrapper(*inputs)
+    finally:
+        module.forward = forward
+    return results[0]  # the wrapper's own return value may be cast by FSDP

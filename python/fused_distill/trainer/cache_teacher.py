@@ -83,8 +83,8 @@ def score(
         assert isinstance(targets, TopKTargets)
         finite = targets.logprobs.clamp(min=torch.finfo(dtype).min)  # -inf marks an absent token
         stored = torch.where(targets.logprobs.isneginf(), targets.logprobs, finite).to(dtype)
-        for sample, mask, ids, logprobs in zip(batch.samples, batch.mask, targets.ids, stored, strict=True):
+        columns = (values.cpu().split(batch.lengths) for values in (targets.ids.int(), stored))
+        for sample, ids, logprobs in zip(batch.samples, *columns, strict=True):
             row = {"tokens": sample.tokens, "prompt_length": len(sample.prompt)}
-            row["ids"], row["logprobs"] = ([*v[mask].cpu().numpy()] for v in (ids.int(), logprobs))
-            rows.append(row)
+            rows.append(row | {"ids": [*ids.numpy()], "logprobs": [*logprobs.numpy()]})
     return rows

@@ -117,7 +117,9 @@ class TrainConfig(_Section):
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="mixed precision of accelerate")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="mixed precision; auto: bf16 on a CUDA device that supports it, else fp32"
+    )
     evaluate_every: int = Field(50, ge=1, description="steps; evaluation also runs at the start and the end")
     save_every: int = Field(50, ge=1, description="steps between checkpoints; one is also saved at the end")
     keep_checkpoints: int = Field(2, ge=1, description="number of latest checkpoints to keep")

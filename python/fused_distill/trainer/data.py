@@ -42,7 +42,7 @@ class Batch:
     samples: list[Sample]
     tokens: Tensor  # (B, T) int64
     attention: Tensor  # (B, T) int64, 0 at padding
-    mask: Tensor  # (B, T - 1) bool, True where the next token belongs to a completion
+    valid: Tensor  # (n,) int64, positions in the flattened tokens whose next token belongs to a completion
 
     @classmethod
     def collate(cls, samples: list[Sample], device: torch.device) -> Batch:
@@ -52,8 +52,17 @@ class Batch:
         starts = torch.tensor([[len(s.prompt)] for s in samples])
         tokens = pad_sequence(rows, batch_first=True)
         index = torch.arange(tokens.shape[1])
-        mask = (index >= starts - 1) & (index < ends - 1)
-        return cls(samples, tokens.to(device), (index < ends).long().to(device), mask[:, :-1].to(device))
+        valid = ((index >= starts - 1) & (index < ends - 1)).flatten().nonzero().squeeze(1)
+        return cls(samples, tokens.to(device), (index < ends).long().to(device), valid.to(device))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the numbers of completion tokens, which sum to n."""
+        return [len(s.completion) for s in self.samples]
+
+    def pack(self, states: Tensor) -> Tensor:
+        """Return the states (n, D) that predict completion tokens among those of all tokens (B, T, D)."""
+        return states.flatten(0, 1).index_select(0, self.valid)
 
     def sequences(self) -> tuple[list[list[int]], list[int]]:
         """Return the tokens and the prompt lengths of the samples."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import signal
-import time
-from collections import defaultdict
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from itertools import islice
@@ -15,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -28,7 +25,7 @@ from ..stats import DistillStats
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, sample_stream, split_data
-from .metrics import MetricsLogger, batch_sums, mean_metrics, memory_gib
+from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
 from .rollouts import StudentRollouts
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
@@ -46,9 +43,9 @@ class Trainer:
     """Models and data of a run, and one optimizer step or evaluation with them."""
 
     def __init__(self, config: TrainConfig):
-        self.config = config
         check_packages(config)
-        self.accelerator = make_accelerator(config)
+        self.accelerator, config = make_accelerator(config)
+        self.config = config
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.sharded = self.accelerator.device, self.accelerator.is_fsdp2
         check_shares(config, self.processes)
@@ -68,18 +65,8 @@ class Trainer:
         )
         self.accelerator.register_for_checkpointing(self.schedule)
         self.rollouts = StudentRollouts(config, self.accelerator, self.wrapped, self.save)
-        self.seconds = defaultdict[str, float](float)  # of the parts of the current step
+        self.timer = Timer(self.device)  # of the current step
         self.step = 0
-
-    @contextmanager
-    def measure(self, name: str) -> Generator[None, None, None]:
-        """Add the time spent inside, with its work on the GPU, to `seconds[name]`."""
-        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        synchronize()
-        started = time.perf_counter()
-        yield
-        synchronize()
-        self.seconds[name] += time.perf_counter() - started
 
     def fill_buffer(self) -> list[list[Sample]]:
         """Return this process's samples of one step, one list per slice of the gradient accumulation."""
@@ -119,10 +106,10 @@ class Trainer:
         def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats, Targets]:
             ids = None
             if config.teacher.targets == "student_topk":
-                ids = topk_targets(hidden, head, batch.mask, config, vocab_size).ids
-            with self.measure("teacher_seconds"):
+                ids = topk_targets(hidden, head, config, vocab_size).ids
+            with self.timer.measure("teacher_seconds"):
                 targets = self.teacher.targets(batch, ids)
-            loss = distillation_loss(hidden, head, targets, batch.mask, normalizer, config, vocab_size)
+            loss = distillation_loss(hidden, head, targets, normalizer, config, vocab_size)
             return *loss, targets
 
         with self.accelerator.autocast():
@@ -135,7 +122,8 @@ class Trainer:
             NonFiniteLoss: the loss or its gradient is not finite; no weight has changed.
         """
         batches = [Batch.collate(samples, self.device) for samples in buffer]
-        n_tokens = max(1.0, float(self.sum(torch.stack([batch.mask.sum() for batch in batches]).sum())))
+        n_local = torch.tensor(sum(len(batch.valid) for batch in batches), device=self.device)
+        n_tokens = max(1.0, float(self.accelerator.reduce(n_local, "sum")))  # pyright: ignore[reportArgumentType]
         sums: list[Tensor] = []
         for i, batch in enumerate(batches):
             # Without reducing gradients per slice FSDP would keep unsharded gradients on every device.
@@ -144,16 +132,17 @@ class Trainer:
                 loss, stats = self.loss(batch, n_tokens)[:2]
                 # DDP and FSDP average over processes, but n_tokens counts the tokens of all of them.
                 self.accelerator.backward(loss * self.processes)
-            sums.append(batch_sums(batch, loss * n_tokens, stats))
-        metrics = self.mean_over_processes(sums, batches)
+            sums.append(batch_sums(loss * n_tokens, stats))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        metrics = self.read_metrics(sums, batches, grad_norm=norm)
+        norm = metrics["grad_norm"]
         if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        return metrics | {"grad_norm": norm, "learning_rate": float(self.schedule.get_last_lr()[0])}
+        return metrics | {"learning_rate": float(self.schedule.get_last_lr()[0])}
 
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], list[str]]:
@@ -164,13 +153,17 @@ class Trainer:
             [samples] = self.generate(samples, self.config.seed + self.rank, 1)
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
         batches = [Batch.collate(samples[i : i + EVAL_BATCH_SIZE], self.device) for i in starts]
-        sums = [batch_sums(batch, *self.loss(batch, 1.0)[:2]) for batch in batches]
+        sums = [batch_sums(*self.loss(batch, 1.0)[:2]) for batch in batches]
         shown = [str(self.tokenizer.decode(s.tokens)) for s in samples[:N_SHOWN_SAMPLES]]
-        return self.mean_over_processes(sums, batches), shown
+        return self.read_metrics(sums, batches), shown
 
-    def mean_over_processes(self, sums: list[Tensor], batches: list[Batch]) -> dict[str, float]:
-        """Return the mean metrics of all processes; raise NonFiniteLoss if the loss is not finite."""
-        metrics = mean_metrics(self.sum(sum(sums[1:], sums[0])))
+    def read_metrics(self, sums: list[Tensor], batches: list[Batch], **others: Tensor) -> dict[str, float]:
+        """Read metrics of all processes and others at once; raise NonFiniteLoss unless the loss is finite."""
+        counts = sums[0].new_tensor(sample_counts(batches))
+        totals: Any = self.accelerator.reduce(torch.cat([counts, sum(sums[1:], sums[0])]), "sum")
+        numbers = torch.cat([totals, *(value.to(totals).reshape(1) for value in others.values())]).tolist()
+        n = len(totals)
+        metrics = mean_metrics(numbers[:n]) | dict(zip(others, numbers[n:], strict=True))
         if not isfinite(metrics["loss"]):
             raise NonFiniteLoss(self.diagnose(batches))
         return metrics
@@ -181,10 +174,6 @@ class Trainer:
         # The list holds all of them, as FSDP's processes compute together.
         diagnoses = [describe_non_finite(b, *self.loss(b, 1.0)[1:], self.tokenizer) for b in batches]
         return next(filter(None, diagnoses), "the loss is not finite, but every token's is in this process")
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over all processes."""
-        return self.accelerator.reduce(values, "sum")  # pyright: ignore[reportReturnType]
 
     def save(self, folder: Path) -> None:
         """Save the student in the format of transformers and vLLM; all processes call it together."""
@@ -216,6 +205,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if checkpoints and not resume:
         raise ConfigError(f"output: {config.output} holds checkpoints; --resume resumes from the last")
     run = Trainer(config)
+    config = run.config
     if checkpoints:
         run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
     logger = MetricsLogger(run.accelerator, config, run.step)
@@ -226,19 +216,20 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         if run.step == 0 and run.held_out:
             logger.log(0, "evaluation", *run.evaluate())
         while run.step < config.steps:
-            run.seconds.clear()
+            run.timer = Timer(run.device)
             torch.manual_seed(config.seed * 1_000_003 + run.step)  # a resumed run draws the same numbers
-            with run.measure("rollout_seconds"):
+            with run.timer.measure("rollout_seconds"):
                 if run.rollouts.weights_synced_step is None or run.step % config.rollouts.sync_every == 0:
                     run.rollouts.sync_weights(run.step)
                 buffer = run.fill_buffer()
-            with run.measure("update_seconds"):
+            with run.timer.measure("update_seconds"):
                 metrics = run.update(buffer)
             run.step += 1
-            run.seconds["update_seconds"] -= run.seconds["teacher_seconds"]  # which it includes
-            speed = metrics["tokens"] / sum(run.seconds.values())
+            seconds = run.timer.read()
+            seconds["update_seconds"] -= seconds["teacher_seconds"]  # which it includes
+            speed = metrics["tokens"] / sum(seconds.values())
             metrics |= {"tokens_per_second": speed, "memory_gib": memory_gib(run.device)}
-            logger.log(run.step, "train", metrics | run.seconds)
+            logger.log(run.step, "train", metrics | seconds)
             last = run.step == config.steps
             if run.held_out and (last or run.step % config.evaluate_every == 0):
                 logger.log(run.step, "evaluation", *run.evaluate())
@@ -256,19 +247,29 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     return student
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return accelerate's Accelerator for a run."""
+def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
+    """Return accelerate's Accelerator for a run, and the settings with a precision for its device."""
+    cpu = not torch.accelerator.is_available()  # else processes on a CPU would not form a group
+    # Longer than a client retries its server while the other processes wait.
+    device: Any = PartialState(cpu, timeout=timedelta(hours=2)).device
+    config = choose_precision(config, device)
     accelerator = Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
-        cpu=not torch.accelerator.is_available(),  # else processes on a CPU would not form a group
+        cpu=cpu,
         log_with=[*config.trackers] or None,
-        # Longer than a client retries its server while the other processes wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         project_dir=str(config.output),
     )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("fsdp_version: must be 2 (of accelerate's settings)")
-    return accelerator
+    return accelerator, config
+
+
+def choose_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Return the settings with precision auto replaced by bf16 or fp32."""
+    if config.precision != "auto":
+        return config
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
 
 
 def check_packages(config: TrainConfig) -> None:

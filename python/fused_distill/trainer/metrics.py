@@ -7,7 +7,10 @@ import html
 import io
 import json
 import resource
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,20 +26,23 @@ STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", 
 CONSOLE_METRICS = ("loss", *STATISTICS[:2], "top1_agreement", "completion_length", "tokens_per_second")
 
 
-def batch_sums(batch: Batch, loss: Tensor, stats: DistillStats) -> Tensor:
-    """Return the numbers of samples and tokens of a batch, its loss and the sums of its statistics."""
-    samples = batch.samples
-    counts = [len(samples), sum(len(s.completion) for s in samples), sum(s.truncated for s in samples)]
-    per_token = [batch.mask.sum(), loss.detach(), *(getattr(stats, name).sum() for name in STATISTICS)]
+def batch_sums(loss: Tensor, stats: DistillStats) -> Tensor:
+    """Return the summed loss of a batch and the sums of its statistics, without waiting for the device."""
     dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-    sums = torch.stack([value.to(dtype) for value in per_token])
-    return torch.cat([sums.new_tensor(counts), sums])
+    sums = [loss.detach(), *(getattr(stats, name).sum() for name in STATISTICS)]
+    return torch.stack([value.to(dtype) for value in sums])
 
 
-def mean_metrics(sums: Tensor) -> dict[str, float]:
-    """Return means per token, means per sample of length and truncation, and the number of tokens."""
-    samples, length, truncated, tokens, *totals = sums.tolist()
-    means = {"completion_length": length / samples, "truncated": truncated / samples, "tokens": tokens}
+def sample_counts(batches: list[Batch]) -> list[int]:
+    """Return the numbers of samples, of completion tokens and of truncated samples."""
+    truncated = [sample.truncated for batch in batches for sample in batch.samples]
+    return [len(truncated), sum(sum(batch.lengths) for batch in batches), sum(truncated)]
+
+
+def mean_metrics(numbers: list[float]) -> dict[str, float]:
+    """Return the metrics of `sample_counts` and added `batch_sums`: means per sample and means per token."""
+    samples, tokens, truncated, *totals = numbers
+    means = {"completion_length": tokens / samples, "truncated": truncated / samples, "tokens": tokens}
     names = ("loss", *STATISTICS)
     return means | {name: value / max(tokens, 1) for name, value in zip(names, totals, strict=True)}
 
@@ -46,6 +52,36 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Timer:
+    """Measures the parts of a step: on a CUDA device by events, which the host waits for in `read` only."""
+
+    def __init__(self, device: torch.device):
+        self._on_cuda, self._parts = device.type == "cuda", list[tuple[str, Any, Any]]()
+
+    @contextmanager
+    def measure(self, name: str) -> Generator[None, None, None]:
+        """Measure the time spent inside, on a CUDA device from the end of the work queued before."""
+        start = self._now()
+        yield
+        self._parts.append((name, start, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds of each part; the host waits for the device."""
+        seconds = defaultdict[str, float](float)
+        for name, start, end in self._parts:
+            if self._on_cuda:
+                end.synchronize()
+            seconds[name] += start.elapsed_time(end) / 1000 if self._on_cuda else end - start
+        return seconds
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class MetricsLogger:

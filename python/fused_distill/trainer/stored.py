@@ -54,20 +54,16 @@ class StoredTeacher:
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
         """See Teacher; student_ids must be None."""
-        shape, device = (*batch.mask.shape, self.k), batch.mask.device
-        logprobs = torch.full(shape, -torch.inf, device=device)
-        ids = torch.zeros(shape, dtype=torch.int64, device=device)
         rows: list[int] = []
         for sample in batch.samples:
             key = _hash(np.array(sample.tokens, np.int32), len(sample.prompt))
             if key not in self._rows:
                 raise ConfigError(f"teacher.stored: it has no completion {sample.completion[:8]}...")
             rows.append(self._rows[key])
-        for values, column in ((logprobs, "logprobs"), (ids, "ids")):
-            stored = np.concatenate([self._matrix(column, row) for row in rows])
-            values[batch.mask] = torch.from_numpy(stored).to(device, values.dtype)
+        stored = [np.concatenate([self._matrix(name, row) for row in rows]) for name in ("logprobs", "ids")]
+        logprobs, ids = (torch.from_numpy(numbers).to(batch.valid.device) for numbers in stored)
         # Tokens without a row in the student's LM head belong to the tail.
-        return TopKTargets(logprobs.masked_fill(ids >= self.vocab_size, -torch.inf), ids)
+        return TopKTargets(logprobs.float().masked_fill(ids >= self.vocab_size, -torch.inf), ids)
 
     def _matrix(self, column: str, row: int) -> NDArray[Any]:
         """Return the (positions, k) values of a row."""

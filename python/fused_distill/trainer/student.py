@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of
+from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of, run_inside_forward
 from .config import ConfigError, LoraConfig, TrainConfig
 from .data import Batch
 
@@ -67,26 +67,10 @@ def _add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     return adapted
 
 
-def run_inside_forward(
-    wrapper: nn.Module, module: nn.Module, function: Callable[..., T], *inputs: Tensor
-) -> T:
-    """Call `function` in place of the forward of `module`, by calling `wrapper`, its DDP or FSDP wrapper."""
-    forward, results = module.forward, list[T]()
-
-    def replacement(*inputs: Tensor) -> T:
-        module.forward = forward
-        results.append(function(*inputs))
-        return results[0]
-
-    module.forward = replacement
-    wrapper(*inputs)
-    return results[0]  # the wrapper's own return value may be cast by FSDP
-
-
 def run_in_student_forward(
     wrapper: nn.Module, model: PreTrainedModel, batch: Batch, compute: Callable[[Tensor, LMHeadParams], T]
 ) -> T:
-    """Call `compute` with the student's hidden states (B, T - 1, D) of a batch and its LM head.
+    """Call `compute` with the student's hidden states (n, D) of a batch and its LM head.
 
     The call happens inside the forwards of the model and of the head, where FSDP has gathered their weights.
     """
@@ -94,7 +78,7 @@ def run_in_student_forward(
 
     def forward(tokens: Tensor) -> T:
         output = decoder_of(model)(input_ids=tokens, attention_mask=batch.attention, use_cache=False)
-        hidden = output.last_hidden_state[:, :-1]
+        hidden = batch.pack(output.last_hidden_state)
         return run_inside_forward(head, head, lambda states: compute(states, lm_head_of(model)), hidden)
 
     return run_inside_forward(wrapper, model, forward, batch.tokens)

@@ -17,15 +17,15 @@ from .data import Batch
 class FullTargets(NamedTuple):
     """Full-vocabulary targets (hidden states + LM head)."""
 
-    hidden: Tensor  # (B, T - 1, Dt)
+    hidden: Tensor  # (n, Dt)
     head: LMHeadParams
 
 
 class TopKTargets(NamedTuple):
     """Log-probabilities of the teacher at k tokens per position."""
 
-    logprobs: Tensor  # (B, T - 1, k) at the loss's temperature
-    ids: Tensor  # (B, T - 1, k)
+    logprobs: Tensor  # (n, k) at the loss's temperature
+    ids: Tensor  # (n, k)
 
 
 Targets: TypeAlias = FullTargets | TopKTargets
@@ -37,20 +37,19 @@ class Teacher(Protocol):
     vocab_size: int  # rows that the LM heads of teacher and student have in common
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
-        """Return the targets of a batch, at `student_ids` (B, T - 1, k) if they are given."""
+        """Return the targets of a batch's n valid tokens, at `student_ids` (n, k) if they are given."""
         ...
 
 
 def topk_targets(
-    hidden: Tensor,  # (B, T - 1, D)
+    hidden: Tensor,  # (n, D)
     head: LMHeadParams,
-    mask: Tensor,  # (B, T - 1)
     config: TrainConfig,
     vocab_size: int,
-    ids: Tensor | None = None,  # (B, T - 1, k)
+    ids: Tensor | None = None,  # (n, k)
 ) -> TopKTargets:
     """Return a model's log-probabilities at `ids`, or at its own k most likely tokens."""
-    options: dict[str, Any] = {"mask": mask, "temperature": config.temperature, "vocab_size": vocab_size}
+    options: dict[str, Any] = {"temperature": config.temperature, "vocab_size": vocab_size}
     k = config.teacher.k if ids is None else 0
     top = topk_logprobs(hidden, head.weight, k, ids, **options, **head.options())
     if ids is None or top.actual_logprobs is None:
@@ -59,16 +58,15 @@ def topk_targets(
 
 
 def distillation_loss(
-    hidden: Tensor,  # (B, T - 1, Ds)
+    hidden: Tensor,  # (n, Ds)
     head: LMHeadParams,
     targets: Targets,
-    mask: Tensor,  # (B, T - 1)
     normalizer: float,
     config: TrainConfig,
     vocab_size: int,
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
-    options: dict[str, Any] = {"mask": mask, "normalizer": normalizer, "vocab_size": vocab_size}
+    options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": vocab_size}
     options |= {"beta": config.beta, "temperature": config.temperature} | head.options("student_")
     if isinstance(targets, TopKTargets):
         tail = config.teacher.tail
@@ -82,14 +80,15 @@ def describe_non_finite(
     batch: Batch, stats: DistillStats, targets: Targets, tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
     """Describe which tokens have no finite loss and whether the teacher is the cause; None if all do."""
-    bad = batch.mask & ~(stats.forward_kl.isfinite() & stats.reverse_kl.isfinite())
+    bad = ~(stats.forward_kl.isfinite() & stats.reverse_kl.isfinite())
     if not bad.any():
         return None
     teacher = targets.hidden if isinstance(targets, FullTargets) else targets.logprobs
-    lines = [f"the loss is not finite at {int(bad.sum())} of {int(batch.mask.sum())} tokens"]
-    for row, position in bad.nonzero().tolist()[:5]:
+    lines = [f"the loss is not finite at {int(bad.sum())} of {len(bad)} tokens"]
+    for i in bad.nonzero().flatten().tolist()[:5]:
+        row, position = divmod(int(batch.valid[i]), batch.tokens.shape[1])
         text = tokenizer.decode([int(batch.tokens[row, position + 1])])
-        state = "are NaN" if teacher[row, position].isnan().any() else "are sound"
+        state = "are NaN" if teacher[i].isnan().any() else "are sound"
         token = f"row {batch.samples[row].row} of the data, token {position + 1} ({text!r})"
         lines.append(f"{token}: the teacher's numbers {state}")
     return "; ".join(lines)

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of
 from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
-from ..serving.client.align import align, align_hidden_states
 from ..serving.client.client import TeacherClient
 from .config import ConfigError, TrainConfig
 from .data import Batch
@@ -34,10 +33,10 @@ class LocalTeacher:
         """See Teacher."""
         head, decoder = lm_head_of(self.model), decoder_of(self.model)
         output = decoder(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
-        hidden: Tensor = output.last_hidden_state[:, :-1]
+        hidden = batch.pack(output.last_hidden_state)
         if self.config.teacher.targets == "full":
             return FullTargets(hidden, head)
-        return topk_targets(hidden, head, batch.mask, self.config, self.vocab_size, student_ids)
+        return topk_targets(hidden, head, self.config, self.vocab_size, student_ids)
 
 
 @dataclass
@@ -52,8 +51,7 @@ class HiddenStateTeacher:
         """See Teacher; student_ids must be None."""
         dtype = "float32" if self.head.weight.dtype == torch.float32 else "bfloat16"
         hidden = self.client.get_hidden_states(*batch.sequences(), dtype=dtype)
-        states = align_hidden_states(hidden, batch.mask)
-        return FullTargets(states.to(self.head.weight.dtype), self.head)
+        return FullTargets(hidden.states.to(self.head.weight), self.head)
 
 
 @dataclass
@@ -69,8 +67,7 @@ class ServedTeacher:
         """See Teacher."""
         k, score_ids = self.config.teacher.k, None
         if student_ids is not None:
-            per_sample = student_ids[batch.mask].split(batch.mask.sum(1).tolist())
-            k, score_ids = 0, [ids.cpu().numpy() for ids in per_sample]
+            k, score_ids = 0, [ids.numpy() for ids in student_ids.cpu().split(batch.lengths)]
         answer = self.client.get_sequence_logprobs(
             *batch.sequences(),
             top_logprobs=k,
@@ -78,12 +75,12 @@ class ServedTeacher:
             temperature=self.config.temperature,
             vocab_size=self.vocab_size if self.normalizes else None,
         )
-        aligned = align(answer, batch.mask)
-        if student_ids is not None and aligned.score_logprobs is not None:
-            return TopKTargets(aligned.score_logprobs, student_ids)
+        device = batch.valid.device
+        if student_ids is not None and answer.score_logprobs is not None:
+            return TopKTargets(torch.as_tensor(answer.score_logprobs, device=device), student_ids)
+        logprobs, ids = (torch.as_tensor(numbers, device=device) for numbers in (answer.logprobs, answer.ids))
         # Tokens without a row in the student's LM head belong to the tail.
-        beyond = aligned.ids >= self.vocab_size
-        return TopKTargets(aligned.logprobs.masked_fill(beyond, -torch.inf), aligned.ids)
+        return TopKTargets(logprobs.masked_fill(ids >= self.vocab_size, -torch.inf), ids)
 
 
 def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:
