@@ -10,6 +10,7 @@ beta = 0 and beta = 1 take two passes over the logits, other values three.
 
 # The parameters of Triton kernels have no Python types.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ set i, KL(p || q) = sum_i P_i (KL inside set i) + KL(P || Q).
 
 # The parameters of Triton kernels have no Python types.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 

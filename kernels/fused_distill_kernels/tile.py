@@ -2,6 +2,7 @@
 
 # The parameters of Triton kernels have no Python types.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 
