@@ -153,7 +153,7 @@ def logit_gradient(
     return p_s * ((remainder - w) - tl.where(teacher_leads, distance + kl, kl))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["weight_ptr", "labels_ptr"])
 def gradient_kernel(
     student_ptr,  # (n, V) float32
     student_stride,

@@ -139,7 +139,7 @@ def merge(part, factor, label_factor):
     return merged, lse_difference
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr"])
 def statistics_kernel(
     student_ptr,  # (n, V) float32
     student_stride,
@@ -216,7 +216,7 @@ def statistics_kernel(
         tl.store(out + LABEL * n_parts, tl.where(held, v_s, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr"])
 def merge_kernel(
     parts_ptr,  # (n, PART, n_parts) float32
     labels_ptr,  # (n,) int64 or None
