@@ -77,8 +77,10 @@ def _eager_fused_loss(
         None if mask is None else mask.reshape(-1).nonzero().squeeze(1),
     )
     n_valid = inputs.n_valid(student)
-    backend = choose_backend(config.backend, hidden.device, inputs.dtype)
-    row_loss = make_row_loss(backend, config, teacher.k, n_valid * shard.max_local_size, shard.is_sharded)
+    config = replace(config, backend=choose_backend(config.backend, hidden.device, inputs.dtype))
+    row_loss = make_row_loss(
+        config.backend, config, teacher.k, n_valid * shard.max_local_size, shard.is_sharded
+    )
     compute = partial(chunked_loss, inputs=inputs, config=config, row_loss=row_loss)
     needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
     outputs = FusedLoss.apply(compute, config.reduction == "none", needs_grad, *student)
@@ -167,7 +169,8 @@ class _ChunkLoop:
             token_weight = torch.ones((), dtype=dtype, device=device).expand(len(student.hidden))
 
         rows = min(plan.rows, plan.n_tokens)
-        read_teacher = inputs.teacher.reader(shard, rows, dtype, inputs.autocast)
+        use_kernels = self.config.backend == "triton"
+        read_teacher = inputs.teacher.reader(shard, rows, dtype, inputs.autocast, use_kernels=use_kernels)
         logits = logit_buffer(rows, head.n_logits, dtype, device)
         grad_buffer = None
         if self._separate_grad(head):
@@ -209,7 +212,10 @@ class _ChunkLoop:
     def _head(self, weight: Tensor) -> LMHead | IndexedLMHead:
         inputs, k = self.inputs, self.inputs.teacher.k
         if k is not None and self.config.projects_support_only:
-            return IndexedLMHead(weight, inputs.dtype, weight.new_empty((0, k), dtype=torch.int64))
+            head = IndexedLMHead
+            if self.config.backend == "triton":
+                from .indexed_triton import TritonIndexedLMHead as head
+            return head(weight, inputs.dtype, weight.new_empty((0, k), dtype=torch.int64))
         return LMHead.for_inputs(self.student.hidden, weight, inputs.dtype, inputs.autocast)
 
     def _separate_grad(self, head: LMHead | IndexedLMHead) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,9 +60,16 @@ class FullTeacher:
         return Workspace(fixed=head.workspace().fixed, per_row=row_bytes)
 
     def reader(
-        self, shard: VocabShard, max_rows: int, dtype: torch.dtype, autocast: torch.dtype | None
+        self,
+        shard: VocabShard,
+        max_rows: int,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None,
+        *,
+        use_kernels: bool,
     ) -> ReadRows:
         """Return a function that projects at most max_rows tokens at a time, into one buffer."""
+        del use_kernels
         head = LMHead.for_inputs(self.hidden, self.weight[: shard.size], dtype, autocast)
         bias = None if self.bias is None else self.bias[: shard.size].to(dtype).contiguous()
         buffer = logit_buffer(max_rows, shard.size, dtype, self.hidden.device)
@@ -106,10 +114,18 @@ class TopKTeacher:
         return Workspace(per_row=64 * self.ids.shape[-1])
 
     def reader(
-        self, shard: VocabShard, max_rows: int, dtype: torch.dtype, autocast: torch.dtype | None
+        self,
+        shard: VocabShard,
+        max_rows: int,
+        dtype: torch.dtype,
+        autocast: torch.dtype | None,
+        *,
+        use_kernels: bool,
     ) -> ReadRows:
-        """Return a function that sorts a chunk's entries by id and keeps the first of duplicates."""
+        """Return a function that reads a chunk's entries and keeps the first of duplicates."""
         del max_rows, dtype, autocast
+        if use_kernels:
+            return partial(self._read_by_kernel, shard)
 
         def read(tokens: slice | Tensor) -> TeacherRows:
             logprobs, ids = self.logprobs[tokens], self.ids[tokens].long()
@@ -128,6 +144,12 @@ class TopKTeacher:
             return TeacherRows(logprobs, ids=ids, is_local=is_local)
 
         return read
+
+    def _read_by_kernel(self, shard: VocabShard, tokens: slice | Tensor) -> TeacherRows:
+        from fused_distill_kernels import unique_entries
+
+        columns, logprobs = unique_entries(self.ids[tokens], self.logprobs[tokens], shard.start, shard.size)
+        return TeacherRows(logprobs, ids=columns)
 
 
 Teacher = FullTeacher | TopKTeacher
