@@ -12,13 +12,15 @@ The head is read in the dtype in which it is stored. Sums are float32. A negativ
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ENTRIES = 16  # rows of the head, or of the hidden states, that a program reads at once
-WIDTH = 128  # of a row's elements
+ENTRIES = 8  # rows of the head, or of the hidden states, that a program reads at once
+WIDTH = 512  # of a row's elements
 NUM_WARPS = 4
 
 
@@ -135,7 +137,8 @@ def indexed_project(
     if n == 0:
         return
     with torch.cuda.device_of(hidden):
-        indexed_project_kernel[(n, triton.cdiv(k, ENTRIES))](
+        launch: Any = indexed_project_kernel[(n, triton.cdiv(k, ENTRIES))]
+        launch(
             hidden,
             hidden.stride(0),
             weight,
@@ -162,7 +165,8 @@ def indexed_back_project(
     if n == 0:
         return
     with torch.cuda.device_of(grad):
-        indexed_back_project_kernel[(n, triton.cdiv(width, WIDTH))](
+        launch: Any = indexed_back_project_kernel[(n, triton.cdiv(width, WIDTH))]
+        launch(
             grad,
             grad.stride(0),
             weight,
@@ -190,7 +194,8 @@ def add_indexed_weight_gradient(
     if n_entries == 0:
         return
     with torch.cuda.device_of(grad):
-        indexed_weight_gradient_kernel[(n_entries, triton.cdiv(width, WIDTH))](
+        launch: Any = indexed_weight_gradient_kernel[(n_entries, triton.cdiv(width, WIDTH))]
+        launch(
             sorted_columns,
             order,
             grad,

@@ -4,12 +4,14 @@ The outcomes are the K columns of the support, and the tail, of which only the l
 All arithmetic is in float64, because a log-probability minus a logit is not exact in float32.
 """
 
-# The parameters of Triton kernels have no Python types.
+# The parameters of Triton kernels have no Python types, and a branch on a constant may define a variable.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportPossiblyUnboundVariable=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -17,16 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementwise import exp_sub_max, log_gap, mul_zero_safe
-from .elementwise64 import (
-    expm1,
-    from_parts,
-    kl_terms,
-    logaddexp,
-    mixture_log_ratios,
-    stable_prob_diff,
-    transform_derivative,
-)
+from .elementwise64 import expm1, from_parts, logaddexp, transform_derivative
 from .jsd import FORWARD_KL, MIXTURE, REVERSE_KL
+from .outcomes import load_outcomes, log_prob_gradient, outcome_terms, tail_parts
 from .support_columns import float_parts, support_block, support_warps
 
 if TYPE_CHECKING:  # not imported at run time: any object with these attributes works
@@ -45,68 +40,11 @@ N_STATS = tl.constexpr(7)
 
 
 @triton.jit
-def tail_parts(parts_ptr, n_parts, PARTS: tl.constexpr):
-    """Combine the parts of a row's tail; return its maximum and its sum of e^(z - maximum)."""
-    index = tl.arange(0, PARTS)
-    maxima = tl.load(parts_ptr + index, mask=index < n_parts, other=float("-inf")).to(tl.float64)
-    others = tl.load(parts_ptr + n_parts + index, mask=index < n_parts, other=0.0).to(tl.float64)
-    max_logit = tl.max(maxima, 0)
-    return max_logit, tl.sum((1.0 + others) * exp_sub_max(maxima, max_logit), 0)
-
-
-@triton.jit
-def load_outcomes(y_ptr, logprobs_ptr, index, k):
-    """Return the student's logits at temperature 1 and the teacher's log-probabilities, -inf beyond k."""
-    y = tl.load(y_ptr + index, mask=index < k, other=float("-inf"))
-    return y, tl.load(logprobs_ptr + index, mask=index < k, other=float("-inf")).to(tl.float64)
-
-
-@triton.jit
-def outcome_terms(p_s, p_t, d, beta, one_minus_beta, DIVERGENCE: tl.constexpr, IS_DIVERGENCE: tl.constexpr):
-    """Return the terms of KL(p_s || m) and of KL(p_t || m); without a mixture twice those of the only KL.
-
-    IS_DIVERGENCE is False for the plain sums of tail="truncate", whose terms have any sign.
-    """
-    prob_diff = stable_prob_diff(p_s, p_t, d)
-    if DIVERGENCE == FORWARD_KL:
-        u, v = -d, -d
-        of_student, of_teacher = -prob_diff, -prob_diff
-    elif DIVERGENCE == REVERSE_KL:
-        u, v = d, d
-        of_student, of_teacher = prob_diff, prob_diff
-    else:
-        u, v = mixture_log_ratios(d, beta, one_minus_beta)
-        of_student, of_teacher = beta * prob_diff, -one_minus_beta * prob_diff
-    if IS_DIVERGENCE:
-        student, teacher = kl_terms(p_s, u, of_student), kl_terms(p_t, v, of_teacher)
-    else:
-        student, teacher = mul_zero_safe(p_s, -u), mul_zero_safe(p_t, -v)
-    if DIVERGENCE == FORWARD_KL:
-        student = teacher
-    if DIVERGENCE == REVERSE_KL:
-        teacher = student
-    return student, teacher
-
-
-@triton.jit
-def log_prob_gradient(p_s, p_t, d, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
-    """Return the derivative of the loss by each outcome's log p_s."""
-    if DIVERGENCE == FORWARD_KL:
-        gradient = -p_t
-    elif DIVERGENCE == REVERSE_KL:
-        gradient = mul_zero_safe(p_s, 1.0 - d)
-    else:
-        u, _ = mixture_log_ratios(d, beta, one_minus_beta)
-        gradient = one_minus_beta * mul_zero_safe(p_s, -u)
-    return gradient
-
-
-@triton.jit
 def support_loss_kernel(
     y_ptr,  # (n, K) float64 logits at temperature 1, -inf where absent
     logprobs_ptr,  # (n, K) float, -inf where absent
     columns_ptr,  # (n, K) int64, negative where absent or on another rank
-    tail_ptr,  # (n, 4, n_parts) float: max_z, others_z, max_y, others_y
+    tail_ptr,  # (n, 4, n_parts) float64: max_z, others_z, max_y, others_y
     weight_ptr,  # (n,) float32
     labels_ptr,  # (n,) int64
     label_y_ptr,  # (n,) float64 logits at temperature 1
@@ -288,7 +226,7 @@ def support_loss_kernel(
                 entry = factor_z * tl.exp(label_y * inv_temperature - tail_max_z)
                 entry += hard_scale * expm1(label_log_p)
                 entry *= transform_derivative(label_y, scale, softcap, HAS_SOFTCAP)
-                tl.store(label_grad_ptr + row, entry.to(label_grad_ptr.dtype.element_ty))
+                tl.store(label_grad_ptr + row, entry.to(tl.float32).to(label_grad_ptr.dtype.element_ty))
         for start in range(0, k, BLOCK):
             index = start + lanes
             y, logprob = load_outcomes(y_ptr, logprobs_ptr, index, k)
@@ -302,7 +240,7 @@ def support_loss_kernel(
                 at_label = tl.where((column == label) & (column >= 0), 1.0, 0.0)
                 grad += hard_scale * (exp_sub_max(y, whole_y) - at_label)
             grad *= transform_derivative(y, scale, softcap, HAS_SOFTCAP)
-            grad = tl.where(column >= 0, grad, 0.0).to(grad_ptr.dtype.element_ty)
+            grad = tl.where(column >= 0, grad, 0.0).to(tl.float32).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + row * grad_stride + index, grad, mask=index < k)
 
 
@@ -322,7 +260,7 @@ def support_loss(
     weight: Tensor,  # (n,) float32
     config: TopKLossConfig,
     *,
-    tail: Tensor | None,  # (n, 4, n_parts) of `tail_sums`
+    tail: Tensor | None,  # (n, 4, n_parts) float64, of `tail_sums`
     labels: Tensor | None,  # (n,) int64
     label_y: Tensor | None,  # (n,) float64
     grad: Tensor | None,  # (n, K) any float, written
@@ -337,7 +275,8 @@ def support_loss(
         return SupportLoss(loss, stats, label_grad, factors)
     block = support_block(k)
     with torch.cuda.device_of(y):
-        support_loss_kernel[(n,)](
+        launch: Any = support_loss_kernel[(n,)]
+        launch(
             y,
             logprobs,
             columns,

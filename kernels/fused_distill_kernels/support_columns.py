@@ -11,7 +11,7 @@ put_support_kernel     the gradient there, and at the label
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from .elementwise64 import from_parts, transform_logits
 if TYPE_CHECKING:  # not imported at run time: any object with these attributes works
     from fused_distill.config import LossConfig
 
-_MAX_BLOCK = 256  # entries held in registers at once
+_MAX_BLOCK = 128  # entries held in registers at once
 _EARLIER = 32  # entries compared with a block at once
 
 
@@ -45,15 +45,19 @@ def float_parts(value: float) -> tuple[float, float]:
 
 @triton.jit
 def unique_entries_kernel(
-    ids_ptr,  # (n, K) int
+    ids_ptr,  # (N, K) int
     ids_stride,
-    logprobs_ptr,  # (n, K) float
+    ids_step,
+    logprobs_ptr,  # (N, K) float
     logprobs_stride,
+    logprobs_step,
+    tokens_ptr,  # (n,) int64 rows of ids and logprobs
     columns_ptr,  # (n, K) int64, written
     unique_ptr,  # (n, K) like logprobs, written
     k,
     first_column,
     n_columns,
+    HAS_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLIER: tl.constexpr,
 ):
@@ -62,21 +66,26 @@ def unique_entries_kernel(
     Compares each entry with all before it. Reads and writes 16 bytes or less per entry.
     """
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    ids_ptr += row * ids_stride
-    logprobs_ptr += row * logprobs_stride
+    token = row
+    if HAS_TOKENS:
+        token = tl.load(tokens_ptr + row)
+    ids_ptr += token * ids_stride
+    logprobs_ptr += token * logprobs_stride
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < k
-    ids = tl.load(ids_ptr + index, mask=inside, other=0).to(tl.int64)
-    logprob = tl.load(logprobs_ptr + index, mask=inside, other=float("-inf"))
+    ids = tl.load(ids_ptr + index * ids_step, mask=inside, other=0)
+    logprob = tl.load(logprobs_ptr + index * logprobs_step, mask=inside, other=float("-inf"))
     repeats = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, tl.minimum(k, (block + 1) * BLOCK), EARLIER):
         earlier = start + tl.arange(0, EARLIER)
-        earlier_ids = tl.load(ids_ptr + earlier, mask=earlier < k, other=0).to(tl.int64)
-        present = tl.load(logprobs_ptr + earlier, mask=earlier < k, other=float("-inf")) != float("-inf")
-        same = (ids[:, None] == earlier_ids[None, :]) & (earlier[None, :] < index[:, None])
+        earlier_ids = tl.load(ids_ptr + earlier * ids_step, mask=earlier < k, other=0).to(tl.int32)
+        present = tl.load(
+            logprobs_ptr + earlier * logprobs_step, mask=earlier < k, other=float("-inf")
+        ) != float("-inf")
+        same = (ids.to(tl.int32)[:, None] == earlier_ids[None, :]) & (earlier[None, :] < index[:, None])
         repeats += tl.sum((same & present[None, :]).to(tl.int32), 1)
     logprob = tl.where(repeats > 0, float("-inf"), logprob)
-    column = ids - first_column
+    column = ids.to(tl.int64) - first_column
     here = (logprob != float("-inf")) & (column >= 0) & (column < n_columns)
     tl.store(columns_ptr + row * k + index, tl.where(here, column, -1), mask=inside)
     tl.store(unique_ptr + row * k + index, logprob, mask=inside)
@@ -174,29 +183,33 @@ def put_support_kernel(
 
 
 def unique_entries(
-    ids: Tensor,  # (n, K) int, entries contiguous
-    logprobs: Tensor,  # (n, K) float, entries contiguous
+    ids: Tensor,  # (N, K) int
+    logprobs: Tensor,  # (N, K) float
+    tokens: Tensor | None,  # (n,) int64 rows to read; None: all
     first_column: int,
     n_columns: int,
 ) -> tuple[Tensor, Tensor]:
     """Return columns (n, K) int64, -1 unless on this rank, and log-probabilities, -inf if repeated."""
-    n, k = ids.shape
+    n, k = len(ids if tokens is None else tokens), ids.shape[1]
     columns = torch.empty(n, k, dtype=torch.int64, device=ids.device)
     unique = torch.empty(n, k, dtype=logprobs.dtype, device=ids.device)
     if n:
         block = support_block(k)
         grid = (n, triton.cdiv(k, block))
         with torch.cuda.device_of(ids):
-            unique_entries_kernel[grid](
+            launch: Any = unique_entries_kernel[grid]
+            launch(
                 ids,
-                ids.stride(0),
+                *ids.stride(),
                 logprobs,
-                logprobs.stride(0),
+                *logprobs.stride(),
+                ids if tokens is None else tokens,
                 columns,
                 unique,
                 k,
                 first_column,
                 n_columns,
+                HAS_TOKENS=tokens is not None,
                 BLOCK=block,
                 EARLIER=_EARLIER,
                 num_warps=support_warps(block),
@@ -224,7 +237,8 @@ def take_support(
     if n:
         block = support_block(k)
         with torch.cuda.device_of(logits):
-            take_support_kernel[(n,)](
+            launch: Any = take_support_kernel[(n,)]
+            launch(
                 logits,
                 logits.stride(0),
                 logits if bias is None else bias,
@@ -261,7 +275,8 @@ def put_support(
         return
     block = support_block(k)
     with torch.cuda.device_of(grad):
-        put_support_kernel[(n,)](
+        launch: Any = put_support_kernel[(n,)]
+        launch(
             grad,
             grad.stride(0),
             columns,

@@ -33,15 +33,30 @@ MAX_PARTS = 8  # programs of a row
 # Numbers of one part of a row.
 STATISTICS = tl.constexpr(4)  # max_z, others_z, max_y, others_y
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+# log2(e) = LOG2_E + LOG2_E_LOW. Rounded to float32 alone, all exponentials would be wrong in one direction,
+# and so would their sum, by more than the rounding of its terms.
+LOG2_E = tl.constexpr(1.4426950216293335)
+LOG2_E_LOW = tl.constexpr(1.92596298909109e-8)
+LN_2 = tl.constexpr(0.6931471805599453)
+MIN_EXPONENT = tl.constexpr(-200.0)  # e^x is 0 in float32
 LOWEST = tl.constexpr(-3.0e38)  # a finite maximum of nothing, so that no difference is NaN
+
+
+@triton.jit
+def exp_of_negative(x):
+    """Return e^x for x <= 0, with the rounding of x log2(e) put right."""
+    x = tl.where(x < MIN_EXPONENT, MIN_EXPONENT, x)  # keeps NaN, as tl.maximum does not
+    power = x * LOG2_E
+    rest = tl.fma(x, LOG2_E, -power) + x * LOG2_E_LOW
+    value = tl.math.exp2(power)
+    return value + value * (rest * LN_2)
 
 
 @triton.jit
 def add_logits(z, highest, others):
     """Take one logit per lane into the lane's maximum and sum of e^(z - maximum) without the maximum's 1."""
     gap = z - highest
-    e = tl.math.exp2(-tl.abs(gap) * LOG2_E)
+    e = exp_of_negative(-tl.abs(gap))
     # The former maximum's 1 becomes e, and so does all that was summed relative to it.
     return tl.maximum(highest, z), others * tl.where(gap > 0, e, 1.0) + e
 
@@ -50,11 +65,13 @@ def add_logits(z, highest, others):
 def store_parts(out, n_parts, highest, others, BLOCK: tl.constexpr):
     """Store the maximum over all lanes, and the sum of e^(z - maximum) without the maximum's 1.
 
-    That 1 would hide the other exponentials of a confident model, which may sum to 1e-9.
+    That 1 would hide the other exponentials of a confident model, which may sum to 1e-9. Lanes are added in
+    float64: rounding errors of lanes and of terms average out, those of a sum do not.
     """
     top, lane = tl.max(highest, 0), tl.argmax(highest, 0)
-    of_lane = tl.where(highest == LOWEST, 0.0, tl.exp(highest - top))
-    total = tl.sum(others * of_lane, 0) + tl.sum(tl.where(tl.arange(0, BLOCK) == lane, 0.0, of_lane), 0)
+    of_lane = tl.where(highest == LOWEST, 0.0, exp_of_negative(highest - top))
+    of_maximum = tl.where(tl.arange(0, BLOCK) == lane, 0.0, of_lane)
+    total = tl.sum((others * of_lane).to(tl.float64) + of_maximum, 0)
     tl.store(out, tl.where(top == LOWEST, float("-inf"), top))
     tl.store(out + n_parts, total)
 
@@ -64,7 +81,7 @@ def tail_statistics_kernel(
     logits_ptr,  # (n, V) float32
     logits_stride,
     bias_ptr,  # (V,) float32
-    statistics_ptr,  # (n, STATISTICS, n_parts) float32, written
+    statistics_ptr,  # (n, STATISTICS, n_parts) float64, written
     n_columns,
     n_parts,
     inv_temperature,
@@ -77,7 +94,7 @@ def tail_statistics_kernel(
 ):
     """Compute one part's log-sum-exp parts, with WANT_Y those at temperature 1 too.
 
-    Reads 4 bytes per column, and 4 more with a bias. Writes 8 bytes, or 16 with WANT_Y.
+    Reads 4 bytes per column, and 4 more with a bias. Writes 16 bytes, or 32 with WANT_Y.
     """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     logits_ptr += row * logits_stride
@@ -126,6 +143,7 @@ def tail_gradient_kernel(
     grad_ptr += row * grad_stride
     factors_ptr += 4 * row
     max_z, factor_z = tl.load(factors_ptr), tl.load(factors_ptr + 1)
+    max_y, factor_y = max_z, factor_z
     if WANT_Y:
         max_y, factor_y = tl.load(factors_ptr + 2), tl.load(factors_ptr + 3)
     for tile in range(part, tl.cdiv(n_columns, BLOCK), n_parts):
@@ -147,12 +165,13 @@ def tail_sums(
     bias: Tensor | None,  # (V,) float32
     want_y: bool,
 ) -> Tensor:
-    """Return float32 log-sum-exp parts (n, 4, parts) in the order of STATISTICS, the last two if want_y.
+    """Return float64 log-sum-exp parts (n, 4, parts) in the order of STATISTICS, the last two if want_y.
 
     A part's maximum is -inf if it has no column but those of the support. Its other number is the sum of
     e^(z - maximum) over all columns but the maximum's.
     """
-    statistics = logits.new_empty(len(logits), STATISTICS.value, _n_parts(logits))
+    shape = len(logits), STATISTICS.value, _n_parts(logits)
+    statistics = torch.empty(shape, dtype=torch.float64, device=logits.device)
     _launch(tail_statistics_kernel, logits, bias, (statistics,), config, want_y)
     return statistics
 

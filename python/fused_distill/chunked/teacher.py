@@ -146,9 +146,13 @@ class TopKTeacher:
         return read
 
     def _read_by_kernel(self, shard: VocabShard, tokens: slice | Tensor) -> TeacherRows:
-        from fused_distill_kernels import unique_entries
+        from fused_distill_kernels import unique_entries  # needs Triton
 
-        columns, logprobs = unique_entries(self.ids[tokens], self.logprobs[tokens], shard.start, shard.size)
+        if isinstance(tokens, slice):
+            rows = (self.ids[tokens], self.logprobs[tokens], None)
+        else:
+            rows = (self.ids, self.logprobs, tokens)
+        columns, logprobs = unique_entries(*rows, shard.start, shard.size)
         return TeacherRows(logprobs, ids=columns)
 
 

@@ -118,7 +118,6 @@ def _columns(teacher: TeacherRows) -> Tensor:
 
 def _tail_over_ranks(group: ShardGroup, parts: Tensor, has_two_softmaxes: bool) -> Tensor:
     """Combine all parts (n, 4, parts) of all ranks to one (n, 4, 1) in float64."""
-    parts = parts.double()
     pairs = [parts[:, :2], parts[:, 2:]] if has_two_softmaxes else [parts[:, :2]]
     maxima = group.all_reduce_max(*(pair[:, 0].amax(-1, keepdim=True) for pair in pairs))
     sums = group.all_reduce_sum(
@@ -135,6 +134,7 @@ def _tail_over_ranks(group: ShardGroup, parts: Tensor, has_two_softmaxes: bool) 
 def _row_result(result: SupportLoss, *, has_tail: bool) -> RowResult:
     if result.stats is None:
         return RowResult(result.loss, None)
-    *divergences, top1_match, student_mass, teacher_mass = result.stats.unbind(-1)
-    stats = DistillStats(*divergences, top1_match > 0, student_mass if has_tail else None, teacher_mass)
+    stats = DistillStats(*result.stats.unbind(-1))
+    student_mass = stats.student_mass if has_tail else None
+    stats = stats._replace(top1_agreement=stats.top1_agreement > 0, student_mass=student_mass)
     return RowResult(result.loss, stats)
