@@ -1,11 +1,12 @@
 """Row kernels over the columns outside a top-k support, in a chunk of float32 logits with -inf inside it.
 
-Both kernels run on a grid of (rows, tiles), one program for one tile of BLOCK columns of one row:
+Both kernels run on a grid of (rows, parts), at most MAX_PARTS programs for one row. A program loops over
+tiles of BLOCK columns:
 
     tail_statistics_kernel   maximum and sum of exponentials of the student's logits
     tail_gradient_kernel     the gradient: the softmax within the tail, times one factor per row
 
-Neither kernel depends on the divergence, which is computed between the two from K + 1 numbers per row.
+Neither kernel depends on the divergence, which `support_loss_kernel` computes between the two.
 """
 
 # The parameters of Triton kernels have no Python types.
@@ -21,15 +22,58 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementwise import exp_sub_max, load_logits
-from .jsd_launch import BLOCK
 
 if TYPE_CHECKING:  # not imported at run time: any object with these attributes works
     from fused_distill.config import LossConfig
 
+BLOCK = 2048  # columns of a tile
 NUM_WARPS = 8
+MAX_PARTS = 8  # programs of a row
 
-# Partial sums of one tile.
-STATISTICS = tl.constexpr(4)  # max_z, sum_z, max_y, sum_y
+# Numbers of one part of a row.
+STATISTICS = tl.constexpr(4)  # max_z, others_z, max_y, others_y
+
+# log2(e) = LOG2_E + LOG2_E_LOW. Rounded to float32 alone, all exponentials would be wrong in one direction,
+# and so would their sum, by more than the rounding of its terms.
+LOG2_E = tl.constexpr(1.4426950216293335)
+LOG2_E_LOW = tl.constexpr(1.92596298909109e-8)
+LN_2 = tl.constexpr(0.6931471805599453)
+MIN_EXPONENT = tl.constexpr(-200.0)  # e^x is 0 in float32
+LOWEST = tl.constexpr(-3.0e38)  # a finite maximum of nothing, so that no difference is NaN
+
+
+@triton.jit
+def exp_of_negative(x):
+    """Return e^x for x <= 0, with the rounding of x log2(e) put right."""
+    x = tl.where(x < MIN_EXPONENT, MIN_EXPONENT, x)  # keeps NaN, as tl.maximum does not
+    power = x * LOG2_E
+    rest = tl.fma(x, LOG2_E, -power) + x * LOG2_E_LOW
+    value = tl.math.exp2(power)
+    return value + value * (rest * LN_2)
+
+
+@triton.jit
+def add_logits(z, highest, others):
+    """Take one logit per lane into the lane's maximum and sum of e^(z - maximum) without the maximum's 1."""
+    gap = z - highest
+    e = exp_of_negative(-tl.abs(gap))
+    # The former maximum's 1 becomes e, and so does all that was summed relative to it.
+    return tl.maximum(highest, z), others * tl.where(gap > 0, e, 1.0) + e
+
+
+@triton.jit
+def store_parts(out, n_parts, highest, others, BLOCK: tl.constexpr):
+    """Store the maximum over all lanes, and the sum of e^(z - maximum) without the maximum's 1.
+
+    That 1 would hide the other exponentials of a confident model, which may sum to 1e-9. Lanes are added in
+    float64: rounding errors of lanes and of terms average out, those of a sum do not.
+    """
+    top, lane = tl.max(highest, 0), tl.argmax(highest, 0)
+    of_lane = tl.where(highest == LOWEST, 0.0, exp_of_negative(highest - top))
+    of_maximum = tl.where(tl.arange(0, BLOCK) == lane, 0.0, of_lane)
+    total = tl.sum((others * of_lane).to(tl.float64) + of_maximum, 0)
+    tl.store(out, tl.where(top == LOWEST, float("-inf"), top))
+    tl.store(out + n_parts, total)
 
 
 @triton.jit
@@ -37,9 +81,9 @@ def tail_statistics_kernel(
     logits_ptr,  # (n, V) float32
     logits_stride,
     bias_ptr,  # (V,) float32
-    statistics_ptr,  # (n, STATISTICS, n_tiles) float32, written
+    statistics_ptr,  # (n, STATISTICS, n_parts) float64, written
     n_columns,
-    n_tiles,
+    n_parts,
     inv_temperature,
     scale,
     softcap,
@@ -48,25 +92,27 @@ def tail_statistics_kernel(
     WANT_Y: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute one tile's log-sum-exp parts, with WANT_Y those at temperature 1 too.
+    """Compute one part's log-sum-exp parts, with WANT_Y those at temperature 1 too.
 
-    Reads 4 bytes per column, and 4 more with a bias. Writes 8 bytes per tile, or 16 with WANT_Y.
+    Reads 4 bytes per column, and 4 more with a bias. Writes 16 bytes, or 32 with WANT_Y.
     """
-    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < n_columns
-    y, _ = load_logits(
-        logits_ptr + row * logits_stride, bias_ptr, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP
-    )
-    z = y * inv_temperature
-    max_logit = tl.max(z, 0)
-    out = statistics_ptr + row * (STATISTICS * n_tiles) + tile
-    tl.store(out, max_logit)
-    tl.store(out + n_tiles, tl.sum(exp_sub_max(z, max_logit), 0))
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    logits_ptr += row * logits_stride
+    lanes = tl.arange(0, BLOCK)
+    highest_z, others_z = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    highest_y, others_y = highest_z, others_z
+    for tile in range(part, tl.cdiv(n_columns, BLOCK), n_parts):
+        columns = tile * BLOCK + lanes
+        y, _ = load_logits(
+            logits_ptr, bias_ptr, columns, columns < n_columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+        )
+        highest_z, others_z = add_logits(y * inv_temperature, highest_z, others_z)
+        if WANT_Y:
+            highest_y, others_y = add_logits(y, highest_y, others_y)
+    out = statistics_ptr + row * (STATISTICS * n_parts) + part
+    store_parts(out, n_parts, highest_z, others_z, BLOCK)
     if WANT_Y:
-        max_logit = tl.max(y, 0)
-        tl.store(out + 2 * n_tiles, max_logit)
-        tl.store(out + 3 * n_tiles, tl.sum(exp_sub_max(y, max_logit), 0))
+        store_parts(out + 2 * n_parts, n_parts, highest_y, others_y, BLOCK)
 
 
 @triton.jit
@@ -74,10 +120,11 @@ def tail_gradient_kernel(
     logits_ptr,  # (n, V) float32
     logits_stride,
     bias_ptr,  # (V,) float32
-    rows_ptr,  # (n, 4) float32: max_z, factor_z, max_y, factor_y
+    factors_ptr,  # (n, 4) float32: max_z, factor_z, max_y, factor_y
     grad_ptr,  # (n, V), written; may be logits_ptr
     grad_stride,
     n_columns,
+    n_parts,
     inv_temperature,
     scale,
     softcap,
@@ -86,23 +133,29 @@ def tail_gradient_kernel(
     WANT_Y: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write one tile of dlogit_dproj * (factor_z e^(z - max_z) + factor_y e^(y - max_y)).
+    """Write a part of dlogit_dproj * (factor_z e^(z - max_z) + factor_y e^(y - max_y)), 0 where y is -inf.
 
     Reads 4 bytes per column, 4 more with a bias, and 8 bytes of the row, or 16 with WANT_Y. Writes one
     gradient element per column.
     """
-    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < n_columns
-    y, dlogit_dproj = load_logits(
-        logits_ptr + row * logits_stride, bias_ptr, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP
-    )
-    row_ptr = rows_ptr + 4 * row
-    grad = tl.load(row_ptr + 1) * exp_sub_max(y * inv_temperature, tl.load(row_ptr))
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    logits_ptr += row * logits_stride
+    grad_ptr += row * grad_stride
+    factors_ptr += 4 * row
+    max_z, factor_z = tl.load(factors_ptr), tl.load(factors_ptr + 1)
+    max_y, factor_y = max_z, factor_z
     if WANT_Y:
-        grad += tl.load(row_ptr + 3) * exp_sub_max(y, tl.load(row_ptr + 2))
-    out = grad_ptr + row * grad_stride + columns
-    tl.store(out, (grad * dlogit_dproj).to(grad_ptr.dtype.element_ty), mask=inside)
+        max_y, factor_y = tl.load(factors_ptr + 2), tl.load(factors_ptr + 3)
+    for tile in range(part, tl.cdiv(n_columns, BLOCK), n_parts):
+        columns = tile * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < n_columns
+        y, dlogit_dproj = load_logits(
+            logits_ptr, bias_ptr, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+        )
+        grad = factor_z * exp_sub_max(y * inv_temperature, max_z)
+        if WANT_Y:
+            grad += factor_y * exp_sub_max(y, max_y)
+        tl.store(grad_ptr + columns, (grad * dlogit_dproj).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 def tail_sums(
@@ -112,17 +165,20 @@ def tail_sums(
     bias: Tensor | None,  # (V,) float32
     want_y: bool,
 ) -> Tensor:
-    """Return float32 log-sum-exp parts (n, 4, tiles) in the order of STATISTICS, the last two if want_y."""
-    n, n_columns = logits.shape
-    n_tiles = triton.cdiv(n_columns, BLOCK)
-    statistics = logits.new_empty(n, STATISTICS.value, n_tiles)
-    _launch(tail_statistics_kernel, logits, bias, (statistics, n_columns, n_tiles), config, want_y)
+    """Return float64 log-sum-exp parts (n, 4, parts) in the order of STATISTICS, the last two if want_y.
+
+    A part's maximum is -inf if it has no column but those of the support. Its other number is the sum of
+    e^(z - maximum) over all columns but the maximum's.
+    """
+    shape = len(logits), STATISTICS.value, _n_parts(logits)
+    statistics = torch.empty(shape, dtype=torch.float64, device=logits.device)
+    _launch(tail_statistics_kernel, logits, bias, (statistics,), config, want_y)
     return statistics
 
 
 def tail_gradient(
     logits: Tensor,  # (n, V) float32, columns contiguous, -inf in the columns of the support
-    rows: Tensor,  # (n, 4) float32, contiguous: max_z, factor_z, max_y, factor_y
+    factors: Tensor,  # (n, 4) float32, contiguous: max_z, factor_z, max_y, factor_y
     grad: Tensor,  # (n, V) any float dtype, may be logits: written
     config: LossConfig,
     *,
@@ -130,30 +186,36 @@ def tail_gradient(
     want_y: bool,
 ) -> None:
     """Write the gradient of every column of the tail to grad, and 0 in the support."""
-    arguments = (rows, grad, grad.stride(0), logits.shape[1])
-    _launch(tail_gradient_kernel, logits, bias, arguments, config, want_y)
+    _launch(tail_gradient_kernel, logits, bias, (factors, grad, grad.stride(0)), config, want_y)
+
+
+def _n_parts(logits: Tensor) -> int:
+    return min(MAX_PARTS, triton.cdiv(logits.shape[1], BLOCK))
 
 
 def _launch(
     kernel: Any,
     logits: Tensor,
     bias: Tensor | None,
-    arguments: tuple[Any, ...],  # the kernel's arguments between the bias and the transform
+    arguments: tuple[Any, ...],  # the kernel's arguments between the bias and the sizes
     config: LossConfig,
     want_y: bool,
 ) -> None:
     n, n_columns = logits.shape
     if n == 0:
         return
+    n_parts = _n_parts(logits)
     with torch.cuda.device_of(logits):
-        kernel[(n, triton.cdiv(n_columns, BLOCK))](
+        kernel[(n, n_parts)](
             logits,
             logits.stride(0),
             logits if bias is None else bias,
             *arguments,
-            config.inv_temperature,
-            config.student_logit_scale,
-            config.student_softcap or 1.0,
+            n_columns,
+            n_parts,
+            float(config.inv_temperature),
+            float(config.student_logit_scale),
+            float(config.student_softcap or 1.0),
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=config.student_softcap is not None,
             WANT_Y=want_y,

@@ -161,7 +161,8 @@ class ChunkLoop:
             token_weight = token_weight.expand(len(student.hidden))
 
         rows = min(plan.rows, plan.n_tokens)
-        read_teacher = inputs.teacher.reader(shard, rows, dtype, memory.teacher_head)
+        use_kernels = self.config.backend == "triton"
+        read_teacher = inputs.teacher.reader(shard, rows, dtype, memory.teacher_head, use_kernels=use_kernels)
         logits = logit_buffer(rows, head.n_logits, dtype, student.hidden.device)
         grad_buffer = None
         if memory.has_grad_buffer:

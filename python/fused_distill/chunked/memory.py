@@ -96,7 +96,10 @@ def _student_head(student: Student, inputs: LossInputs, config: LossConfig) -> L
     k = inputs.teacher.k
     if k is not None and config.projects_support_only:
         ids = weight.new_empty((0, k), dtype=torch.int64)
-        return IndexedLMHead(weight, inputs.dtype, inputs.device.type, ids)
+        head = IndexedLMHead
+        if config.backend == "triton":
+            from .indexed_triton import TritonIndexedLMHead as head
+        return head(weight, inputs.dtype, inputs.device.type, ids)
     return LMHead.for_inputs(student.hidden, weight, inputs.dtype, inputs.autocast, inputs.device)
 
 

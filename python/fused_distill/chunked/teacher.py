@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,8 +70,17 @@ class FullTeacher:
             "teacher hidden states": Workspace(per_row=self.hidden.shape[-1] * dtype.itemsize),
         }
 
-    def reader(self, shard: VocabShard, max_rows: int, dtype: torch.dtype, head: LMHead | None) -> ReadRows:
+    def reader(
+        self,
+        shard: VocabShard,
+        max_rows: int,
+        dtype: torch.dtype,
+        head: LMHead | None,
+        *,
+        use_kernels: bool,
+    ) -> ReadRows:
         """Return a function that projects at most max_rows tokens at a time by the head, into one buffer."""
+        del use_kernels
         assert head is not None
         head = head.over(self.weight[: shard.size])
         bias = None if self.bias is None else self.bias[: shard.size].to(dtype).contiguous()
@@ -125,9 +135,19 @@ class TopKTeacher:
         del n_columns, dtype, device_type
         return {"teacher support": Workspace(per_row=64 * self.ids.shape[-1])}
 
-    def reader(self, shard: VocabShard, max_rows: int, dtype: torch.dtype, head: LMHead | None) -> ReadRows:
-        """Return a function that sorts a chunk's entries by id and keeps the first of duplicates."""
+    def reader(
+        self,
+        shard: VocabShard,
+        max_rows: int,
+        dtype: torch.dtype,
+        head: LMHead | None,
+        *,
+        use_kernels: bool,
+    ) -> ReadRows:
+        """Return a function that reads a chunk's entries and keeps the first of duplicates."""
         del max_rows, dtype, head
+        if use_kernels:
+            return partial(self._read_by_kernel, shard)
 
         def read(tokens: slice | Tensor) -> TeacherRows:
             logprobs, ids = self.logprobs[tokens], self.ids[tokens].long()
@@ -146,6 +166,16 @@ class TopKTeacher:
             return TeacherRows(logprobs, ids=ids, is_local=is_local)
 
         return read
+
+    def _read_by_kernel(self, shard: VocabShard, tokens: slice | Tensor) -> TeacherRows:
+        from fused_distill_kernels import unique_entries  # needs Triton
+
+        if isinstance(tokens, slice):
+            rows = (self.ids[tokens], self.logprobs[tokens], None)
+        else:
+            rows = (self.ids, self.logprobs, tokens)
+        columns, logprobs = unique_entries(*rows, shard.start, shard.size)
+        return TeacherRows(logprobs, ids=columns)
 
 
 Teacher = FullTeacher | TopKTeacher

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 
@@ -18,7 +19,7 @@ from .topk import SupportRowLoss, TailRowLoss
 _COMPILE_MIN_LOGITS = 1 << 24
 
 
-def auto_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def auto_backend(device: torch.device, dtype: torch.dtype) -> tuple[Literal["triton", "torch"], str]:
     """Return the backend that "auto" selects for a device and accumulation dtype, and the reason."""
     if device.type != "cuda":
         return "torch", "the Triton kernels need a CUDA or ROCm device"
@@ -29,7 +30,7 @@ def auto_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return "triton", "a CUDA or ROCm device, float32 logits, and Triton is installed"
 
 
-def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> Literal["triton", "torch"]:
     """Return "triton" or "torch" for a backend option, a device and an accumulation dtype.
 
     Raises:
@@ -48,7 +49,7 @@ def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> s
         )
     if dtype != torch.float32:
         raise ValueError("backend='triton' computes in float32; use backend='torch' for float64 inputs")
-    return name
+    return "triton"
 
 
 def make_row_loss(name: str, config: LossConfig, k: int | None, n_logits: int, sharded: bool) -> RowLoss:
@@ -70,10 +71,10 @@ def make_row_loss(name: str, config: LossConfig, k: int | None, n_logits: int, s
 
             return TritonJSD()
         return TorchJSD(compiled, plans_for_eager)
+    if name == "triton":
+        from .topk_triton import TritonSupportRowLoss, TritonTailRowLoss
+
+        return TritonSupportRowLoss(k) if config.projects_support_only else TritonTailRowLoss(k)
     if config.projects_support_only:
         return SupportRowLoss(k)
-    if name == "triton":
-        from .tail_triton import TritonTail
-
-        return TailRowLoss(k, TritonTail())
     return TailRowLoss(k, TorchTail(compiled, plans_for_eager))

@@ -33,7 +33,9 @@ class TeacherRows(NamedTuple):
 
     values: Tensor  # (n, V) logits, as projected; with ids (n, K) log-probabilities, -inf where absent
     bias: Tensor | None = None  # (V,) of the logits
-    ids: Tensor | None = None  # (n, K) int64 columns; an absent entry repeats an id of its row
+    # (n, K) int64 columns. For the torch backend an absent entry repeats an id of its row; for the kernels it
+    # is -1, and so is a column of another rank.
+    ids: Tensor | None = None
     is_local: Tensor | None = None  # (n, K) bool: False for a column of another rank; None: all are local
 
 
@@ -65,37 +67,3 @@ class TailStatistics(NamedTuple):
     sum_z: Tensor  # sum of e^(z - max_z)
     max_y: Tensor  # of the logits at temperature 1
     sum_y: Tensor
-
-
-class TailKernels(Protocol):
-    """Passes over the tail's columns, implemented by each backend. The support's columns hold -inf."""
-
-    def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
-        """Return the temporary memory of the passes."""
-        ...
-
-    def statistics(
-        self,
-        logits: Tensor,  # (n, V)
-        bias: Tensor | None,  # (V,)
-        config: LossConfig,
-        *,
-        block_rows: int | None,
-    ) -> TailStatistics:
-        """Return the log-sum-exp parts of each row's tail."""
-        ...
-
-    def gradient(
-        self,
-        logits: Tensor,  # (n, V)
-        bias: Tensor | None,  # (V,)
-        config: LossConfig,
-        tail: TailStatistics,
-        factor_z: Tensor,  # (n,)
-        factor_y: Tensor | None,  # (n,)
-        out: Tensor,  # (n, V), may be `logits` itself, but no other view of the same memory
-        *,
-        block_rows: int | None,
-    ) -> None:
-        """Write dlogit_dproj * (factor_z e^(z - max_z) + factor_y e^(y - max_y)) to out, 0 in the support."""
-        ...

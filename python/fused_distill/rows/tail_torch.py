@@ -21,7 +21,7 @@ _EAGER_TEMPORARIES = 8  # tensors of a block's size that the larger eager stage 
 
 @dataclass(frozen=True)
 class TorchTail:
-    """`TailKernels` in PyTorch."""
+    """Passes over the tail's columns. The support's columns hold -inf."""
 
     compiled: bool = False
     plans_for_eager: bool = True  # the workspace includes the temporaries of eager stages

@@ -1,4 +1,4 @@
-"""Row losses for a top-k teacher: K named outcomes, and the tail, which is everything else in the vocabulary.
+"""Row losses for a top-k teacher in PyTorch: K named outcomes, and the tail, the rest of the vocabulary.
 
 The K columns are taken out of the student's logits and set to -inf, so that one pass over the row gives the
 sum of the tail's exponentials directly, not as a difference of two nearly equal masses. The K + 1 numbers per
@@ -21,7 +21,7 @@ from ..chunked.workspace import Workspace
 from ..config import LossConfig, TopKLossConfig
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
-from .base import StudentRows, TailKernels, TailStatistics, TeacherRows
+from .base import StudentRows, TailStatistics, TeacherRows
 from .elementwise import exp_sub_max
 from .support import (
     Support,
@@ -36,6 +36,7 @@ from .support import (
     valid_local,
     with_masses,
 )
+from .tail_torch import TorchTail
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ class TailRowLoss:
     """The loss of any tail option on the student's logits of the whole vocabulary."""
 
     k: int
-    kernels: TailKernels
+    passes: TorchTail
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
         """Return the memory of the K + 1 outcomes in float64 and of the passes over the tail."""
-        return support_workspace(self.k) + self.kernels.workspace(n_columns, dtype)
+        return support_workspace(self.k) + self.passes.workspace(n_columns, dtype)
 
     def __call__(
         self,
@@ -102,7 +103,7 @@ class TailRowLoss:
         y, dlogit_dproj = support_logits(logits.gather(-1, ids), teacher, config, bias)
         label = None if student.labels is None else _Label.read(logits, student.labels, config, bias)
         _exclude_support(logits, teacher)
-        tail = self.kernels.statistics(logits, bias, config, block_rows=block_rows)
+        tail = self.passes.statistics(logits, bias, config, block_rows=block_rows)
         y, label, tail = _over_ranks(group, y, label, tail)
         support = Support.from_logits(y, teacher, config)
 
@@ -125,7 +126,7 @@ class TailRowLoss:
             grad_support = local_gradient(grad_support, dlogit_dproj, teacher, grad.dtype)
             factor_z = torch.where(tail.sum_z == 0, 0.0, grad_tail / tail.sum_z)
             factor_y = None if hard is None else hard.factor_y
-            self.kernels.gradient(logits, bias, config, tail, factor_z, factor_y, grad, block_rows=block_rows)
+            self.passes.gradient(logits, bias, config, tail, factor_z, factor_y, grad, block_rows=block_rows)
             if label is not None and hard is not None:
                 label.write_gradient(hard, factor_z, tail.max_z, config.temperature, grad)
             grad.scatter_add_(-1, ids, grad_support)
