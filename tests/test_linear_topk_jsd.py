@@ -344,7 +344,7 @@ def test_nan_reaches_loss_and_gradients(tail: Tail, beta: float, where: str) -> 
 def test_token_forbidden_by_the_student_equals_the_oracle(tail: Tail, beta: float, what: str) -> None:
     # Not beta 0, whose loss is infinite where the teacher allows such a token.
     case = small(n=1, tail=tail, beta=beta)
-    ids = case.tensors[3][0].cpu()
+    ids = case.tensors[3][0]
     outside = torch.tensor([v for v in range(30) if v not in ids])
     forbidden = {"one of the support": ids[1:2], "the whole tail": outside, "most of the tail": outside[1:]}[
         what

@@ -42,10 +42,11 @@ def test_kernels_leave_room_for_other_blocks(costs: list[Cost]) -> None:
         assert cost.blocks_per_sm * cost.num_warps >= MIN_WARPS, name
 
 
-def test_logits_are_loaded_in_whole_vectors(costs: list[Cost]) -> None:
+def test_logits_are_loaded_in_vectors(costs: list[Cost]) -> None:
+    # 16 bytes, or 8 where a block of 1024 threads holds two columns per thread.
     over_logits = [cost for cost in costs if cost.instructions is not None]
     assert over_logits
-    assert [cost for cost in over_logits if "16" not in cost.load_bytes] == []
+    assert [cost for cost in over_logits if not {"8", "16"} & set(cost.load_bytes)] == []
 
 
 @pytest.mark.parametrize("call", BUDGETS)

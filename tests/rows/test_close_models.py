@@ -41,7 +41,7 @@ def loss_and_grad(row_loss: RowLoss, student: Tensor, teacher: Tensor, beta: flo
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double().cpu() - expected).norm() / expected.norm()).item()
+    return ((actual.double().cpu() - expected.cpu()).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("beta", BETAS)
