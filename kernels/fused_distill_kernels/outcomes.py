@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .elementwise import exp_sub_max, mul_zero_safe
 from .elementwise64 import kl_terms, mixture_log_ratios, stable_prob_diff
-from .jsd import FORWARD_KL, REVERSE_KL
+from .jsd import FORWARD, REVERSE
 
 
 @triton.jit
@@ -35,10 +35,10 @@ def outcome_terms(p_s, p_t, d, beta, one_minus_beta, DIVERGENCE: tl.constexpr, I
     IS_DIVERGENCE is False for the plain sums of tail="truncate", whose terms have any sign.
     """
     prob_diff = stable_prob_diff(p_s, p_t, d)
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == FORWARD:
         u, v = -d, -d
         of_student, of_teacher = -prob_diff, -prob_diff
-    elif DIVERGENCE == REVERSE_KL:
+    elif DIVERGENCE == REVERSE:
         u, v = d, d
         of_student, of_teacher = prob_diff, prob_diff
     else:
@@ -48,9 +48,9 @@ def outcome_terms(p_s, p_t, d, beta, one_minus_beta, DIVERGENCE: tl.constexpr, I
         student, teacher = kl_terms(p_s, u, of_student), kl_terms(p_t, v, of_teacher)
     else:
         student, teacher = mul_zero_safe(p_s, -u), mul_zero_safe(p_t, -v)
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == FORWARD:
         student = teacher
-    if DIVERGENCE == REVERSE_KL:
+    if DIVERGENCE == REVERSE:
         teacher = student
     return student, teacher
 
@@ -58,9 +58,9 @@ def outcome_terms(p_s, p_t, d, beta, one_minus_beta, DIVERGENCE: tl.constexpr, I
 @triton.jit
 def log_prob_gradient(p_s, p_t, d, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
     """Return the derivative of the loss by each outcome's log p_s."""
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == FORWARD:
         gradient = -p_t
-    elif DIVERGENCE == REVERSE_KL:
+    elif DIVERGENCE == REVERSE:
         gradient = mul_zero_safe(p_s, 1.0 - d)
     else:
         u, _ = mixture_log_ratios(d, beta, one_minus_beta)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .elementwise import exp_sub_max, log_gap, mul_zero_safe
 from .elementwise64 import expm1, from_parts, logaddexp, transform_derivative
-from .jsd import FORWARD_KL, MIXTURE, REVERSE_KL
+from .jsd import FORWARD, MIXTURE, REVERSE
 from .outcomes import load_outcomes, log_prob_gradient, outcome_terms, tail_parts
 from .support_columns import float_parts, support_block, support_warps
 
@@ -153,8 +153,8 @@ def support_loss_kernel(
         kl_s += student
         kl_t += teacher
         if WANT_STATS:
-            forward += outcome_terms(p_s, p_t, d, beta, one_minus_beta, FORWARD_KL, TAIL != TRUNCATE)[1]
-            reverse += outcome_terms(p_s, p_t, d, beta, one_minus_beta, REVERSE_KL, TAIL != TRUNCATE)[0]
+            forward += outcome_terms(p_s, p_t, d, beta, one_minus_beta, FORWARD, TAIL != TRUNCATE)[1]
+            reverse += outcome_terms(p_s, p_t, d, beta, one_minus_beta, REVERSE, TAIL != TRUNCATE)[0]
             entropy_s += mul_zero_safe(p_s, lse_s - z)
             entropy_t += mul_zero_safe(p_t, lse_t - z_t)
             top = top_z
@@ -185,8 +185,8 @@ def support_loss_kernel(
         forward, reverse = tl.sum(forward, 0), tl.sum(reverse, 0)
         entropy_s, entropy_t = tl.sum(entropy_s, 0), tl.sum(entropy_t, 0)
         if TAIL == BUCKET:
-            forward += outcome_terms(tail_p_s, tail_p_t, tail_d, beta, one_minus_beta, FORWARD_KL, True)[1]
-            reverse += outcome_terms(tail_p_s, tail_p_t, tail_d, beta, one_minus_beta, REVERSE_KL, True)[0]
+            forward += outcome_terms(tail_p_s, tail_p_t, tail_d, beta, one_minus_beta, FORWARD, True)[1]
+            reverse += outcome_terms(tail_p_s, tail_p_t, tail_d, beta, one_minus_beta, REVERSE, True)[0]
             entropy_s += mul_zero_safe(tail_p_s, lse_s - tail_s)
             entropy_t += mul_zero_safe(tail_p_t, lse_t - tail_t)
         stats_ptr += row * N_STATS
@@ -200,9 +200,9 @@ def support_loss_kernel(
 
     if WANT_GRAD:
         soft_scale = weight * soft_weight * inv_temperature
-        if DIVERGENCE == FORWARD_KL:
+        if DIVERGENCE == FORWARD:
             total = -mass_t
-        elif DIVERGENCE == REVERSE_KL:
+        elif DIVERGENCE == REVERSE:
             total = mass_s + kl_s
         else:
             total = one_minus_beta * kl_s
