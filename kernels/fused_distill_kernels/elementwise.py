@@ -13,6 +13,7 @@ import triton.language as tl
 
 TAYLOR_RADIUS = tl.constexpr(0.5)
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_LOW = tl.constexpr(1.9259630335e-8)  # the rest of LOG2_E, whose rounding a sum of exponentials keeps
 LN_2 = tl.constexpr(0.6931471805599453)
 TANH_RADIUS = tl.constexpr(0.0625)  # of the polynomial in `tanh_difference`
 
@@ -116,7 +117,12 @@ def mul_zero_safe(p, x):
 @triton.jit
 def exp_sub_max(z, max_logit):
     """Return e^(z - max_logit) for z <= max_logit, and 0 where z is -inf, even if max_logit is -inf too."""
-    return tl.where(z == float("-inf"), 0.0, exp(z - max_logit))
+    x = z - max_logit
+    if x.dtype == tl.float64:
+        e = tl.exp(x)
+    else:
+        e = tl.math.exp2(x * LOG2_E + x * LOG2_E_LOW)
+    return tl.where(z == float("-inf"), 0.0, e)
 
 
 @triton.jit
@@ -174,7 +180,7 @@ def transform_logits(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     if HAS_SOFTCAP:
         t = tanh(y, 1.0 / softcap)
         y = softcap * t
-        dlogit_dproj = scale * (1.0 - t * t)
+        dlogit_dproj = scale * tl.maximum(1.0 - t * t, 0.0)
     return y, dlogit_dproj
 
 

@@ -24,6 +24,12 @@ def from_parts(high, low):
 
 
 @triton.jit
+def log_gap(z_s, z_t):
+    """Return z_t - z_s, and 0 where both are the same infinity."""
+    return tl.where(z_s == z_t, 0.0, z_t - z_s)
+
+
+@triton.jit
 def taylor_remainder(x):
     """Return (e^x - 1 - x) / x^2 for |x| < TAYLOR_RADIUS."""
     return 1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import exp_sub_max, log_gap, mul_zero_safe
-from .elementwise64 import expm1, from_parts, logaddexp, transform_derivative
+from .elementwise import exp_sub_max, mul_zero_safe
+from .elementwise64 import expm1, from_parts, log_gap, logaddexp, transform_derivative
 from .jsd import FORWARD, MIXTURE, REVERSE
 from .outcomes import load_outcomes, log_prob_gradient, outcome_terms, tail_parts
 from .support_columns import float_parts, support_block, support_warps
