@@ -118,7 +118,7 @@ def mul_zero_safe(p, x):
 def exp_sub_max(z, max_logit):
     """Return e^(z - max_logit) for z <= max_logit, and 0 where z is -inf, even if max_logit is -inf too."""
     x = z - max_logit
-    if x.dtype == tl.float64:
+    if x.dtype == tl.float64:  # noqa: SIM108
         e = tl.exp(x)
     else:
         e = tl.math.exp2(x * LOG2_E + x * LOG2_E_LOW)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # not imported at run time: any object with these attributes 
     from fused_distill.config import LossConfig
 
 _MAX_BLOCK = 128  # entries held in registers at once
-_EARLIER = 32  # entries compared with a block at once
+EARLIER = 32  # entries compared with a block at once
 
 
 def support_block(k: int) -> int:
@@ -211,7 +211,7 @@ def unique_entries(
                 n_columns,
                 HAS_TOKENS=tokens is not None,
                 BLOCK=block,
-                EARLIER=_EARLIER,
+                EARLIER=EARLIER,
                 num_warps=support_warps(block),
             )
     return columns, unique

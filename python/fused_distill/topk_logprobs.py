@@ -13,6 +13,9 @@ from .chunked.workspace import Workspace, default_workspace_bytes, plan_chunks
 from .config import LossConfig, Scalars, require_count, require_positive, require_positive_or_none
 from .parallel.dtensor import gather_dtensor
 from .parallel.vocab_shard import compared_columns
+from .rows.backend import auto_backend
+from .rows.elementwise import exp_sub_max
+from .rows.support import student_transform
 from .validation import check_float, check_hidden_and_head, check_id_range, check_ids, check_tokens
 
 
@@ -111,29 +114,64 @@ def topk_logprobs(
     bound = workspace_bytes or default_workspace_bytes(device.type, head.weight.numel() * dtype.itemsize)
     plan = plan_chunks(n_tokens, bound, need)
     buffer = logit_buffer(min(plan.rows, n_tokens), n_columns, dtype, device)
-    scalars = Scalars(*config.scalars(dtype).unbind())
-    scale, wide = scalars.student_logit_scale, float64_if_supported(device)
+    backend, _ = auto_backend(device, dtype)
+    logprobs_of = _logprobs_by_kernel if backend == "triton" else _logprobs_by_torch
     for chunk in plan.chunks():
         tokens = chunk if valid_token_ids is None else valid_token_ids[chunk]
         with torch.autocast(device.type, enabled=False):
             logits = head.project(hidden[tokens].to(head.dtype), buffer[: chunk.stop - chunk.start])
         if bias is not None:
             logits += bias
-        if softcap is not None:
-            logits.mul_(scale / scalars.student_softcap).tanh_()
-            logits.mul_(scalars.student_softcap * scalars.inv_temperature)
-        elif logit_scale != 1 or temperature != 1:
-            logits.mul_(scale * scalars.inv_temperature)
-        values, ids[tokens] = logits.topk(k, dim=-1)
-        values = torch.cat([values, logits.gather(-1, actual[tokens])], -1)
-        # The largest exponential is 1 and is left out of the sum: for a confident model all other tokens may
-        # sum to 1e-9.
-        max_logit, column = logits.max(-1, keepdim=True)
-        others = logits.scatter_(-1, column, -torch.inf).sub_(max_logit).exp_().sum(-1, keepdim=True)
-        logp = ((values.to(wide) - max_logit) - others.to(wide).log1p()).to(dtype)
+        logp, ids[tokens] = logprobs_of(logits, k, actual[tokens], config)
         logprobs[tokens], actual_logprobs[tokens] = logp[:, :k], logp[:, k:]
     return TopKLogprobs(
         logprobs.reshape(*shape, k),
         ids.reshape(*shape, k),
         None if actual_ids is None else actual_logprobs.reshape(actual_ids.shape),
     )
+
+
+# The largest exponential is 1 and is left out of the sum of exponentials: for a confident model all other
+# tokens may sum to 1e-9.
+
+
+def _logprobs_by_torch(
+    logits: Tensor,  # (n, V), overwritten
+    k: int,
+    actual: Tensor,  # (n, M)
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities (n, k + M) of the k most likely and the actual tokens, and ids (n, k)."""
+    scalars = Scalars(*config.scalars(logits.dtype).unbind())
+    scale, softcap = scalars.student_logit_scale, scalars.student_softcap
+    if config.student_softcap is not None:
+        logits.mul_(scale / softcap).tanh_().mul_(softcap * scalars.inv_temperature)
+    elif config.student_logit_scale != 1 or config.temperature != 1:
+        logits.mul_(scale * scalars.inv_temperature)
+    values, ids = logits.topk(k, dim=-1)
+    values = torch.cat([values, logits.gather(-1, actual)], -1)
+    max_logit, column = logits.max(-1, keepdim=True)
+    others = logits.scatter_(-1, column, -torch.inf).sub_(max_logit).exp_().sum(-1, keepdim=True)
+    wide = float64_if_supported(logits.device)
+    return ((values.to(wide) - max_logit) - others.to(wide).log1p()).to(logits.dtype), ids
+
+
+def _logprobs_by_kernel(
+    logits: Tensor,  # (n, V) float32
+    k: int,
+    actual: Tensor,  # (n, M)
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
+    """Return the same as `_logprobs_by_torch`, after one pass over the logits besides that of the top-k."""
+    from fused_distill_kernels import tail_sums  # needs Triton
+
+    values, ids = logits.topk(max(k, 1), dim=-1)  # the first is the maximum
+    parts = tail_sums(logits, config, bias=None, want_y=False)
+    maxima, others = parts[:, 0], parts[:, 1]
+    top, part = maxima.max(-1, keepdim=True)
+    of_part = exp_sub_max(maxima, top)
+    others = (others * of_part).sum(-1, keepdim=True) + of_part.scatter(-1, part, 0.0).sum(-1, keepdim=True)
+    columns = [values[:, :1], values[:, :k], logits.gather(-1, actual)]
+    y, _ = student_transform(torch.cat(columns, -1).double(), None, config)
+    z = y / config.temperature
+    return ((z[:, 1:] - z[:, :1]) - others.log1p()).to(logits.dtype), ids[:, :k]
