@@ -63,8 +63,9 @@ def launches(tail: Tail, chunks: int, **options: Any) -> list[str]:
     hidden = torch.randn(TOKENS, WIDTH, generator=generator, requires_grad=True)
     weight = torch.randn(VOCAB, WIDTH, generator=generator, requires_grad=True)
     support = torch.log_softmax(torch.randn(TOKENS, VOCAB, generator=generator), -1).topk(K)
-    plan = ChunkPlan(TOKENS, math.ceil(TOKENS / chunks), 1)
-    with mock.patch("fused_distill.chunked.loop.plan_chunks", return_value=plan), Launches() as counted:
+    rows = math.ceil(TOKENS / chunks)
+    plan = ChunkPlan(TOKENS, rows, rows, rows, 1)
+    with mock.patch("fused_distill.chunked.memory.plan_chunks", return_value=plan), Launches() as counted:
         fused_linear_topk_jsd(
             hidden, weight, support.values, support.indices, tail=tail, backend="triton", **options
         )
