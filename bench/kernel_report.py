@@ -108,7 +108,7 @@ CARDS = {
 }
 TOKENS = 8192
 DIMENSIONS = [(1024, 4096), (2048, 4096), (4096, 4096)]
-LOGIT_ROWS = GRADIENT_ROWS = 683  # rows of a chunk, and of a gradient product, with 1 GiB of workspace
+LOGIT_ROWS, GRADIENT_ROWS = 512, 4096  # of `fused_distill.plan` for these sizes and 80 GB of memory
 PREDICTED = ("beta 0", "beta 0.5", "beta 1", "beta 0.5, statistics")
 
 

@@ -107,7 +107,9 @@ def fused_linear_jsd(
             Set it to the step's token count under gradient accumulation. A 0-d tensor may be 0 if no token is
             valid.
         workspace_bytes: bound on temporary memory in bytes. The gradients, accumulated in float32, are not
-            included. None: 1 GiB on a GPU; on a CPU max(256 MiB, half the size of a float32 student head).
+            included. None: on a GPU the float32 size of the student head, but from a fortieth to a sixteenth of
+            the device's memory and at least 1 GiB, plus copies of heads that must be converted; on a CPU
+            max(256 MiB, half the size of a float32 student head).
         backend: "auto" ("triton" on a CUDA or ROCm device, else "torch"), "triton", "torch" or "reference".
         return_stats: also return a `DistillStats` of the valid tokens.
         process_group: ranks that share the vocabulary (tensor parallelism). Each rank passes its shard of the
