@@ -107,8 +107,8 @@ def fused_linear_jsd(
             Set it to the step's token count under gradient accumulation. A 0-d tensor may be 0 if no token is
             valid.
         workspace_bytes: bound on temporary memory in bytes. The gradients, accumulated in float32, are not
-            included. None: on a GPU the float32 size of the student head, but from a fortieth to a sixteenth of
-            the device's memory and at least 1 GiB, plus copies of heads that must be converted; on a CPU
+            included. None: on a GPU the float32 size of the student head, but from a fortieth to a sixteenth
+            of the device's memory and at least 1 GiB, plus copies of heads that must be converted; on a CPU
             max(256 MiB, half the size of a float32 student head).
         backend: "auto" ("triton" on a CUDA or ROCm device, else "torch"), "triton", "torch" or "reference".
         return_stats: also return a `DistillStats` of the valid tokens.
