@@ -128,7 +128,14 @@ def liger(beta: float) -> Callable[[int], Any]:
 CALLS = [
     *(Call(OURS, f"beta {beta:g}", full(beta=beta)) for beta in BETAS),
     *(Call(OURS, f"beta {beta:g}, statistics", full(beta=beta, return_stats=True)) for beta in BETAS),
-    Call(OURS, "beta 0.5, softcap", full(student_softcap=30.0, teacher_softcap=30.0)),
+    *(
+        Call(
+            OURS,
+            f"beta {beta:g}, statistics, softcap",
+            full(beta=beta, return_stats=True, student_softcap=30.0, teacher_softcap=30.0),
+        )
+        for beta in BETAS
+    ),
     *(Call(OURS, f"beta {beta:g}, every option", full_with_every_option(beta)) for beta in BETAS),
     Call(OURS, "beta 0.5, no gradients", without_gradients),
     *(Call(OURS, f"top-k, {tail}", topk(tail=tail)) for tail in ("bucket", "renormalize", "truncate")),

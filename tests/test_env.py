@@ -25,12 +25,14 @@ def pretend_gpu(
     cuda: str | None = None,
     hip: str | None = None,
     triton: bool = True,
+    missing: str | None = None,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(backend, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(backend, "_missing_for_triton", lambda: missing)
 
 
 def test_report_names_os_python_torch_and_the_cpu() -> None:
@@ -73,6 +75,24 @@ def test_report_on_a_rocm_gpu_names_its_architecture(monkeypatch: pytest.MonkeyP
 def test_report_on_a_gpu_without_triton_gives_that_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, H100, cuda="12.8", triton=False)
     assert '  backend="auto": torch (Triton is not installed)' in env.report().splitlines()
+
+
+def test_a_gpu_without_a_c_compiler_uses_pytorch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, H100, cuda="12.8", missing="no C compiler was found")
+    backend._warn_of_slow_backend.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    with pytest.warns(RuntimeWarning, match="no C compiler was found") as caught:
+        chosen = [backend.choose_backend("auto", torch.device("cuda"), torch.float32) for _ in range(2)]
+    assert chosen == ["torch", "torch"]
+    assert len(caught) == 1
+
+
+def test_a_missing_c_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    missing = backend._missing_for_triton.__wrapped__  # pyright: ignore[reportPrivateUsage]
+    assert "install gcc or clang, or set CC" in str(missing())
+    monkeypatch.setenv("CC", "icx")
+    assert "C compiler" not in (missing() or "")
 
 
 @pytest.mark.parametrize(

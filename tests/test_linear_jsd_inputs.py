@@ -1,5 +1,8 @@
 """Invalid arguments of `fused_linear_jsd` and its module get an error that names them, before any work."""
 
+# Type checkers would find most of these errors too.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import os

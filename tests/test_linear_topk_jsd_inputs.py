@@ -1,5 +1,8 @@
 """`fused_linear_topk_jsd` in training code: invalid arguments are named, contexts, number of products."""
 
+# Type checkers would find most of these errors too.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Kernels that the top-k losses launch per chunk on a GPU, counted in Triton's interpreter."""
+"""Kernels that the losses launch per chunk on a GPU, counted in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import INTERPRETED
 from checks import TAILS
-from fused_distill import fused_linear_topk_jsd
+from fused_distill import fused_linear_jsd, fused_linear_topk_jsd
 from fused_distill.chunked.workspace import ChunkPlan
 from fused_distill.config import Tail
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,7 +58,8 @@ class Launches(TorchDispatchMode):
         self._patch.stop()
 
 
-def launches(tail: Tail, chunks: int, **options: Any) -> list[str]:
+def launches(tail: Tail | None, chunks: int, **options: Any) -> list[str]:
+    """Return what a call of the top-k loss launches, or of the full loss if tail is None."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, WIDTH, generator=generator, requires_grad=True)
     weight = torch.randn(VOCAB, WIDTH, generator=generator, requires_grad=True)
@@ -66,10 +67,24 @@ def launches(tail: Tail, chunks: int, **options: Any) -> list[str]:
     rows = math.ceil(TOKENS / chunks)
     plan = ChunkPlan(TOKENS, rows, rows, rows, 1)
     with mock.patch("fused_distill.chunked.memory.plan_chunks", return_value=plan), Launches() as counted:
-        fused_linear_topk_jsd(
-            hidden, weight, support.values, support.indices, tail=tail, backend="triton", **options
-        )
+        if tail is None:
+            fused_linear_jsd(hidden, weight, hidden.detach(), weight.detach(), backend="triton", **options)
+        else:
+            fused_linear_topk_jsd(
+                hidden, weight, support.values, support.indices, tail=tail, backend="triton", **options
+            )
     return counted.names
+
+
+EVERY_OPTION: dict[str, Any] = {
+    "return_stats": True,
+    "temperature": 2.0,
+    "student_softcap": 5.0,
+    "hard_weight": 0.5,
+    "labels": torch.arange(TOKENS),
+    "mask": torch.ones(TOKENS, dtype=torch.bool),
+    "student_bias": torch.zeros(VOCAB),
+}
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -78,10 +93,16 @@ def launches(tail: Tail, chunks: int, **options: Any) -> list[str]:
 def test_a_chunk_launches_at_most_twelve_kernels_besides_the_products(
     tail: Tail, beta: float, every_option: bool
 ) -> None:
-    options: dict[str, Any] = {"beta": beta}
-    if every_option:
-        options |= {"return_stats": True, "temperature": 2.0, "student_softcap": 5.0, "hard_weight": 0.5}
-        options |= {"labels": torch.arange(TOKENS), "mask": torch.ones(TOKENS, dtype=torch.bool)}
-        options |= {"student_bias": torch.zeros(VOCAB)}
+    options = {"beta": beta} | (EVERY_OPTION if every_option else {})
     few, many = (launches(tail, chunks, **options) for chunks in (2, 6))
     assert (len(many) - len(few)) / 4 <= 12, sorted(many)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("every_option", [False, True])
+def test_a_chunk_of_the_full_loss_launches_at_most_sixteen_kernels_besides_the_products(
+    beta: float, every_option: bool
+) -> None:
+    options = {"beta": beta} | (EVERY_OPTION if every_option else {})
+    few, many = (launches(None, chunks, **options) for chunks in (2, 6))
+    assert (len(many) - len(few)) / 4 <= 16, sorted(many)

@@ -49,10 +49,11 @@ def test_logits_are_loaded_in_vectors(costs: list[Cost]) -> None:
     assert [cost for cost in over_logits if not {"8", "16"} & set(cost.load_bytes)] == []
 
 
+@pytest.mark.parametrize(("options", "factor"), [("statistics", 1.0), ("statistics, softcap", 1.5)])
 @pytest.mark.parametrize("call", BUDGETS)
-def test_a_step_with_statistics_stays_within_its_budget(call: str) -> None:
-    name = f"{call}, statistics"
+def test_a_step_with_statistics_stays_within_its_budget(call: str, options: str, factor: float) -> None:
+    name = f"{call}, {options}"
     costs = measure(["sm_90"], calls=[c for c in CALLS if (c.provider, c.name) == (OURS, name)])
     instructions, n_bytes = BUDGETS[call]
-    assert sum(cost.instructions or 0 for cost in costs) <= instructions
-    assert sum(cost.bytes or 0 for cost in costs) <= n_bytes
+    assert 0 < sum(cost.instructions or 0 for cost in costs) <= factor * instructions
+    assert 0 < sum(cost.bytes or 0 for cost in costs) <= n_bytes

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
+import warnings
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,7 +32,30 @@ def auto_backend(device: torch.device, dtype: torch.dtype) -> tuple[Literal["tri
         return "torch", "the Triton kernels compute in float32"
     if find_spec("triton") is None:
         return "torch", "Triton is not installed"
+    missing = _missing_for_triton()
+    if missing is not None:
+        return "torch", f"Triton compiles its launchers when they are first used, and {missing}"
     return "triton", "a CUDA or ROCm device, float32 logits, and Triton is installed"
+
+
+@cache
+def _missing_for_triton() -> str | None:
+    """Return what Triton's launchers lack at run time, or None."""
+    if os.name != "posix":
+        return None
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "no C compiler was found: install gcc or clang, or set CC"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"{header} does not exist: install Python's development headers"
+
+
+@cache
+def _warn_of_slow_backend(reason: str) -> None:
+    warnings.warn(
+        f"fused_distill: the GPU uses the PyTorch backend, which is slower than the Triton kernels: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> Literal["triton", "torch"]:
@@ -38,7 +66,10 @@ def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> L
         ValueError: "triton" on a device or with a dtype that its kernels do not support.
     """
     if name == "auto":
-        return auto_backend(device, dtype)[0]
+        backend, reason = auto_backend(device, dtype)
+        if backend == "torch" and device.type == "cuda" and dtype == torch.float32:
+            _warn_of_slow_backend(reason)
+        return backend
     if name == "torch":
         return name
     if find_spec("triton") is None:

@@ -47,12 +47,12 @@ class TritonJSD:
             soft = statistics[:, row_statistics.REVERSE_KL.value]
         else:
             (mixture_kls,) = group.all_reduce_sum(kernels.mixture_sums(statistics))
-            soft = config.one_minus_beta * mixture_kls[:, 0] + config.beta * mixture_kls[:, 1]
+            soft = torch.add(config.one_minus_beta * mixture_kls[:, 0], mixture_kls[:, 1], alpha=config.beta)
         if grad is not None:
             kernels.gradient(statistics, mixture_kls, student.grad_weight, grad)
         loss = config.soft_weight * soft
         if student.labels is not None:
-            loss = loss + config.hard_weight * statistics[:, row_statistics.NLL.value]
+            loss = torch.add(loss, statistics[:, row_statistics.NLL.value], alpha=config.hard_weight)
         return RowResult(loss * student.weight, _stats(statistics) if config.return_stats else None)
 
 
