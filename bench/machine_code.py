@@ -243,7 +243,7 @@ class Usage(NamedTuple):
     """What a block of threads occupies."""
 
     registers: int  # per thread
-    spilled: int  # bytes per thread on NVIDIA, registers on AMD
+    spilled: int  # bytes of memory per thread
     shared: int  # bytes per block
 
 
@@ -257,7 +257,8 @@ def disassemble(compiled: Any, target: GPUTarget) -> tuple[Program, Usage]:
             assert found, f"no {key} in the assembly"
             return int(found[1])
 
-        spilled = metadata("vgpr_spill_count") + metadata("sgpr_spill_count")
+        # Scalar registers that move to lanes of vector registers cost no memory and are not counted.
+        spilled = metadata("private_segment_fixed_size")
         return parse_amdgcn(text), Usage(
             metadata("vgpr_count"), spilled, metadata("group_segment_fixed_size")
         )
