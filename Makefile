@@ -16,8 +16,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
-KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py tests/rows/test_close_models.py \
-	tests/rows/test_logprob_kernel.py tests/chunked/test_launches.py tests/parallel
+KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py \
+	tests/rows/test_close_models.py tests/rows/test_logprob_kernel.py tests/chunked/test_launches.py \
+	tests/chunked/test_indexed_lm_head.py tests/parallel
 
 .PHONY: help demo test test-library test-vllm test-gpu lint fuzz bench bench-gpu bench-serving report docs clean
 
