@@ -10,7 +10,6 @@ put_support_kernel     the gradient there, and at the label
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,8 +37,9 @@ def support_warps(block: int) -> int:
 
 
 def float_parts(value: float) -> tuple[float, float]:
-    """Return two numbers that float32 holds and whose sum is value to 48 bits, see `from_parts`."""
-    high: float = struct.unpack("f", struct.pack("f", value))[0]
+    """Return value's first 24 bits, which float32 holds, and the rest, see `from_parts`."""
+    shifted = value * (2.0**29 + 1)
+    high = shifted - (shifted - value)
     return high, value - high
 
 

@@ -302,8 +302,8 @@ def reductions_of_rank(rank: int, case: Case, cuts: list[int]) -> tuple[list[str
     [
         (random_case(beta=0.0), ["all_gather"] if BACKEND == "triton" else 3 * ["all_reduce"]),
         (random_case(beta=0.5), ["all_gather", "all_reduce"] if BACKEND == "triton" else 3 * ["all_reduce"]),
-        (random_topk_case(tail="bucket"), (3 if BACKEND == "triton" else 2) * ["all_reduce"]),
-        (random_topk_case(tail="truncate"), (3 if BACKEND == "triton" else 2) * ["all_reduce"]),
+        (random_topk_case(tail="bucket"), 2 * ["all_reduce"]),
+        (random_topk_case(tail="truncate"), 2 * ["all_reduce"]),
         (random_topk_case(tail="renormalize"), ["all_reduce"]),
     ],
 )

@@ -85,8 +85,7 @@ class TritonTailRowLoss:
         y, label_y = take_support(logits, columns, logprobs, config, bias=bias, labels=labels, gather=True)
         tail = tail_sums(logits, config, bias=bias, want_y=config.needs_two_softmaxes)
         if group.process_group is not None:
-            y, label_y = group.all_reduce_sum(y, label_y)
-            tail = _tail_over_ranks(group, tail, config.needs_two_softmaxes)
+            y, label_y, tail = _over_ranks(group, y, label_y, tail, config.needs_two_softmaxes)
         support_grad = None if grad is None else grad.new_empty(columns.shape)
         result = support_loss(
             y,
@@ -116,19 +115,23 @@ def _columns(teacher: TeacherRows) -> Tensor:
     return teacher.ids.contiguous()
 
 
-def _tail_over_ranks(group: ShardGroup, parts: Tensor, has_two_softmaxes: bool) -> Tensor:
-    """Combine all parts (n, 4, parts) of all ranks to one (n, 4, 1) in float64."""
+def _over_ranks(
+    group: ShardGroup, y: Tensor, label_y: Tensor | None, parts: Tensor, has_two_softmaxes: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Combine the ranks' logits of support and label, and all parts (n, 4, parts) of their tails to one."""
     pairs = [parts[:, :2], parts[:, 2:]] if has_two_softmaxes else [parts[:, :2]]
     maxima = group.all_reduce_max(*(pair[:, 0].amax(-1, keepdim=True) for pair in pairs))
-    sums = group.all_reduce_sum(
+    y, label_y, *sums = group.all_reduce_sum(
+        y,
+        label_y,
         *(
             ((1 + pair[:, 1]) * exp_sub_max(pair[:, 0], top)).sum(-1, keepdim=True)
             for pair, top in zip(pairs, maxima, strict=True)
-        )
+        ),
     )
     # The kernel adds 1 for the maximum itself.
     columns = [column for top, total in zip(maxima, sums, strict=True) for column in (top, total - 1)]
-    return torch.stack([*columns, *columns][:4], 1)
+    return y, label_y, torch.stack([*columns, *columns][:4], 1)
 
 
 def _row_result(result: SupportLoss, *, has_tail: bool) -> RowResult:
