@@ -171,6 +171,14 @@ class JSDKernels:
             config.teacher_softcap and float(config.teacher_softcap),
         )
 
+    @property
+    def _register_limit(self) -> dict[str, int]:
+        """The option that keeps 4 blocks of 8 warps on an SM, or 3 or 2 with statistics, without spills."""
+        if torch.version.hip is not None:
+            return {}
+        with_statistics = 80 if self._transform_kind == LINEAR.value else 96
+        return {"maxnreg": with_statistics if self.config.return_stats else 64}
+
     def _new(self, *shape: int) -> Tensor:
         return self.student_logits.new_empty(len(self.student_logits), *shape)
 
@@ -186,13 +194,6 @@ class JSDKernels:
                 GROUPS=GROUPS,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
-                **_register_limit(self.config.return_stats),
+                **self._register_limit,
                 **constants,
             )
-
-
-def _register_limit(return_stats: bool) -> dict[str, int]:
-    """Return the option that keeps 4 blocks of 8 warps on an SM, or 3 with statistics, without spills."""
-    if torch.version.hip is not None:
-        return {}
-    return {"maxnreg": 80 if return_stats else 64}

@@ -47,11 +47,9 @@ def test_a_kernel_is_bound_by_instructions_or_by_bytes() -> None:
 
 
 def test_large_products_take_their_operations_and_small_ones_their_bytes() -> None:
-    # With 683 rows the weight gradient is bound by the bytes of its float32 sum, however large it is.
-    weight_gradient = (2 + 8 * 65536 / 683) / 3.0e12
-    large = 2 * (2 * 65536 + 4096) / 780e12 + weight_gradient
+    large = 2 * (3 * 65536 + 4096) / 780e12
     assert product_seconds(H100, 1000, 65536, 4096) == pytest.approx(POSITIONS * large)
-    n_bytes = 4 + 4 + 2 + 2 + (2 + 2 + 2 + 8) / 683
+    n_bytes = 4 + 4 + 2 + 2 + (2 + 2) / 512 + (2 + 8) / 4096
     assert product_seconds(H100, 1000, 1, 1) == pytest.approx(POSITIONS * n_bytes / 3.0e12)
 
 

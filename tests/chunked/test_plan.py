@@ -138,7 +138,7 @@ def test_smallest_workspace_of_a_gpu_is_the_one_that_the_error_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("beta", "requires_grad", "launches"), [(0.0, True, 2), (0.5, True, 3), (0.5, False, 2)]
+    ("beta", "requires_grad", "launches"), [(0.0, True, 3), (0.5, True, 4), (0.5, False, 3)]
 )
 def test_number_of_kernel_launches_is_that_of_the_row_loss(
     beta: float, requires_grad: bool, launches: int
@@ -213,7 +213,7 @@ def test_plan_of_a_call_is_what_the_call_does() -> None:
 def test_table_names_sizes_buffers_and_products() -> None:
     table = str(gpu_plan(workspace_bytes=3 * GIB // 2))
     assert "rows of logits         512 in 16 chunks" in table
-    assert "all buffers            1,390" in table
+    assert "all buffers            1,388" in table
     assert "4 x (151,936, 2,048) @ (2,048, 2,048) bfloat16" in table
 
 
