@@ -1,7 +1,7 @@
 """Elementwise formulas of the row kernels in float32, accurate where the two models are close.
 
 They compute the same terms as the functions of the same names in `fused_distill.rows.elementwise`, which
-explains them. They work on one tile in registers and touch no memory, except `load_logits`. expm1, log1p and
+explains them. They work on one tile in registers and touch no memory, except `load_logits`. Logarithms and
 tanh are written out because Triton's interpreter cannot call libdevice.
 """
 
@@ -33,12 +33,6 @@ def taylor_remainder(x):
     value = 4.1666666667e-2 + x * value
     value = 1.6666666667e-1 + x * value
     return 0.5 + x * value
-
-
-@triton.jit
-def expm1(x):
-    """Return e^x - 1 for x <= 0."""
-    return tl.where(x > -TAYLOR_RADIUS, x + x * x * taylor_remainder(x), exp(x) - 1.0)
 
 
 @triton.jit
