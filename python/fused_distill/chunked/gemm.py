@@ -1,24 +1,22 @@
-"""Matrix products by oneDNN for float32 on AMD CPUs and by torch elsewhere, stored in the output's dtype."""
+"""Matrix products by the faster library of the device, stored in the output's dtype."""
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Callable
 from enum import Enum
-from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .cpu_product import cpu_product, onednn_mm
 
 
 def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """Compute out = a @ b, or out += a @ b, accumulated and stored in out.dtype."""
     if a.numel() and b.numel() and use_onednn(a.device, a.dtype):
-        product = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-        (out.add_ if accumulate else out.copy_)(product)
+        (out.add_ if accumulate else out.copy_)(onednn_mm(a, b))
         return
     if a.dtype == out.dtype:
         if accumulate:
@@ -64,32 +62,9 @@ def float64_if_supported(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@lru_cache
 def use_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return True if oneDNN computes the product: float32 on an AMD processor.
-
-    torch.mm uses MKL, which disables its AVX-512 kernels on AMD CPUs. oneDNN is 1.6 to 2 times as fast there
-    (AMD EPYC Zen 5, torch 2.13, shapes of `bench/cpu.py`).
-    """
-    if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkl.is_available():
-        return False
-    return torch.backends.mkldnn.is_available() and _cpu_vendor() == "AuthenticAMD" and _onednn_works()
-
-
-def _cpu_vendor() -> str:
-    if platform.system() != "Linux":
-        return ""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
-
-
-def _onednn_works() -> bool:
-    """Return True if this torch has the operator that `gemm` calls and its product is right."""
-    a, b = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(3, 4)
-    try:
-        return torch.equal(torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], ""), a @ b)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
+    """Return True if oneDNN computes the products: float32 on a CPU where it is faster, see `cpu_product`."""
+    return device.type == "cpu" and dtype == torch.float32 and cpu_product().library == "onednn"
 
 
 class Fp32Output(Enum):
