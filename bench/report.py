@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("benchmarks", "numerics", "performance", "serving")),
+    *(
+        ROOT / "docs" / f"{page}.md"
+        for page in ("benchmarks", "numerics", "performance", "serving", "training")
+    ),
 )
 MARKED = re.compile(
     r"(<!-- bench:(\S+?)(?:#(full|topk|summary|predicted))? -->\n).*?(<!-- /bench -->)", re.DOTALL
@@ -122,9 +125,23 @@ def errors_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def runs_table(content: dict[str, Any]) -> str:
+    """Return the evaluations of distillation runs: once before, and at the end of each."""
+    rows = content["rows"]
+    ends = [row for row in rows if row["kind"] not in ("train", "evaluation")]
+    lines = ["| beta | teacher | forward KL | reverse KL | top-1 agreement |", "|---|---|---|---|---|"]
+    for beta, teacher, row in [("", "before", rows[0]), *((f"{r['beta']:g}", r["teacher"], r) for r in ends)]:
+        numbers = (f"{row[name]:.2f}" for name in ("forward_kl", "reverse_kl", "top1_agreement"))
+        lines.append(f"| {' | '.join((beta, teacher, *numbers))} |")
+    return "\n".join([*lines, ""])
+
+
 def counted(content: dict[str, Any]) -> bool:
     """Return whether a result file holds kernel costs, which are counted, and not measurements."""
     return "target" in content["rows"][0]
+
+
+_TABLES = {"table": errors_table, "teacher": runs_table}  # by a column of the rows
 
 
 def provenance(content: dict[str, Any]) -> str:
@@ -150,7 +167,8 @@ def table(content: dict[str, Any], part: str | None = None) -> str:
         if part == "summary":
             rows = [row for row in rows if row["beta"] == 0.5 and shape_of(row) == shape_of(rows[0])]
         content = {**content, "rows": rows}
-    body = errors_table(content) if "table" in content["rows"][0] else times_table(content)
+    make = next((f for key, f in _TABLES.items() if key in content["rows"][0]), times_table)
+    body = make(content)
     return f"\n{body}\n{provenance(content)}\n"
 
 
