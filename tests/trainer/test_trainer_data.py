@@ -16,6 +16,10 @@ from trainer_cases import NOT_INTERPRETED, Lab, transformers
 from trainer_cases import lab as lab
 
 pytestmark = NOT_INTERPRETED
+CHAT = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
 
 
 @pytest.fixture
@@ -27,6 +31,11 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> str:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"data.path={path}"
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    """Return messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
 def load(config: TrainConfig, tokenizer: Any, completions: bool) -> tuple[Dataset, list[Sample]]:
@@ -72,10 +81,7 @@ def test_completions_end_with_eos_and_are_cut_to_length(lab: Lab, tmp_path: Path
 
 
 def test_messages_go_through_the_chat_template(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
-        "{% if add_generation_prompt %}a:{% endif %}"
-    )
+    tokenizer.chat_template = CHAT
     rows = [{"messages": [{"role": "user", "content": "hi"}]}]
     config = lab.config(tmp_path, write_rows(tmp_path, rows), "prompts_per_step=1")
     training, _ = load(config, tokenizer, completions=False)
@@ -84,16 +90,13 @@ def test_messages_go_through_the_chat_template(lab: Lab, tmp_path: Path, tokeniz
 
 
 def test_the_assistants_last_message_is_the_completion(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
-        "{% if add_generation_prompt %}a:{% endif %}"
-    )
+    tokenizer.chat_template = CHAT
     turns = [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yo"))]
     config = lab.config(tmp_path, write_rows(tmp_path, [{"messages": turns}]), "prompts_per_step=1")
     training, _ = load(config, tokenizer, completions=True)
     [sample] = (Sample(**training[i]) for i in range(len(training)))
     assert text(tokenizer, sample.prompt) == "u:hi;a:"
-    assert text(tokenizer, sample.completion) == "yo<eos>"
+    assert text(tokenizer, sample.completion) == "yo;"
 
 
 def test_a_dataset_configuration_is_chosen_by_name(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
@@ -108,7 +111,7 @@ def test_a_dataset_configuration_is_chosen_by_name(lab: Lab, tmp_path: Path, tok
     assert [text(tokenizer, prompt) for prompt in training["prompt"]] == ["other"]
 
 
-def test_empty_and_long_prompts_are_skipped(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+def test_empty_and_long_prompts_are_dropped(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": p} for p in ("abcd", "", "abcde", "a")]
     config = lab.config(
         tmp_path, write_rows(tmp_path, rows), "prompts_per_step=1", "data.max_prompt_length=4"
@@ -117,26 +120,35 @@ def test_empty_and_long_prompts_are_skipped(lab: Lab, tmp_path: Path, tokenizer:
     assert list(training["row"]) == [0, 3]
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"text": "a"}], "row 0 must have prompt or messages, got text"),
-        ([{"prompt": "a"}, {"prompt": None}], "row 1 must have prompt or messages"),
-        ([{"prompt": 3}], "row 0 "),
-        ([{"messages": [{"role": "user", "content": "a"}]}], "row 0 .*chat_template"),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "row 1 must have a completion"),
-        (
-            [{"messages": [{"role": "assistant", "content": "a"}], "completion": "b"}],
-            "row 0 must have a completion or messages that end with the assistant's, not both",
-        ),
-    ],
-)
-def test_an_invalid_row_is_named(
-    lab: Lab, tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], message: str
+def test_samples_of_one_row_are_not_in_training_and_held_out(
+    lab: Lab, tmp_path: Path, tokenizer: Any
 ) -> None:
-    config = lab.config(tmp_path, write_rows(tmp_path, rows), "prompts_per_step=1")
-    with pytest.raises(ConfigError, match=f"data.path: {message}"):
-        load(config, tokenizer, completions="completion" in rows[0])
+    tokenizer.chat_template = CHAT
+    row = {"messages": chat("ab", "cd", "ef", "gh", "ij", "kl")}
+    overrides = ("data.train_on=all_turns", "data.evaluation_prompts=2", "prompts_per_step=1")
+    config = lab.config(tmp_path, write_rows(tmp_path, [row, row]), *overrides)
+    training, held_out = load(config, tokenizer, completions=True)
+    assert list(training["row"]) == [0, 0, 0]
+    assert [sample.row for sample in held_out] == [1, 1]
+
+
+def test_what_was_dropped_is_said_with_the_reason(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": p} for p in ("abcd", "", "abcde", "a", "abcdef")]
+    config = lab.config(tmp_path, write_rows(tmp_path, rows), "data.max_prompt_length=4")
+    assert str(load_data(config, tokenizer, completions=False)) == (
+        f"{config.data.path}: 5 rows, 2 samples used, 1 dropped: empty prompt, "
+        "2 dropped: prompt longer than 4 tokens (data.max_prompt_length)"
+    )
+
+
+def test_too_few_samples_are_explained(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": p} for p in ("abcd", "", "abcde")]
+    config = lab.config(tmp_path, write_rows(tmp_path, rows), "data.evaluation_prompts=2")
+    message = (
+        r"prompts_per_step: 8 is too many: 0 samples are left for training of .*1 dropped: empty prompt; "
+    )
+    with pytest.raises(ConfigError, match=message + r"2 held out \(data.evaluation_prompts\)"):
+        load(config, tokenizer, completions=False)
 
 
 def test_the_sample_stream_starts_at_any_position() -> None:

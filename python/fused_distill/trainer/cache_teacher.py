@@ -38,7 +38,9 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     accelerator = Accelerator()
     tokenizer = load_pretrained(AutoTokenizer, "student", config.student)
     with accelerator.local_main_process_first():
-        rows = load_data(config, tokenizer, completions=True)
+        data = load_data(config, tokenizer, completions=True)
+    accelerator.print(data)
+    rows = data.samples
     info = {
         "teacher": config.teacher.model or config.teacher.url,
         "k": config.teacher.k,

@@ -26,14 +26,22 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Rows with `prompt` (string) or `messages` (chat). Off-policy data also needs `completion` (string)
-    or messages that end with the assistant's."""
+    """Rows with `prompt` (text or messages), `messages` or ShareGPT's `conversations`. Off-policy data also
+    needs `completion` (text or messages) or a conversation that ends with the assistant's message."""
 
-    path: str = Field(description="JSONL or Parquet file, or name of a dataset on the Hugging Face hub")
+    path: str = Field(
+        description="JSONL, JSON, CSV or Parquet file (also .gz), a pattern of files, or a dataset's hub name"
+    )
     name: str | None = Field(None, description="dataset configuration name")
     split: str = Field("train", description="dataset split")
-    evaluation_prompts: int = Field(16, ge=0, description="number of rows held out from the end")
-    max_prompt_length: int = Field(512, ge=1, description="tokens; rows with longer prompts are skipped")
+    train_on: Literal["last", "all_turns"] = Field(
+        "last", description="last: the assistant's last message; all_turns: each of its messages"
+    )
+    chat_template_options: dict[str, Any] = Field(
+        {}, description="arguments of the chat template, e.g. {enable_thinking: false}"
+    )
+    evaluation_prompts: int = Field(16, ge=0, description="number of samples held out from the end")
+    max_prompt_length: int = Field(512, ge=1, description="tokens; samples with longer prompts are dropped")
 
 
 class TeacherConfig(_Section):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, Value
 from datasets import Sequence as ListFeature
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError, DataConfig, TrainConfig
+from .conversations import RowError, tokenize_row
+from .files import read_rows, unreadable
 
 
 class Sample(NamedTuple):
@@ -32,7 +34,13 @@ class Sample(NamedTuple):
 
 
 _TOKENS = ListFeature(Value("int32"))
-_SAMPLE_FEATURES = Features(row=Value("int64"), prompt=_TOKENS, completion=_TOKENS, truncated=Value("bool"))
+_FEATURES = Features(
+    row=Value("int64"),
+    prompt=_TOKENS,
+    completion=_TOKENS,
+    truncated=Value("bool"),
+    dropped=Value("string"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,76 +77,105 @@ class Batch:
         return [s.tokens for s in self.samples], [len(s.prompt) for s in self.samples]
 
 
-def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completions: bool) -> Dataset:
+class Data(NamedTuple):
+    """Tokenized samples: a memory-mapped dataset with the fields of Sample, and where they come from."""
+
+    samples: Dataset
+    source: str
+    rows: int
+    dropped: dict[str, int]  # number of samples per reason
+
+    def __str__(self) -> str:
+        """Say how many rows were read, and how many samples are used and dropped."""
+        dropped = "".join(f", {n} dropped: {reason}" for reason, n in self.dropped.items())
+        return f"{self.source}: {self.rows} rows, {len(self.samples)} samples used{dropped}"
+
+
+def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completions: bool) -> Data:
     """Load and tokenize the data; every row must have a completion if `completions` is set.
 
-    The result is a memory-mapped dataset with the fields of Sample. Its tokens are kept in the cache of
-    `datasets`, so that further runs and processes do not tokenize again.
+    Tokens are kept in the cache of `datasets`, so that further runs and processes do not tokenize again.
+
+    Raises:
+        ConfigError: a file or a row cannot be used (the message names file, row and column).
     """
-    rows = _read_rows(config.data)
-    length, max_prompt_length = config.rollouts.max_completion_length, config.data.max_prompt_length
-    tokenized = rows.map(
-        _tokenize_row,
-        with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "length": length, "completions": completions},
-        remove_columns=rows.column_names,
-        features=_SAMPLE_FEATURES,
-    )
-    return tokenized.filter(lambda prompt: 0 < len(prompt) <= max_prompt_length, input_columns=["prompt"])
+    rows = read_rows(config.data)
+    options = {
+        "tokenizer": tokenizer,
+        "config": config.data,
+        "length": config.rollouts.max_completion_length,
+        "completions": completions,
+        "locate": rows.locate,
+    }
+    try:
+        tokenized = rows.table.map(
+            _tokenize_rows,
+            batched=True,
+            with_indices=True,
+            fn_kwargs=options,
+            remove_columns=rows.table.column_names,
+            features=_FEATURES,
+        )
+    except UnicodeDecodeError as error:
+        raise unreadable(rows.source, rows.files, error) from error
+    reasons = Counter(tokenized["dropped"])
+    samples = tokenized.filter(lambda dropped: dropped is None, input_columns=["dropped"])
+    dropped = {reason: n for reason, n in reasons.items() if reason is not None}
+    return Data(samples.remove_columns("dropped"), rows.source, len(rows.table), dropped)
 
 
-def split_data(samples: Dataset, config: TrainConfig) -> tuple[Dataset, list[Sample]]:
-    """Return the training samples and the held-out ones, which are the last."""
-    n_training = max(len(samples) - config.data.evaluation_prompts, 0)
+def split_data(data: Data, config: TrainConfig) -> tuple[Dataset, list[Sample]]:
+    """Return the training samples and the held-out ones, which are the last.
+
+    Samples of one row are never in both.
+
+    Raises:
+        ConfigError: fewer training samples are left than a step needs.
+    """
+    samples = data.samples
+    first_held_out = max(len(samples) - config.data.evaluation_prompts, 0)
+    held_out = [Sample(**samples[i]) for i in range(first_held_out, len(samples))]
+    n_training = first_held_out
+    while held_out and n_training and samples[n_training - 1]["row"] == held_out[0].row:
+        n_training -= 1
     if n_training < config.prompts_per_step:
-        remaining = f"{n_training} prompts left for training of {len(samples)} that are short enough"
-        raise ConfigError(f"prompts_per_step: {config.prompts_per_step} is more than the {remaining}")
-    held_out = [Sample(**samples[i]) for i in range(n_training, len(samples))]
+        held = f"{len(held_out)} held out (data.evaluation_prompts)"
+        left = f"{n_training} samples are left for training of {data}; {held}"
+        raise ConfigError(f"prompts_per_step: {config.prompts_per_step} is too many: {left}")
     return samples.select(range(n_training)), held_out
 
 
-def _read_rows(config: DataConfig) -> Dataset:
-    suffix = Path(config.path).suffix.lower()
-    try:
-        if suffix in (".jsonl", ".json", ".parquet"):
-            format_name = "parquet" if suffix == ".parquet" else "json"
-            return load_dataset(format_name, data_files=config.path, split="train")
-        return load_dataset(config.path, config.name, split=config.split)
-    except Exception as error:  # the readers of datasets raise many types
-        raise ConfigError(f"data.path: {config.path} cannot be read: {error}") from error
-
-
-def _tokenize_row(row: Mapping[str, Any], index: int, **options: Any) -> dict[str, Any]:
-    try:
-        return _make_sample(row, index, **options)._asdict()
-    except Exception as error:  # tokenizers and chat templates raise many types
-        raise ConfigError(f"data.path: row {index} {error}") from error
-
-
-def _make_sample(
-    row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, length: int, completions: bool
-) -> Sample:
-    messages, completion = row.get("messages"), row.get("completion")
-    if messages:
-        if messages[-1]["role"] == "assistant":
-            if completion is not None:
-                raise ValueError("must have a completion or messages that end with the assistant's, not both")
-            *messages, answer = messages
-            completion = answer["content"]
-        prompt: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    elif row.get("prompt") is not None:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-    else:
-        raise ValueError(f"must have prompt or messages, got {', '.join(row)}")
-    tokens: Any = []
-    if completion is not None:
-        tokens = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        tokens += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    elif completions:
-        raise ValueError("must have a completion (lmbda below 1, or a stored teacher)")
-    return Sample(index, list(prompt), tokens[:length], len(tokens) > length)
+def _tokenize_rows(
+    columns: Mapping[str, list[Any]],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    length: int,
+    completions: bool,
+    locate: Callable[[int], str],
+) -> dict[str, list[Any]]:
+    """Return the samples of some rows, with the reason why one is dropped."""
+    samples: list[dict[str, Any]] = []
+    for i, index in enumerate(indices):
+        row = {name: values[i] for name, values in columns.items()}
+        try:
+            turns = tokenize_row(row, tokenizer, config)
+            if completions:
+                turns = [turn for turn in turns if turn.completion is not None]
+                if not turns:
+                    raise RowError("must have a completion (lmbda below 1, or a stored teacher)")
+        except RowError as error:
+            raise ConfigError(f"data.path: {locate(index)}: {error}") from error
+        for prompt, completion in turns:
+            tokens = completion or []
+            sample = Sample(index, prompt, tokens[:length], len(tokens) > length)
+            dropped = "empty prompt" if not prompt else None
+            if len(prompt) > config.max_prompt_length:
+                dropped = f"prompt longer than {config.max_prompt_length} tokens (data.max_prompt_length)"
+            elif completions and not tokens:
+                dropped = "empty completion"
+            samples.append(sample._asdict() | {"dropped": dropped})
+    return {name: [sample[name] for sample in samples] for name in _FEATURES}
 
 
 def sample_stream(samples: Dataset | Sequence[Mapping[str, Any]], seed: int, start: int) -> Iterator[Sample]:

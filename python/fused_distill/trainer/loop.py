@@ -52,7 +52,8 @@ class Trainer:
         self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, "student", config.student)
         with self.accelerator.local_main_process_first():  # the other processes read the cache of the first
             data = load_data(config, self.tokenizer, completions=config.lmbda < 1)
-            self.samples, self.held_out = split_data(data, config)
+        self.accelerator.print(data)
+        self.samples, self.held_out = split_data(data, config)
         self.teacher = load_teacher(config, self.tokenizer, self.device)
         torch.manual_seed(config.seed)
         model = load_student(config)

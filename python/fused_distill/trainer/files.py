@@ -1,0 +1,151 @@
+"""Rows of data files: JSON Lines, JSON, CSV or Parquet, also gzipped, or of a dataset on the hub."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from .config import ConfigError, DataConfig
+
+FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a data set, and the files that they were read from in this order."""
+
+    table: Dataset
+    source: str
+    files: list[str]  # empty: the rows were read by the name of a dataset
+
+    def locate(self, row: int) -> str:
+        """Return the file and the row in it, counted from 0, of a row of the table."""
+        for file in self.files:
+            length = len(self.table) if len(self.files) == 1 else len(_load(file, [file]))
+            if row < length:
+                return f"{file}: row {row}"
+            row -= length
+        return f"{self.source}: row {row}"
+
+
+def read_rows(config: DataConfig) -> Rows:
+    """Read the rows of `data.path`: a file, a pattern such as `chats-*.jsonl.gz`, a folder or a hub name.
+
+    Raises:
+        ConfigError: there is no such file, or a file cannot be read (the message names file and line).
+    """
+    path = config.path
+    if glob.has_magic(path):
+        files = sorted(glob.glob(path, recursive=True))
+        if not files:
+            raise ConfigError(f"data.path: no file matches {path}")
+        return Rows(_load(path, files), path, files)
+    if _format(path) is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"data.path: there is no file {path}")
+        return Rows(_load(path, [path]), path, [path])
+    if Path(path).is_file():
+        raise ConfigError(
+            f"data.path: {path} must end with one of {', '.join(FORMATS)}, or with .gz after it"
+        )
+    try:
+        return Rows(load_dataset(path, config.name, split=config.split), f"{path} ({config.split})", [])
+    except Exception as error:  # the readers of datasets raise many types
+        raise ConfigError(f"data.path: {path} cannot be read: {_first_line(error)}") from error
+
+
+def shortened(value: object) -> str:
+    """Quote a value in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _format(path: str) -> str | None:
+    return FORMATS.get(Path(path.lower().removesuffix(".gz")).suffix)
+
+
+def _load(source: str, files: list[str]) -> Dataset:
+    formats = {_format(file) for file in files}
+    if None in formats or len(formats) > 1:
+        raise ConfigError(
+            f"data.path: the files of {source} must all have one of the formats {', '.join(FORMATS)}"
+        )
+    try:
+        return load_dataset(str(formats.pop()), data_files=files, split="train")
+    except Exception as error:  # the readers of datasets raise many types
+        raise unreadable(source, files, error.__cause__ or error) from error
+
+
+def unreadable(source: str, files: list[str], error: BaseException) -> ConfigError:
+    """Return an error that names the place in the files that cannot be read, if one is found."""
+    problem = next(filter(None, map(_find_problem, files)), None)
+    return ConfigError(f"data.path: {problem or f'{source} cannot be read: {_first_line(error)}'}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+def _find_problem(file: str) -> str | None:
+    """Return what is wrong in a file that could not be read, None if nothing was found."""
+    try:
+        with (gzip.open if file.lower().endswith(".gz") else open)(file, "rb") as stream:
+            content = stream.read()
+    except (OSError, EOFError) as error:
+        return f"{file} cannot be read: {_first_line(error)}"
+    if not content.strip():
+        return f"{file} is empty"
+    if _format(file) != "json":
+        return None
+    types: dict[str, tuple[str, int]] = {}
+    try:
+        for number, row in _json_rows(content):
+            if not isinstance(row, dict):
+                return f"{file}: line {number} must be an object of columns, got {shortened(row)}"
+            for column, value in row.items():
+                kind, first = types.setdefault(column, (_kind(value), number))
+                if kind != _kind(value) and value is not None:
+                    if kind == "null":
+                        types[column] = (_kind(value), number)
+                        continue
+                    told = f"{shortened(value)} is {_kind(value)}, but line {first} has {kind}"
+                    return f"{file}: line {number}, column {column}: {told}"
+    except UnicodeDecodeError as error:
+        return f"{file} is not UTF-8 text: {error.reason} at byte {error.start}"
+    except _LineError as error:
+        return f"{file}: {error}"
+    return None
+
+
+class _LineError(ValueError):
+    """A line is no JSON; the message names and quotes it."""
+
+
+def _json_rows(content: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield the line and the value of each row of a JSON array or of JSON lines."""
+    text = content.decode()
+    lines = text.splitlines()
+    whole = text.lstrip().startswith("[")
+    for number, line in [(1, text)] if whole else enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            number += error.lineno - 1
+            raise _LineError(
+                f"line {number} is no JSON ({error.msg}): {shortened(lines[number - 1])}"
+            ) from error
+        yield from ((number, row) for row in value) if whole else [(number, value)]
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return "null" if value is None else names.get(type(value), "an object")

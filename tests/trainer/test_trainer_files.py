@@ -1,0 +1,129 @@
+"""Tests of reading data files: formats, patterns, and what is said of files that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fused_distill.trainer.config import ConfigError, DataConfig
+from fused_distill.trainer.data import load_data
+from fused_distill.trainer.files import read_rows
+from trainer_cases import NOT_INTERPRETED, Lab, transformers
+from trainer_cases import lab as lab
+
+pytestmark = NOT_INTERPRETED
+ROWS = [{"prompt": f"a{i}", "completion": "b" * i} for i in range(1, 6)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def read(path: Path | str) -> list[Any]:
+    return read_rows(DataConfig.model_validate({"path": str(path)})).table.to_list()
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_parquet(path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("rows.jsonl", lambda path: path.write_text(LINES)),
+        ("rows.ndjson", lambda path: path.write_text(LINES)),
+        ("rows.json", lambda path: path.write_text(json.dumps(ROWS, indent=1))),
+        ("ROWS.JSONL.GZ", lambda path: path.write_bytes(gzip.compress(LINES.encode()))),
+        ("rows.csv", write_csv),
+        ("rows.parquet", write_parquet),
+    ],
+)
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, write: Any) -> None:
+    write(tmp_path / name)
+    assert read(tmp_path / name) == ROWS
+
+
+def test_a_pattern_reads_its_files_in_order(tmp_path: Path) -> None:
+    for i in (2, 0, 1):
+        (tmp_path / f"part-{i}.jsonl").write_text(json.dumps({"prompt": str(i)}) + "\n")
+    assert [row["prompt"] for row in read(tmp_path / "part-*.jsonl")] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "b"\n',
+            r"a.jsonl: line 2 is no JSON .*: '{\"prompt\": \"b\"'",
+        ),
+        (
+            "a.json",
+            b'[{"prompt": "a"},\n{"prompt": b}]',
+            r"a.json: line 2 is no JSON .*: '{\"prompt\": b}\]'",
+        ),
+        ("a.jsonl", b'{"prompt": "a"}\n[1]\n', r"line 2 must be an object of columns, got \[1\]"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n\n{"prompt": ["b"]}\n',
+            r"line 3, column prompt: \['b'\] is a list, but line 1 has text",
+        ),
+        ("a.jsonl", b"", "a.jsonl is empty"),
+        ("a.csv", b"", "a.csv is empty"),
+        ("a.csv", b"prompt\n\xff\n", "a.csv cannot be read: .*utf-8"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-20], "a.jsonl.gz cannot be read: "),
+        ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read: "),
+        ("a.txt", b"text", "a.txt must end with one of .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^data.path: .*{message}") as error:
+        read(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.path: there is no file .*none.jsonl"):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match=r"data.path: no file matches .*none-\*.jsonl"):
+        read(tmp_path / "none-*.jsonl")
+
+
+def test_files_of_a_pattern_must_have_one_format(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.csv"):
+        (tmp_path / name).write_text(LINES)
+    with pytest.raises(ConfigError, match="must all have one of the formats"):
+        read(tmp_path / "a.*")
+
+
+def test_text_in_another_encoding_is_named(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(lab.student)
+    config = lab.config(tmp_path / "run", f"data.path={tmp_path}/a.jsonl")
+    with pytest.raises(ConfigError, match=r"a.jsonl is not UTF-8 text: .* at byte 12"):
+        load_data(config, tokenizer, completions=False)
+
+
+def test_an_invalid_row_is_named_with_its_file(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "part-0.jsonl").write_text(LINES)
+    (tmp_path / "part-1.jsonl").write_text('{"prompt": "a"}\n{"completion": "a"}\n')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(lab.student)
+    config = lab.config(tmp_path / "run", f"data.path={tmp_path}/part-*.jsonl")
+    with pytest.raises(
+        ConfigError, match=r"part-1.jsonl: row 1: must have exactly one of the columns prompt"
+    ):
+        load_data(config, tokenizer, completions=False)
