@@ -15,6 +15,7 @@ from ..parallel.dtensor import gather_dtensor
 from ..parallel.vocab_shard import VocabShard
 from ..rows.backend import choose_backend, make_row_loss
 from ..rows.base import RowLoss, StudentRows
+from ..rows.compiled import NeedsEagerPlanError
 from ..stats import DistillStats, RowResult
 from .autograd import FusedLoss, Gradients, LossOutput, Student
 from .gemm import accumulation_dtype, autocast_dtype
@@ -92,7 +93,9 @@ def prepare(
     )
     config = replace(config, backend=choose_backend(config.backend, device, inputs.dtype))
     n_logits = inputs.n_valid(student) * shard.max_local_size
-    row_loss = make_row_loss(config.backend, config, teacher.k, n_logits, shard.is_sharded)
+    row_loss = make_row_loss(
+        config.backend, config, teacher.k, device, n_logits=n_logits, sharded=shard.is_sharded
+    )
     needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
     return ChunkLoop(student, inputs, config, row_loss, needs_grad)
 
@@ -116,7 +119,7 @@ def chunked_loss(
         token_weight = factor if token_weight is None else factor * token_weight
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
         loop = ChunkLoop(student, inputs, config, row_loss, needs_grad)
-        rows, gradients, grad_factor = loop.run(token_weight)
+        rows, gradients, grad_factor = loop.run_as_planned(token_weight)
         to_tokens = partial(_scatter_to_tokens, inputs.valid_token_ids, len(student.hidden))
         loss = to_tokens(rows.loss) if per_token else rows.loss.sum()
         stats = None if rows.stats is None else rows.stats.map(to_tokens)
@@ -147,6 +150,23 @@ class ChunkLoop:
             device_memory = None
         memory = call_memory(self.student, inputs, self.config, self.row_loss, self.needs_grad, device_memory)
         return memory, memory.plan(inputs.n_valid(self.student))
+
+    def run_as_planned(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
+        """Return what `run` does. If the rows cannot be compiled as planned, make smaller chunks and start over."""
+        try:
+            return self.run(token_weight)
+        except NeedsEagerPlanError:
+            pass  # the end of this block frees the buffers of the first attempt
+        inputs = self.inputs
+        eager = make_row_loss(
+            self.config.backend,
+            self.config,
+            inputs.teacher.k,
+            inputs.device,
+            n_logits=0,
+            sharded=inputs.shard.is_sharded,
+        )
+        return replace(self, row_loss=eager).run(token_weight)
 
     def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
         """Return losses and statistics of the n valid tokens, and gradients of their sum with a factor."""
