@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from fused_distill.chunked.workspace import Workspace, plan_chunks
 from fused_distill.config import Tail
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from peak_memory import PeakMemory
 
 SIZES = st.integers(0, 10**6)
 NEEDS = st.builds(
@@ -44,35 +43,6 @@ def test_chunks_cover_the_tokens_once_within_the_bound(
     assert all(part[-1].stop - part[0].start <= plan.grad_buffer_rows for part in gradients)
     used = need.fixed + plan.rows * need.per_row + plan.block_rows * need.per_block_row
     assert used + plan.grad_buffer_rows * need.per_grad_row <= bound
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of live tensors made under this mode, and their peak."""
-
-    def __init__(self, inputs: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = {t.untyped_storage().data_ptr() for t in inputs}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        return result
-
-    def add(self, storage: Any) -> None:
-        key = storage.data_ptr()
-        if key == 0 or key in self.seen:
-            return
-        self.seen.add(key)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.drop, key, storage.nbytes())
-
-    def drop(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

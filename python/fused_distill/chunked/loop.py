@@ -54,7 +54,10 @@ def _eager_fused_loss(
     call = prepare(tensors, config, shard, device_of(tensors.student_hidden), valid_token_ids)
     n_valid = call.inputs.n_valid(call.student)
     compute = partial(chunked_loss, inputs=call.inputs, config=call.config, row_loss=call.row_loss)
-    outputs = FusedLoss.apply(compute, config.reduction == "none", call.needs_grad, *call.student)
+    per_token = config.reduction == "none"
+    if per_token:  # backward's chunks may need more memory than those of forward, and must not fail later
+        call.plan(memory_of(call.inputs.device))
+    outputs = FusedLoss.apply(compute, per_token, call.needs_grad, call.inputs.constants, *call.student)
     loss, *columns = cast("tuple[Any, ...]", outputs)
     if config.reduction == "none":
         loss = loss.reshape(shape)
@@ -152,7 +155,7 @@ class ChunkLoop:
         return memory, memory.plan(inputs.n_valid(self.student))
 
     def run_as_planned(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
-        """Return what `run` does. If the rows cannot be compiled as planned, make smaller chunks and start over."""
+        """Return what `run` does; start over with new chunks if the rows cannot be compiled as planned."""
         try:
             return self.run(token_weight)
         except NeedsEagerPlanError:
@@ -221,7 +224,7 @@ class ChunkLoop:
 
     def _grad_scale(self, product_dtype: torch.dtype, token_weight: Tensor | None) -> Tensor | None:
         """Return the power of two that the logit gradients are multiplied by; None: 1."""
-        if product_dtype != torch.float16 or not any(self.needs_grad) or self.inputs.teacher.k is not None:
+        if product_dtype != torch.float16 or not any(self.needs_grad):
             return None
         valid = self.inputs.valid_token_ids
         weight = token_weight if token_weight is None or valid is None else token_weight[valid]

@@ -87,9 +87,10 @@ class StageRunner:
         parts = [stage(*arguments(block)) for block in blocks(n, block_rows or max(n, 1))]
         if len(parts) == 1:
             return parts[0]
-        return tuple(
-            None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
-        )
+        return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+
+
+EAGER = StageRunner()
 
 
 @cache
@@ -161,8 +162,8 @@ def _warn_of_eager_stages(error: Exception) -> None:
             return
         Compiler.warned = True
         cause = (
-            "torch.compile is disabled for this call (by TORCHDYNAMO_DISABLE, torch.compiler.set_stance or an "
-            "active TorchDispatchMode), falling back to eager mode, which is several times slower"
+            "torch.compile is disabled for this call (by TORCHDYNAMO_DISABLE, torch.compiler.set_stance or "
+            "an active TorchDispatchMode), falling back to eager mode, which is several times slower"
         )
     else:
         Compiler.works = False

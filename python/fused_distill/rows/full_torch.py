@@ -22,7 +22,7 @@ from ..config import Divergence, LossConfig, Scalars
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
 from .base import StudentRows, TeacherRows
-from .compiled import StageRunner
+from .compiled import EAGER, StageRunner
 from .elementwise import (
     gap_beyond,
     kl_terms,
@@ -40,7 +40,7 @@ _EAGER_TEMPORARIES = 26  # tensors of a block's size that the largest eager stag
 class TorchJSD:
     """The generalized JSD of each row, in PyTorch."""
 
-    stages: StageRunner = StageRunner()
+    stages: StageRunner = EAGER
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
         """Return the memory of the eager temporaries of a block."""

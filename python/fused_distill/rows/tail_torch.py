@@ -13,7 +13,7 @@ from ..chunked.gemm import float64_if_supported
 from ..chunked.workspace import Workspace
 from ..config import LossConfig, Scalars
 from .base import TailStatistics
-from .compiled import StageRunner
+from .compiled import EAGER, StageRunner
 from .elementwise import exp_sub_max, transform_logits
 
 _EAGER_TEMPORARIES = 8  # tensors of a block's size that the larger eager stage holds at once
@@ -23,7 +23,7 @@ _EAGER_TEMPORARIES = 8  # tensors of a block's size that the larger eager stage 
 class TorchTail:
     """Passes over the tail's columns. The support's columns hold -inf."""
 
-    stages: StageRunner = StageRunner()
+    stages: StageRunner = EAGER
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
         """Return the memory of the eager temporaries of a block."""
