@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -201,19 +203,26 @@ def test_smallest_workspace_is_the_one_that_the_error_names() -> None:
         fused_linear_jsd(*tensors, workspace_bytes=minimum - 1, backend="torch")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_smallest_workspace_suffices_for_the_backward_pass(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rules", [nullcontext, gpu_rules], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", [fused_linear_jsd, fused_linear_topk_jsd])
+def test_smallest_workspace_suffices_for_the_backward_pass(
+    function: Any, dtype: torch.dtype, autocast: bool, rules: Callable[[], AbstractContextManager[None]]
+) -> None:
     # reduction="none" plans twice, and only the second plan has gradients.
     hs, ws, ht, wt = (torch.randn(size).to(dtype) for size in ((9, 4), (50, 4), (9, 5), (50, 5)))
+    if function is fused_linear_topk_jsd:
+        ht, wt = torch.log_softmax((ht @ wt.T).float(), -1).topk(3)
     hs.requires_grad_()
-    with pytest.raises(ValueError, match="at least") as error:
-        fused_linear_jsd(hs, ws, ht, wt, workspace_bytes=1, reduction="none", backend="torch")
-    gradients = []
-    for workspace_bytes in (named_minimum(error), None):
-        loss = fused_linear_jsd(
-            hs, ws, ht, wt, workspace_bytes=workspace_bytes, reduction="none", backend="torch"
-        )
-        gradients.append(torch.autograd.grad(loss.sum(), hs)[0])
+    options = {"reduction": "none", "backend": "torch"}
+    with rules():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with pytest.raises(ValueError, match="at least") as error:
+                function(hs, ws, ht, wt, workspace_bytes=1, **options)
+            minimum = named_minimum(error)
+            losses = [function(hs, ws, ht, wt, workspace_bytes=m, **options) for m in (minimum, None)]
+        gradients = [torch.autograd.grad(loss.sum(), hs)[0] for loss in losses]
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
