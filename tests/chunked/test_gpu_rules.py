@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import HALF, INTERPRETED, TOPK, Case, LossResult, cases
-from checks import with_few_examples
+from checks import assert_close, rounding_of, with_few_examples
 from fp32_products import gpu_rules
 from fused_distill import fused_linear_jsd
 from fused_distill.chunked.grad_scale import float16_grad_scale, largest_logit_gradient
@@ -55,6 +55,43 @@ def test_half_gradients_are_within_three_roundings_of_the_exact_ones(case: Case)
         assert exact is not None
         rounding = (exact.to(actual.dtype).double() - exact).norm()
         assert (actual.double() - exact).norm() <= 3 * rounding + 1e-5 * exact.norm() + 1e-6
+
+
+@st.composite
+def close_cases(draw: st.DrawFn, tail: bool) -> Case:
+    """Draw a float16 call without labels whose teacher is the student and a little noise."""
+    case = draw(cases(dtypes=(torch.float16,)))
+    (hs, ws, *_), options = case.tensors, case.options
+    keywords = {k: t for k, t in case.keyword_tensors.items() if k not in ("labels", "teacher_bias")}
+    kept = ("beta", "temperature", "student_logit_scale", "student_softcap", "reduction", "normalizer")
+    options = {name: options[name] for name in kept if name in options}
+    noise = torch.randn(hs.shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    teacher = hs.float() + 1e-3 * noise
+    scale, softcap = options["student_logit_scale"], options["student_softcap"]
+    bias = keywords.get("student_bias")
+    if not tail:
+        options |= {"teacher_logit_scale": scale, "teacher_softcap": softcap}
+        keywords |= {} if bias is None else {"teacher_bias": bias.float()}
+        return Case((hs, ws, teacher, ws.float()), keywords, options)
+    logits = scale * (teacher.double() @ ws.double().T + (0 if bias is None else bias.double()))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    top = torch.log_softmax(logits / options["temperature"], -1).topk(min(8, len(ws)))
+    options["tail"] = draw(st.sampled_from(["bucket", "renormalize"]))
+    return Case((hs, ws, top.values, top.indices), keywords, options, TOPK)
+
+
+@with_few_examples
+@given(st.one_of(close_cases(tail=False), close_cases(tail=True)))
+def test_close_models_keep_their_gradient_in_float16_with_every_option(case: Case) -> None:
+    with gpu_rules():
+        result = case.run("torch")
+    oracle = case.oracle()
+    assert_close(result.loss, oracle.loss, 1e-3, 1e-12)
+    for actual, exact in zip(result.grads, oracle.grads, strict=True):
+        assert actual is not None
+        assert exact is not None
+        assert_close(actual, exact, 1e-4, 3 * rounding_of(exact, torch.float16))
 
 
 def with_small_workspace(case: Case) -> Case:
