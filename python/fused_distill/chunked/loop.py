@@ -19,9 +19,10 @@ from ..rows.compiled import NeedsEagerPlanError
 from ..stats import DistillStats, RowResult
 from .autograd import FusedLoss, Gradients, LossOutput, Student
 from .gemm import accumulation_dtype, autocast_dtype
-from .grad_scale import float16_grad_scale
+from .grad_scale import excess_over_bound, float16_grad_scale
 from .lm_head import IndexedLMHead, LMHead, logit_buffer
 from .memory import CallMemory, call_memory, memory_of
+from .teacher import TopKTeacher
 from .tensors import LossInputs, LossTensors
 from .workspace import ChunkPlan
 
@@ -122,7 +123,7 @@ def chunked_loss(
         token_weight = factor if token_weight is None else factor * token_weight
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
         loop = ChunkLoop(student, inputs, config, row_loss, needs_grad)
-        rows, gradients, grad_factor = loop.run_as_planned(token_weight)
+        rows, gradients, grad_factor = loop.run(token_weight)
         to_tokens = partial(_scatter_to_tokens, inputs.valid_token_ids, len(student.hidden))
         loss = to_tokens(rows.loss) if per_token else rows.loss.sum()
         stats = None if rows.stats is None else rows.stats.map(to_tokens)
@@ -154,10 +155,13 @@ class ChunkLoop:
         memory = call_memory(self.student, inputs, self.config, self.row_loss, self.needs_grad, device_memory)
         return memory, memory.plan(inputs.n_valid(self.student))
 
-    def run_as_planned(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
-        """Return what `run` does; start over with new chunks if the rows cannot be compiled as planned."""
+    def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
+        """Return losses and statistics of the n valid tokens, and gradients of their sum with a factor.
+
+        If the rows cannot be compiled as planned, the call starts over with chunks for eager rows.
+        """
         try:
-            return self.run(token_weight)
+            return self._run_as_planned(token_weight)
         except NeedsEagerPlanError:
             pass  # the end of this block frees the buffers of the first attempt
         inputs = self.inputs
@@ -169,10 +173,9 @@ class ChunkLoop:
             n_logits=0,
             sharded=inputs.shard.is_sharded,
         )
-        return replace(self, row_loss=eager).run(token_weight)
+        return replace(self, row_loss=eager)._run_as_planned(token_weight)
 
-    def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
-        """Return losses and statistics of the n valid tokens, and gradients of their sum with a factor."""
+    def _run_as_planned(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
         student, inputs, dtype, shard = self.student, self.inputs, self.inputs.dtype, self.inputs.shard
         memory, plan = self.plan(memory_of(inputs.device))
         head = memory.head.over(student.weight[: shard.size])
@@ -226,9 +229,11 @@ class ChunkLoop:
         """Return the power of two that the logit gradients are multiplied by; None: 1."""
         if product_dtype != torch.float16 or not any(self.needs_grad):
             return None
-        valid = self.inputs.valid_token_ids
-        weight = token_weight if token_weight is None or valid is None else token_weight[valid]
-        weight = None if weight is None else weight.to(self.inputs.dtype)
+        tokens = self._positions(slice(None))
+        weight = None if token_weight is None else token_weight[tokens].to(self.inputs.dtype)
+        if isinstance(self.inputs.teacher, TopKTeacher):
+            excess = excess_over_bound(self.config, self.inputs.teacher.logprobs[tokens])
+            weight = excess if weight is None else weight if excess is None else weight * excess
         return float16_grad_scale(self.config, weight, self.student.hidden.device)
 
     def _positions(self, chunk: slice) -> slice | Tensor:
