@@ -43,7 +43,6 @@ test-library: $(VENV)/installed-dev
 	$(TEST_SETTINGS) $(BIN)/python -m pytest $(PARALLEL) tests
 	$(TEST_SETTINGS) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(KERNEL_TESTS)
 	$(TEST_SETTINGS) $(EMULATED_GPU) $(BIN)/python -m pytest $(PARALLEL) $(LOSS_TESTS)
-	$(TEST_SETTINGS) $(EMULATED_GPU) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(LOSS_TESTS)
 
 # The losses on a CUDA or ROCm device. The ranks of tests/parallel share it.
 test-gpu: $(VENV)/installed-dev
