@@ -23,7 +23,10 @@ WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 TEST_SETTINGS := OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1
 # Tests of a group share a fixture that takes long, so that one process runs them all.
 PARALLEL := -n 2 --dist loadgroup
-KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py \
+# The bfloat16 and float16 path of a GPU, with its matrix products emulated on the CPU.
+EMULATED_GPU := FUSED_DISTILL_TEST_DEVICE=emulated-cuda
+LOSS_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py
+KERNEL_TESTS := $(LOSS_TESTS) tests/test_golden.py \
 	tests/rows/test_close_models.py tests/rows/test_logprob_kernel.py tests/chunked/test_triton_matmul.py \
 	tests/chunked/test_launches.py tests/chunked/test_indexed_lm_head.py tests/parallel
 
@@ -40,6 +43,7 @@ test: test-library test-vllm
 test-library: $(VENV)/installed-dev
 	$(TEST_SETTINGS) $(BIN)/python -m pytest $(PARALLEL) tests
 	$(TEST_SETTINGS) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(KERNEL_TESTS)
+	$(TEST_SETTINGS) $(EMULATED_GPU) $(BIN)/python -m pytest $(PARALLEL) $(LOSS_TESTS)
 
 # The losses on a CUDA or ROCm device. The ranks of tests/parallel share it.
 test-gpu: $(VENV)/installed-dev

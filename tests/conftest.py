@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cases import DEVICE
+from cases import DEVICE, EMULATED_GPU
 from device import make_tensors_on_device, why_cpu_only
 from hypothesis import HealthCheck, settings
 from uninitialized import filled_uninitialized_memory
@@ -42,6 +42,15 @@ def uninitialized_memory_is_nan(request: pytest.FixtureRequest) -> Iterator[None
         yield
         return
     with filled_uninitialized_memory():
+        yield
+
+
+@pytest.fixture(autouse=EMULATED_GPU, scope="session")
+def emulated_gpu() -> Iterator[None]:
+    """Let all losses go the way of a GPU on the CPU."""
+    from fp32_products import gpu_rules
+
+    with gpu_rules():
         yield
 
 

@@ -45,7 +45,8 @@ def support_loss_kernel(
     logprobs_ptr,  # (n, K) float, -inf where absent
     columns_ptr,  # (n, K) int64, negative where absent or on another rank
     tail_ptr,  # (n, 4, n_parts) float64: max_z, others_z, max_y, others_y
-    weight_ptr,  # (n,) float32
+    weight_ptr,  # (n,) float32, factors of the losses
+    grad_weight_ptr,  # (n,) float32, factors of the gradients
     labels_ptr,  # (n,) int64
     label_y_ptr,  # (n,) float64 logits at temperature 1
     loss_ptr,  # (n,) float32, written
@@ -93,6 +94,7 @@ def support_loss_kernel(
     beta = from_parts(beta, beta_low)
     one_minus_beta = 1.0 - beta
     weight = tl.load(weight_ptr + row).to(tl.float64)
+    grad_weight = tl.load(grad_weight_ptr + row).to(tl.float64)
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.float64)
 
@@ -173,12 +175,12 @@ def support_loss_kernel(
     if DIVERGENCE == MIXTURE:
         soft = beta * kl_t + one_minus_beta * kl_s
     loss = soft_weight * soft
-    hard_scale = 0.0 * weight
+    hard_scale = 0.0 * grad_weight
     if HAS_LABELS:
         label, label_y = tl.load(labels_ptr + row), tl.load(label_y_ptr + row)
         label_log_p = label_y - whole_y
         loss += tl.where(label >= 0, -hard_weight * label_log_p, 0.0)
-        hard_scale = tl.where(label >= 0, weight * hard_weight, 0.0)
+        hard_scale = tl.where(label >= 0, grad_weight * hard_weight, 0.0)
     tl.store(loss_ptr + row, (weight * loss).to(tl.float32))
 
     if WANT_STATS:
@@ -199,7 +201,7 @@ def support_loss_kernel(
         tl.store(stats_ptr + 6, named_mass_t.to(tl.float32))
 
     if WANT_GRAD:
-        soft_scale = weight * soft_weight * inv_temperature
+        soft_scale = grad_weight * soft_weight * inv_temperature
         if DIVERGENCE == FORWARD:
             total = -mass_t
         elif DIVERGENCE == REVERSE:
@@ -207,7 +209,7 @@ def support_loss_kernel(
         else:
             total = one_minus_beta * kl_s
         if HAS_TAIL:
-            factor_z = 0.0 * weight
+            factor_z = 0.0 * grad_weight
             if TAIL == BUCKET:
                 factor_z = (
                     log_prob_gradient(tail_p_s, tail_p_t, tail_d, beta, one_minus_beta, DIVERGENCE)
@@ -260,6 +262,7 @@ def support_loss(
     weight: Tensor,  # (n,) float32
     config: TopKLossConfig,
     *,
+    grad_weight: Tensor,  # (n,) float32
     tail: Tensor | None,  # (n, 4, n_parts) float64, of `tail_sums`
     labels: Tensor | None,  # (n,) int64
     label_y: Tensor | None,  # (n,) float64
@@ -282,6 +285,7 @@ def support_loss(
             columns,
             y if tail is None else tail,
             weight,
+            grad_weight,
             columns if labels is None else labels,
             y if label_y is None else label_y,
             loss,

@@ -131,7 +131,8 @@ def fused_linear_jsd(
     Raises:
         ValueError, TypeError: an argument is invalid (the message names it).
         ImportError: backend="triton" without Triton.
-        RuntimeError: the loss is differentiated twice.
+        RuntimeError: the loss is differentiated twice, or a backward pass that recomputes the forward pass
+            finds a tensor that has been changed in place since.
     """
     arguments = locals()
     return fused_loss(tensors_from(FullTeacher, arguments), config_from(LossConfig, arguments))

@@ -119,7 +119,8 @@ def fused_linear_topk_jsd(
             assertion with the same message, as for an embedding, because reading it back would make the host
             wait.
         ImportError: backend="triton" without Triton.
-        RuntimeError: the loss is differentiated twice.
+        RuntimeError: the loss is differentiated twice, or a backward pass that recomputes the forward pass
+            finds a tensor that has been changed in place since.
     """
     arguments = locals()
     return fused_loss(tensors_from(TopKTeacher, arguments), config_from(TopKLossConfig, arguments))

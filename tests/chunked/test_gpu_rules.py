@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import HALF, INTERPRETED, Case, LossResult, cases
-from checks import with_few_examples
+from cases import HALF, INTERPRETED, TOPK, Case, LossResult, cases
+from checks import assert_close, rounding_of, with_few_examples
 from fp32_products import gpu_rules
 from fused_distill import fused_linear_jsd
 from fused_distill.chunked.grad_scale import float16_grad_scale, largest_logit_gradient
@@ -57,25 +57,79 @@ def test_half_gradients_are_within_three_roundings_of_the_exact_ones(case: Case)
         assert (actual.double() - exact).norm() <= 3 * rounding + 1e-5 * exact.norm() + 1e-6
 
 
+@st.composite
+def close_cases(draw: st.DrawFn, tail: bool) -> Case:
+    """Draw a float16 call without labels whose teacher is the student and a little noise."""
+    case = draw(cases(dtypes=(torch.float16,)))
+    (hs, ws, *_), options = case.tensors, case.options
+    keywords = {k: t for k, t in case.keyword_tensors.items() if k not in ("labels", "teacher_bias")}
+    kept = ("beta", "temperature", "student_logit_scale", "student_softcap", "reduction", "normalizer")
+    options = {name: options[name] for name in kept if name in options}
+    noise = torch.randn(hs.shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    teacher = hs.float() + 1e-3 * noise
+    scale, softcap = options["student_logit_scale"], options["student_softcap"]
+    bias = keywords.get("student_bias")
+    if not tail:
+        options |= {"teacher_logit_scale": scale, "teacher_softcap": softcap}
+        keywords |= {} if bias is None else {"teacher_bias": bias.float()}
+        return Case((hs, ws, teacher, ws.float()), keywords, options)
+    logits = scale * (teacher.double() @ ws.double().T + (0 if bias is None else bias.double()))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    top = torch.log_softmax(logits / options["temperature"], -1).topk(min(8, len(ws)))
+    options["tail"] = draw(st.sampled_from(["bucket", "renormalize"]))
+    return Case((hs, ws, top.values, top.indices), keywords, options, TOPK)
+
+
+@with_few_examples
+@given(st.one_of(close_cases(tail=False), close_cases(tail=True)))
+def test_close_models_keep_their_gradient_in_float16_with_every_option(case: Case) -> None:
+    with gpu_rules():
+        result = case.run("torch")
+    oracle = case.oracle()
+    assert_close(result.loss, oracle.loss, 1e-3, 1e-12)
+    for actual, exact in zip(result.grads, oracle.grads, strict=True):
+        assert actual is not None
+        assert exact is not None
+        assert_close(actual, exact, 1e-4, 3 * rounding_of(exact, torch.float16))
+
+
 def with_small_workspace(case: Case) -> Case:
     """Return the call with as many times the smallest workspace of a GPU as it had."""
     before = case.options["workspace_bytes"]
     return case.with_options(workspace_bytes=case.min_workspace() * (1 + before % 5))
 
 
+def top_k_of(case: Case, k: int = 32) -> Case:
+    """Return the call with the teacher's k most likely tokens instead of its head."""
+    hs, ws, ht, wt = case.tensors
+    top = torch.log_softmax(ht.double() @ wt.double().T, -1).topk(k)
+    return replace(case, tensors=(hs, ws, top.values, top.indices), functions=TOPK)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_close_models_keep_their_gradient_in_float16(beta: float) -> None:
-    case = close_case(torch.float16, loss=1e-6).with_options(beta=beta, reduction="sum")
+@pytest.mark.parametrize("tail", [None, "bucket", "renormalize"])
+def test_close_models_keep_their_gradient_in_float16(tail: str | None, beta: float) -> None:
+    case = close_case(torch.float16, loss=1e-6)
+    if tail is not None:
+        case = top_k_of(case).with_options(tail=tail)
+    case = case.with_options(beta=beta, reduction="sum")
     with gpu_rules():
         result = case.run("torch")
     oracle = case.oracle()
-    assert oracle.loss.item() / 40 == pytest.approx(1e-6, rel=0.9)
+    # The top-k losses see a few percent of the probability.
+    assert oracle.loss.item() / 40 == pytest.approx(1e-6, rel=0.9 if tail is None else 2)
     assert max(roundings(result, oracle)) < 3
 
 
+@pytest.mark.parametrize("tail", [None, "bucket", "truncate"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_large_token_weights_do_not_overflow_float16_logit_gradients(reduction: str) -> None:
+def test_large_token_weights_do_not_overflow_float16_logit_gradients(
+    reduction: str, tail: str | None
+) -> None:
     case = close_case(torch.float16, loss=1.0)
+    if tail is not None:
+        case = top_k_of(case).with_options(tail=tail)
     weights = {"token_weight": torch.linspace(-3e4, 3e5, 40)}
     case = replace(case, keyword_tensors=weights).with_options(reduction=reduction, normalizer=None)
     case = case.with_options(student_logit_scale=1e-3)

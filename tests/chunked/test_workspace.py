@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fused_distill.chunked.workspace import Workspace, plan_chunks
 from fused_distill.config import Tail
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from peak_memory import PeakMemory
 
 SIZES = st.integers(0, 10**6)
 NEEDS = st.builds(
@@ -44,35 +45,6 @@ def test_chunks_cover_the_tokens_once_within_the_bound(
     assert all(part[-1].stop - part[0].start <= plan.grad_buffer_rows for part in gradients)
     used = need.fixed + plan.rows * need.per_row + plan.block_rows * need.per_block_row
     assert used + plan.grad_buffer_rows * need.per_grad_row <= bound
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of live tensors made under this mode, and their peak."""
-
-    def __init__(self, inputs: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = {t.untyped_storage().data_ptr() for t in inputs}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        return result
-
-    def add(self, storage: Any) -> None:
-        key = storage.data_ptr()
-        if key == 0 or key in self.seen:
-            return
-        self.seen.add(key)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.drop, key, storage.nbytes())
-
-    def drop(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -231,19 +203,26 @@ def test_smallest_workspace_is_the_one_that_the_error_names() -> None:
         fused_linear_jsd(*tensors, workspace_bytes=minimum - 1, backend="torch")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_smallest_workspace_suffices_for_the_backward_pass(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rules", [nullcontext, gpu_rules], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", [fused_linear_jsd, fused_linear_topk_jsd])
+def test_smallest_workspace_suffices_for_the_backward_pass(
+    function: Any, dtype: torch.dtype, autocast: bool, rules: Callable[[], AbstractContextManager[None]]
+) -> None:
     # reduction="none" plans twice, and only the second plan has gradients.
     hs, ws, ht, wt = (torch.randn(size).to(dtype) for size in ((9, 4), (50, 4), (9, 5), (50, 5)))
+    if function is fused_linear_topk_jsd:
+        ht, wt = torch.log_softmax((ht @ wt.T).float(), -1).topk(3)
     hs.requires_grad_()
-    with pytest.raises(ValueError, match="at least") as error:
-        fused_linear_jsd(hs, ws, ht, wt, workspace_bytes=1, reduction="none", backend="torch")
-    gradients = []
-    for workspace_bytes in (named_minimum(error), None):
-        loss = fused_linear_jsd(
-            hs, ws, ht, wt, workspace_bytes=workspace_bytes, reduction="none", backend="torch"
-        )
-        gradients.append(torch.autograd.grad(loss.sum(), hs)[0])
+    options = {"reduction": "none", "backend": "torch"}
+    with rules():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with pytest.raises(ValueError, match="at least") as error:
+                function(hs, ws, ht, wt, workspace_bytes=1, **options)
+            minimum = named_minimum(error)
+            losses = [function(hs, ws, ht, wt, workspace_bytes=m, **options) for m in (minimum, None)]
+        gradients = [torch.autograd.grad(loss.sum(), hs)[0] for loss in losses]
     torch.testing.assert_close(gradients[0], gradients[1])
 
 

@@ -1,7 +1,9 @@
 """Calls of the losses for tests: hypothesis draws them, a backend or the float64 reference runs them.
 
 FUSED_DISTILL_TEST_DEVICE=cuda puts their tensors on a GPU, where the Triton kernels are tested (`make
-test-gpu`). By default they are on the CPU, where the kernels run under TRITON_INTERPRET=1 only.
+test-gpu`). By default they are on the CPU, where the kernels run under TRITON_INTERPRET=1 only. With
+emulated-cuda they are on the CPU too, drawn in bfloat16 and float16, and go the way of a GPU: its chunks, its
+half-precision products and logit gradients (`fp32_products`).
 """
 
 from __future__ import annotations
@@ -19,16 +21,19 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = (torch.bfloat16, torch.float16)
+DEVICE_NAMES = {None: "cpu", "cpu": "cpu", "cuda": "cuda", "emulated-cuda": "cpu"}
 
 
 def device_named(name: str | None) -> torch.device:
     """Return the device that a value of FUSED_DISTILL_TEST_DEVICE names, the CPU for None."""
-    if name not in (None, "cpu", "cuda"):
-        raise ValueError(f"FUSED_DISTILL_TEST_DEVICE must be cpu or cuda, got {name!r}")
-    return torch.device(name or "cpu")
+    if name not in DEVICE_NAMES:
+        raise ValueError(f"FUSED_DISTILL_TEST_DEVICE must be cpu, cuda or emulated-cuda, got {name!r}")
+    return torch.device(DEVICE_NAMES[name])
 
 
 DEVICE = device_named(os.environ.get("FUSED_DISTILL_TEST_DEVICE"))
+EMULATED_GPU = os.environ.get("FUSED_DISTILL_TEST_DEVICE") == "emulated-cuda"
+DTYPES = HALF if EMULATED_GPU else (torch.float32,)
 BACKEND = "triton" if INTERPRETED or DEVICE.type == "cuda" else "torch"
 
 
@@ -127,7 +132,7 @@ def close_logits(
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Case:
+def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
     """Draw a call of the loss for a full-vocabulary teacher, with logits of ordinary size."""
     randn, shape, vocab, spread = draw(_dimensions(dtypes))
     student_rows, teacher_rows = (vocab + draw(st.sampled_from([0, 1, 9])) for _ in range(2))
@@ -149,7 +154,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -
 
 
 @st.composite
-def topk_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Case:
+def topk_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
     """Draw a call of the loss for a top-k teacher: absent entries, repeated ids, K beyond the vocabulary."""
     randn, shape, vocab, spread = draw(_dimensions(dtypes))
     ds = draw(st.integers(1, 33))

@@ -17,7 +17,7 @@ def test_device_is_the_cpu_by_default() -> None:
 
 @pytest.mark.parametrize("name", ["meta", "gpu", ""])
 def test_device_without_kernels_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="FUSED_DISTILL_TEST_DEVICE must be cpu or cuda"):
+    with pytest.raises(ValueError, match="FUSED_DISTILL_TEST_DEVICE must be cpu, cuda or"):
         cases.device_named(name)
 
 
@@ -29,11 +29,14 @@ def test_tensors_are_moved_to_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {t.device.type for t in (*case.tensors, *case.keyword_tensors.values())} == {"meta"}
 
 
-@pytest.mark.parametrize(("device", "backend"), [("cpu", "torch"), ("cuda", "triton")])
-def test_variable_sets_device_and_backend(device: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "device", "backend"),
+    [("cpu", "cpu", "torch"), ("cuda", "cuda", "triton"), ("emulated-cuda", "cpu", "torch")],
+)
+def test_variable_sets_device_and_backend(name: str, device: str, backend: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
-        "FUSED_DISTILL_TEST_DEVICE": device,
+        "FUSED_DISTILL_TEST_DEVICE": name,
         "PYTHONPATH": os.pathsep.join([os.path.dirname(cases.__file__), *filter(None, sys.path)]),
     }
     code = "import cases; print(cases.DEVICE, cases.BACKEND)"

@@ -12,6 +12,7 @@ from fused_distill import fused_linear_jsd, reference
 from fused_distill.config import LossConfig
 from fused_distill.parallel.vocab_shard import ShardGroup
 from fused_distill.rows.base import RowLoss, StudentRows, TeacherRows
+from fused_distill.rows.compiled import StageRunner
 from fused_distill.rows.full_torch import TorchJSD
 from long_double import jsd_rows
 from torch import Tensor
@@ -132,7 +133,7 @@ def test_gradient_of_a_nearly_one_hot_row_keeps_its_digits(beta: float) -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])  # one of each formula: a compilation takes seconds
 def test_compiled_loss_and_gradient_keep_their_digits(beta: float) -> None:
     student, teacher = close_logits(1e-4)
-    loss, grad = loss_and_grad(TorchJSD(compiled=True), student, teacher, beta)
+    loss, grad = loss_and_grad(TorchJSD(StageRunner(compiled=True)), student, teacher, beta)
     exact_loss, exact_grad = jsd_rows(student, teacher, beta)
     assert relative_error(loss, exact_loss) < TOLERANCE[1e-4]
     assert relative_error(grad, exact_grad) < TOLERANCE[1e-4]

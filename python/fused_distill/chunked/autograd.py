@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..stats import DistillStats
+from .versions import InputVersions
 
 
 class Student(NamedTuple):
@@ -48,6 +49,7 @@ class FusedLoss(torch.autograd.Function):
         compute: Callable[..., LossOutput],  # `chunked.loop.chunked_loss` with its constants bound
         per_token: bool,
         needs_grad: tuple[bool, ...],  # of hidden, weight, bias
+        constants: Mapping[str, Tensor | None],  # the other tensors of the loss, by argument name
         *student: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Return the loss, and the columns of its statistics if the options ask for them."""
@@ -59,6 +61,7 @@ class FusedLoss(torch.autograd.Function):
         ctx.gradients = None if per_token else (output.gradients, output.grad_factor)
         ctx.dtypes = [None if t is None else t.dtype for t in student]
         ctx.save_for_backward(*student)
+        ctx.versions = InputVersions(constants)
         columns = output.stats or ()
         ctx.mark_non_differentiable(*(c for c in columns if c is not None))
         return output.loss, *columns
@@ -74,6 +77,7 @@ class FusedLoss(torch.autograd.Function):
         grad_loss = grad_outputs[0]
         computed, ctx.gradients = ctx.gradients, None
         if computed is None:  # per-token losses, or a second backward pass through a retained graph
+            ctx.versions.check()
             output: LossOutput = ctx.compute(
                 Student(*ctx.saved_tensors),
                 per_token=False,
@@ -86,7 +90,7 @@ class FusedLoss(torch.autograd.Function):
         if not ctx.per_token:
             scale = grad_loss if scale is None else grad_loss * scale
         scaled = (_scale_gradient(g, scale, t) for g, t in zip(gradients, ctx.dtypes, strict=True))
-        return None, None, None, *scaled
+        return None, None, None, None, *scaled
 
 
 def _scale_gradient(

@@ -28,6 +28,18 @@ def largest_logit_gradient(config: LossConfig) -> float:
     return config.student_logit_scale * (soft + config.hard_weight)
 
 
+def excess_over_bound(config: LossConfig, logprobs: Tensor) -> Tensor | None:
+    """Return (n,) factors >= 1 of `largest_logit_gradient` for a top-k teacher's (n, K); None: 1.
+
+    Reverse KL's gradient is at most a quarter of the largest -log p_t, which may be thousands at a token that
+    the teacher forbids.
+    """
+    if config.divergence is not Divergence.REVERSE_KL:
+        return None
+    surprise = torch.where(logprobs == -torch.inf, 0.0, -logprobs).amax(-1)
+    return (surprise / (4 * _LARGEST_REVERSE_KL)).clamp_min(1.0)
+
+
 def float16_grad_scale(config: LossConfig, weight: Tensor | None, device: torch.device) -> Tensor:
     """Return a 0-d power of two that brings the largest logit gradients near float16's largest number.
 

@@ -15,12 +15,14 @@ from ..parallel.dtensor import gather_dtensor
 from ..parallel.vocab_shard import VocabShard
 from ..rows.backend import choose_backend, make_row_loss
 from ..rows.base import RowLoss, StudentRows
+from ..rows.compiled import NeedsEagerPlanError
 from ..stats import DistillStats, RowResult
 from .autograd import FusedLoss, Gradients, LossOutput, Student
 from .gemm import accumulation_dtype, autocast_dtype
-from .grad_scale import float16_grad_scale
+from .grad_scale import excess_over_bound, float16_grad_scale
 from .lm_head import IndexedLMHead, LMHead, logit_buffer
 from .memory import CallMemory, call_memory, memory_of
+from .teacher import TopKTeacher
 from .tensors import LossInputs, LossTensors
 from .workspace import ChunkPlan
 
@@ -53,7 +55,10 @@ def _eager_fused_loss(
     call = prepare(tensors, config, shard, device_of(tensors.student_hidden), valid_token_ids)
     n_valid = call.inputs.n_valid(call.student)
     compute = partial(chunked_loss, inputs=call.inputs, config=call.config, row_loss=call.row_loss)
-    outputs = FusedLoss.apply(compute, config.reduction == "none", call.needs_grad, *call.student)
+    per_token = config.reduction == "none"
+    if per_token:  # backward's chunks may need more memory than those of forward, and must not fail later
+        call.plan(memory_of(call.inputs.device))
+    outputs = FusedLoss.apply(compute, per_token, call.needs_grad, call.inputs.constants, *call.student)
     loss, *columns = cast("tuple[Any, ...]", outputs)
     if config.reduction == "none":
         loss = loss.reshape(shape)
@@ -92,7 +97,9 @@ def prepare(
     )
     config = replace(config, backend=choose_backend(config.backend, device, inputs.dtype))
     n_logits = inputs.n_valid(student) * shard.max_local_size
-    row_loss = make_row_loss(config.backend, config, teacher.k, n_logits, shard.is_sharded)
+    row_loss = make_row_loss(
+        config.backend, config, teacher.k, device, n_logits=n_logits, sharded=shard.is_sharded
+    )
     needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
     return ChunkLoop(student, inputs, config, row_loss, needs_grad)
 
@@ -149,7 +156,26 @@ class ChunkLoop:
         return memory, memory.plan(inputs.n_valid(self.student))
 
     def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
-        """Return losses and statistics of the n valid tokens, and gradients of their sum with a factor."""
+        """Return losses and statistics of the n valid tokens, and gradients of their sum with a factor.
+
+        If the rows cannot be compiled as planned, the call starts over with chunks for eager rows.
+        """
+        try:
+            return self._run_as_planned(token_weight)
+        except NeedsEagerPlanError:
+            pass  # the end of this block frees the buffers of the first attempt
+        inputs = self.inputs
+        eager = make_row_loss(
+            self.config.backend,
+            self.config,
+            inputs.teacher.k,
+            inputs.device,
+            n_logits=0,
+            sharded=inputs.shard.is_sharded,
+        )
+        return replace(self, row_loss=eager)._run_as_planned(token_weight)
+
+    def _run_as_planned(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
         student, inputs, dtype, shard = self.student, self.inputs, self.inputs.dtype, self.inputs.shard
         memory, plan = self.plan(memory_of(inputs.device))
         head = memory.head.over(student.weight[: shard.size])
@@ -201,11 +227,13 @@ class ChunkLoop:
 
     def _grad_scale(self, product_dtype: torch.dtype, token_weight: Tensor | None) -> Tensor | None:
         """Return the power of two that the logit gradients are multiplied by; None: 1."""
-        if product_dtype != torch.float16 or not any(self.needs_grad) or self.inputs.teacher.k is not None:
+        if product_dtype != torch.float16 or not any(self.needs_grad):
             return None
-        valid = self.inputs.valid_token_ids
-        weight = token_weight if token_weight is None or valid is None else token_weight[valid]
-        weight = None if weight is None else weight.to(self.inputs.dtype)
+        tokens = self._positions(slice(None))
+        weight = None if token_weight is None else token_weight[tokens].to(self.inputs.dtype)
+        if isinstance(self.inputs.teacher, TopKTeacher):
+            excess = excess_over_bound(self.config, self.inputs.teacher.logprobs[tokens])
+            weight = excess if weight is None else weight if excess is None else weight * excess
         return float16_grad_scale(self.config, weight, self.student.hidden.device)
 
     def _positions(self, chunk: slice) -> slice | Tensor:

@@ -36,6 +36,11 @@ class FullTeacher:
         """Return the tensors that enter matrix products, by argument name."""
         return {"teacher_hidden": self.hidden, "teacher_weight": self.weight}
 
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Return all tensors by argument name."""
+        return {**self.products, "teacher_bias": self.bias}
+
     def check(self, student_hidden: Tensor) -> None:
         """Require hidden states and an LM head that fit each other and the student's tokens."""
         check_hidden_and_head("teacher_", self.hidden, self.weight, self.bias, student_hidden.device)
@@ -109,6 +114,11 @@ class TopKTeacher:
     def products(self) -> dict[str, Tensor]:
         """Return the tensors that enter matrix products: none."""
         return {}
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Return all tensors by argument name."""
+        return {"teacher_logprobs": self.logprobs, "teacher_ids": self.ids}
 
     def check(self, student_hidden: Tensor) -> None:
         """Require log-probabilities and ids in the shape of the student's tokens."""

@@ -55,6 +55,11 @@ class LossInputs:
     labels: Tensor | None  # (N,) int64
     valid_token_ids: Tensor | None  # (n,) int64 positions of the tokens that count; None: all tokens
 
+    @property
+    def constants(self) -> dict[str, Tensor | None]:
+        """Return the caller's tensors that receive no gradient, by argument name."""
+        return {**self.teacher.tensors, "token_weight": self.token_weight, "labels": self.labels}
+
     def n_valid(self, student: Student) -> int:
         """Return the number of tokens that count."""
         return len(student.hidden) if self.valid_token_ids is None else len(self.valid_token_ids)

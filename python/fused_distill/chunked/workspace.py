@@ -30,6 +30,9 @@ class Workspace:
     per_grad_row: int = 0  # per row of the logit gradient, where it has a buffer of its own
     per_block_row: int = 0  # per row of a block, a part of a chunk that is processed at once
     block_rows: int = 0  # rows that a block should have; 0: this part does not use blocks
+    # Per row of a block that cannot be compiled, for which the chunks are planned again. Counts in the
+    # minimum alone.
+    per_uncompiled_row: int = 0
 
     def __add__(self, other: Workspace) -> Workspace:
         return Workspace(
@@ -38,6 +41,7 @@ class Workspace:
             self.per_grad_row + other.per_grad_row,
             self.per_block_row + other.per_block_row,
             max(self.block_rows, other.block_rows),
+            self.per_uncompiled_row + other.per_uncompiled_row,
         )
 
     def either(self, other: Workspace) -> Workspace:
@@ -47,7 +51,7 @@ class Workspace:
     @property
     def minimum(self) -> int:
         """Return the bytes for chunks of one token."""
-        return self.bytes_for(ChunkPlan(1, 1, 1, 1, 1))
+        return self.bytes_for(ChunkPlan(1, 1, 1, 1, 1)) + self.per_uncompiled_row
 
     def bytes_for(self, plan: ChunkPlan) -> int:
         """Return the bytes for a plan's chunks."""

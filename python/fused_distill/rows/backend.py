@@ -15,7 +15,7 @@ import torch
 
 from ..config import Backend, LossConfig, TopKLossConfig
 from .base import RowLoss
-from .compiled import Compiler
+from .compiled import Compiler, StageRunner
 from .full_torch import TorchJSD
 from .tail_torch import TorchTail
 from .topk import SupportRowLoss, TailRowLoss
@@ -83,29 +83,32 @@ def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> L
     return "triton"
 
 
-def make_row_loss(name: str, config: LossConfig, k: int | None, n_logits: int, sharded: bool) -> RowLoss:
+def make_row_loss(
+    name: str, config: LossConfig, k: int | None, device: torch.device, *, n_logits: int, sharded: bool
+) -> RowLoss:
     """Return the row loss of a call.
 
     Args:
         name: "triton" or "torch".
         config: the loss's options.
         k: size of a top-k teacher's support; None for a full-vocabulary teacher.
-        n_logits: logits of either model in the whole call.
+        device: where the loss is computed.
+        n_logits: logits of either model in the whole call; 0: nothing is compiled.
         sharded: several ranks share the vocabulary. They must derive equal chunk sizes, so these must not
             depend on whether a rank's compiler works.
     """
     compiled = n_logits >= _COMPILE_MIN_LOGITS and (Compiler.works or sharded)
-    plans_for_eager = sharded or not compiled
+    stages = StageRunner(compiled, sharded or not compiled, device.type)
     if k is None or not isinstance(config, TopKLossConfig):
         if name == "triton":
             from .full_triton import TritonJSD
 
             return TritonJSD()
-        return TorchJSD(compiled, plans_for_eager)
+        return TorchJSD(stages)
     if name == "triton":
         from .topk_triton import TritonSupportRowLoss, TritonTailRowLoss
 
         return TritonSupportRowLoss(k) if config.projects_support_only else TritonTailRowLoss(k)
     if config.projects_support_only:
         return SupportRowLoss(k)
-    return TailRowLoss(k, TorchTail(compiled, plans_for_eager))
+    return TailRowLoss(k, TorchTail(stages))

@@ -22,7 +22,7 @@ from ..config import Divergence, LossConfig, Scalars
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
 from .base import StudentRows, TeacherRows
-from .compiled import eager_workspace, run_stage
+from .compiled import EAGER, StageRunner
 from .elementwise import (
     gap_beyond,
     kl_terms,
@@ -40,12 +40,11 @@ _EAGER_TEMPORARIES = 26  # tensors of a block's size that the largest eager stag
 class TorchJSD:
     """The generalized JSD of each row, in PyTorch."""
 
-    compiled: bool = False
-    plans_for_eager: bool = True  # the workspace includes the temporaries of eager stages
+    stages: StageRunner = EAGER
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
         """Return the memory of the eager temporaries of a block."""
-        return eager_workspace(_EAGER_TEMPORARIES if self.plans_for_eager else 0, n_columns, dtype)
+        return self.stages.workspace(_EAGER_TEMPORARIES, n_columns, dtype)
 
     def __call__(
         self,
@@ -64,7 +63,7 @@ class TorchJSD:
         """
         group = group or ShardGroup()
         scalars = config.scalars(torch.float64)
-        run = partial(run_stage, n=len(student.logits), block_rows=block_rows, compiled=self.compiled)
+        run = partial(self.stages.run, n=len(student.logits), block_rows=block_rows)
 
         biases = (student.bias, teacher.bias)
         rounds_logits = config.transforms_logits or any(bias is not None for bias in biases)

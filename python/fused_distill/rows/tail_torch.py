@@ -13,7 +13,7 @@ from ..chunked.gemm import float64_if_supported
 from ..chunked.workspace import Workspace
 from ..config import LossConfig, Scalars
 from .base import TailStatistics
-from .compiled import eager_workspace, run_stage
+from .compiled import EAGER, StageRunner
 from .elementwise import exp_sub_max, transform_logits
 
 _EAGER_TEMPORARIES = 8  # tensors of a block's size that the larger eager stage holds at once
@@ -23,18 +23,17 @@ _EAGER_TEMPORARIES = 8  # tensors of a block's size that the larger eager stage 
 class TorchTail:
     """Passes over the tail's columns. The support's columns hold -inf."""
 
-    compiled: bool = False
-    plans_for_eager: bool = True  # the workspace includes the temporaries of eager stages
+    stages: StageRunner = EAGER
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
         """Return the memory of the eager temporaries of a block."""
-        return eager_workspace(_EAGER_TEMPORARIES if self.plans_for_eager else 0, n_columns, dtype)
+        return self.stages.workspace(_EAGER_TEMPORARIES, n_columns, dtype)
 
     def statistics(
         self, logits: Tensor, bias: Tensor | None, config: LossConfig, *, block_rows: int | None
     ) -> TailStatistics:
         """Return the log-sum-exp parts of each row's tail."""
-        run = partial(run_stage, n=len(logits), block_rows=block_rows, compiled=self.compiled)
+        run = partial(self.stages.run, n=len(logits), block_rows=block_rows)
         one_softmax = not config.needs_two_softmaxes
         rows = _Rows.of(logits, bias, config)
 
@@ -77,7 +76,7 @@ class TorchTail:
                 block_of_rows.x if out is logits else out[block],
             )
 
-        run_stage(_gradient, arguments, len(logits), block_rows=block_rows, compiled=self.compiled)
+        self.stages.run(_gradient, arguments, len(logits), block_rows=block_rows)
 
 
 class _Rows(NamedTuple):

@@ -68,7 +68,7 @@ class SupportRowLoss:
         weight = student.weight.to(y.dtype)
         soft, grad_support, stats = renormalized(support, config)
         if grad is not None:
-            scale = weight * (config.soft_weight / config.temperature)
+            scale = student.grad_weight.to(y.dtype) * (config.soft_weight / config.temperature)
             grad.copy_(local_gradient(grad_support * scale.unsqueeze(-1), dlogit_dproj, teacher, grad.dtype))
         if stats is not None:
             stats = with_masses(stats, support, None)
@@ -115,11 +115,12 @@ class TailRowLoss:
         else:
             soft, grad_support, grad_tail, stats = divergence(support, tail, config)
         loss = config.soft_weight * soft
-        scale = weight * (config.soft_weight / config.temperature)
+        grad_weight = student.grad_weight.to(y.dtype)
+        scale = grad_weight * (config.soft_weight / config.temperature)
         grad_support, grad_tail = grad_support * scale.unsqueeze(-1), grad_tail * scale
         hard = None
         if label is not None:
-            hard = _HardLoss.compute(label, support, ids, tail, weight, config.hard_weight)
+            hard = _HardLoss.compute(label, support, ids, tail, grad_weight, config.hard_weight)
             loss, grad_support = loss + hard.loss, grad_support + hard.grad_support
 
         if grad is not None:
@@ -178,12 +179,12 @@ class _HardLoss(NamedTuple):
         support: Support,
         ids: Tensor,
         tail: TailStatistics,
-        weight: Tensor,
+        grad_weight: Tensor,  # (n,) float64
         hard_weight: float,
     ) -> _HardLoss:
         log_normalizer = log_normalizer_of(support.y, tail.max_y, tail.sum_y)
         log_p = label.y - log_normalizer
-        weight = weight * hard_weight * label.present
+        weight = grad_weight * hard_weight * label.present
         at_label = (ids == label.column) & support.is_valid_local & label.is_local.unsqueeze(-1)
         p_support = (support.y - log_normalizer.unsqueeze(-1)).exp()
         return cls(

@@ -51,7 +51,16 @@ class TritonSupportRowLoss:
         )
         (y,) = group.all_reduce_sum(y)
         result = support_loss(
-            y, logprobs, columns, student.weight, config, tail=None, labels=None, label_y=None, grad=grad
+            y,
+            logprobs,
+            columns,
+            student.weight,
+            config,
+            grad_weight=student.grad_weight,
+            tail=None,
+            labels=None,
+            label_y=None,
+            grad=grad,
         )
         return _row_result(result, has_tail=False)
 
@@ -93,6 +102,7 @@ class TritonTailRowLoss:
             columns,
             student.weight,
             config,
+            grad_weight=student.grad_weight,
             tail=tail,
             labels=labels,
             label_y=label_y,
