@@ -11,15 +11,14 @@ from torch import Tensor
 
 from .jsd import FORWARD, MIXTURE, REVERSE, gradient_kernel, mixture_sums_kernel
 from .row_statistics import PART, merge_kernel, statistics_kernel
-from .tile import LINEAR, SEPARATE, SOFTCAP
+from .tile import LINEAR, SEPARATE, SOFTCAP, WIDTH
 
 if TYPE_CHECKING:  # not imported at run time: any object with these attributes works
     from fused_distill.config import LossConfig
 
 NUM_WARPS = 8
 GROUPS = 32 * NUM_WARPS
-UNROLL = 2
-BLOCK = UNROLL * GROUPS * 4
+BLOCK = 2 * GROUPS * WIDTH.value
 MAX_PARTS = 8  # programs per row, which keep a GPU busy with a chunk of few rows
 
 
@@ -190,7 +189,6 @@ class JSDKernels:
             kernel[n, self._n_parts](
                 *arguments,
                 TRANSFORM=self._transform_kind,
-                UNROLL=UNROLL,
                 GROUPS=GROUPS,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,

@@ -16,6 +16,8 @@ LINEAR = tl.constexpr(0)  # v is the projection plus bias: both models have the 
 SOFTCAP = tl.constexpr(1)  # v is tanh(scale / softcap * (projection + bias)), with the same numbers for both
 SEPARATE = tl.constexpr(2)  # v is the logit: the models have different scales or softcaps
 
+WIDTH = tl.constexpr(4)  # columns of a thread that it loads at once, 16 bytes
+
 
 @triton.jit
 def add_bias(x, bias):
@@ -96,38 +98,18 @@ def gap_beyond(v_s, v_t, extra, max_s, max_t, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
-def tiles_of_part(index, n_parts, n_columns, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Return the bounds of the loop over a part's whole tiles, or if MASKED over the last, partial one."""
+def rest_of_part(index, n_parts, n_columns, BLOCK: tl.constexpr, PIECE: tl.constexpr):
+    """Return the bounds of the loop over pieces of the last, partial block, which belongs to one part only."""
     whole = n_columns // BLOCK
-    if MASKED:
-        has_last = (whole % n_parts == index) & (whole * BLOCK < n_columns)
-        return whole, whole + has_last.to(tl.int32)
-    return index, whole
+    n_pieces = tl.where(whole % n_parts == index, tl.cdiv(n_columns - whole * BLOCK, PIECE), 0)
+    first = whole * (BLOCK // PIECE)
+    return first, first + n_pieces
 
 
 @triton.jit
-def tile_columns(UNROLL: tl.constexpr, GROUPS: tl.constexpr):
-    """Return the columns of a tile, (UNROLL, GROUPS, 4).
+def tile_columns(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the columns of a tile, (GROUPS, WIDTH).
 
-    A group's columns belong to one thread if there are GROUPS threads, and it loads 4 of them at once.
+    A group's columns belong to one thread if there are GROUPS threads.
     """
-    unroll, group = tl.arange(0, UNROLL)[:, None, None], tl.arange(0, GROUPS)[None, :, None]
-    return (unroll * GROUPS + group) * 4 + tl.arange(0, 4)[None, None, :]
-
-
-@triton.jit
-def over_tile(x):
-    """Broadcast one number per group over the group's columns of a tile."""
-    return x[None, :, None]
-
-
-@triton.jit
-def tile_sum(x):
-    """Return the sum of each group, (groups,)."""
-    return tl.sum(tl.sum(x, 2), 0)
-
-
-@triton.jit
-def tile_max(x):
-    """Return the maximum of each group, (groups,)."""
-    return tl.max(tl.max(x, 2), 0)
+    return tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
