@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import LOG2_E, exp, log_ratio, mul_zero_safe, pair_terms
-from .tile import LINEAR, WIDTH, gap_beyond, load_pair, rest_of_part, tile_columns
+from .tile import LINEAR, NO_ERROR, WIDTH, gap_beyond, load_pair, rest_of_part, tile_columns
 
 LOWEST = tl.constexpr(-1.0e30)  # the maximum of no logits; finite, because infinities do not subtract
 
@@ -55,7 +55,7 @@ def raised(
     want_reverse, want_forward, want_stats, want_y = want
     exp_factor = factor * LOG2_E
     scale_s, scale_t = tl.math.exp2((old_s - max_s) * exp_factor), tl.math.exp2((old_t - max_t) * exp_factor)
-    shift = gap_beyond(old_s, old_t, 0.0, max_s, max_t, LINEAR) * factor
+    shift = gap_beyond(old_s, old_t, NO_ERROR, max_s, max_t, LINEAR) * factor
     d, kl_s, kl_t = pair_terms(scale_s, scale_t, shift)
     if want_reverse:
         reverse = mul_zero_safe(scale_s, reverse) + (d * difference + kl_s * sum_s)
@@ -126,7 +126,7 @@ def merge(part, factor, label_factor):
     """Merge the parts along the only dimension; return the merged part and its log(sum_t / sum_s)."""
     old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
     max_s, max_t = tl.max(old_s, 0), tl.max(old_t, 0)
-    shift = gap_beyond(old_s, old_t, 0.0, max_s, max_t, LINEAR) * factor
+    shift = gap_beyond(old_s, old_t, NO_ERROR, max_s, max_t, LINEAR) * factor
     scale_s, scale_t = exp((old_s - max_s) * factor), exp((old_t - max_t) * factor)
     d, _, _ = pair_terms(scale_s, scale_t, shift)
     total_s, total_t = tl.sum(scale_s * sum_s, 0), tl.sum(scale_t * sum_t, 0)

@@ -16,7 +16,16 @@ LINEAR = tl.constexpr(0)  # v is the projection plus bias: both models have the 
 SOFTCAP = tl.constexpr(1)  # v is tanh(scale / softcap * (projection + bias)), with the same numbers for both
 SEPARATE = tl.constexpr(2)  # v is the logit: the models have different scales or softcaps
 
+NO_ERROR = tl.constexpr(-0.0)  # unlike that of 0.0, its addition never changes a number, and is left out
 WIDTH = tl.constexpr(4)  # columns of a thread that it loads at once, 16 bytes
+
+
+@triton.jit
+def load_columns(row, columns, n_columns, other, MASKED: tl.constexpr):
+    """Load columns of a row, `other` beyond n_columns if MASKED."""
+    if MASKED:
+        return tl.load(row + columns, mask=columns < n_columns, other=other)
+    return tl.load(row + columns)
 
 
 @triton.jit
@@ -55,18 +64,15 @@ def load_pair(
     """
     student_row, teacher_row, student_bias, teacher_bias = pointers
     student_scale, teacher_scale, student_softcap, teacher_softcap = transform
-    inside = columns < n_columns
-    if MASKED:
-        x_s = tl.load(student_row + columns, mask=inside, other=float("-inf"))
-        x_t = tl.load(teacher_row + columns, mask=inside, other=float("-inf"))
-    else:
-        x_s, x_t = tl.load(student_row + columns), tl.load(teacher_row + columns)
+    x_s = load_columns(student_row, columns, n_columns, float("-inf"), MASKED)
+    x_t = load_columns(teacher_row, columns, n_columns, float("-inf"), MASKED)
     error_s, error_t = 0.0, 0.0
     if student_bias is not None:
-        x_s, error_s = add_bias(x_s, tl.load(student_bias + columns, mask=inside, other=0.0))
+        x_s, error_s = add_bias(x_s, load_columns(student_bias, columns, n_columns, 0.0, MASKED))
     if teacher_bias is not None:
-        x_t, error_t = add_bias(x_t, tl.load(teacher_bias + columns, mask=inside, other=0.0))
-    extra = error_t - error_s
+        x_t, error_t = add_bias(x_t, load_columns(teacher_bias, columns, n_columns, 0.0, MASKED))
+    has_bias: tl.constexpr = student_bias is not None or teacher_bias is not None
+    extra = error_t - error_s if has_bias else NO_ERROR
     if TRANSFORM == LINEAR:
         v_s, v_t, derivative = x_s, x_t, 1.0
     elif TRANSFORM == SOFTCAP:
@@ -78,7 +84,6 @@ def load_pair(
         v_s, error_s, derivative = scaled(x_s, error_s, student_scale, student_softcap)
         v_t, error_t, _ = scaled(x_t, error_t, teacher_scale, teacher_softcap)
         extra = error_t - error_s
-    has_bias: tl.constexpr = student_bias is not None or teacher_bias is not None
     if TRANSFORM == SEPARATE or (TRANSFORM == LINEAR and has_bias):
         extra = tl.where(tl.abs(v_t - v_s) < 1.0e30, extra, 0.0)
     return v_s, v_t, extra, derivative
