@@ -91,21 +91,21 @@ def accumulate(
     exp_factor = factor * LOG2_E
     u_s, u_t = v_s - max_s[:, None], v_t - max_t[:, None]
     p, q = tl.math.exp2(u_s * exp_factor), tl.math.exp2(u_t * exp_factor)
-    x = gap_beyond(v_s, v_t, extra, max_s[:, None], max_t[:, None], TRANSFORM) * factor
-    d, kl_s, kl_t = pair_terms(p, q, x)
     sum_s += tl.sum(p, 1)
     sum_t += tl.sum(q, 1)
-    difference += tl.sum(d, 1)
-    if want_reverse:
-        reverse += tl.sum(kl_s, 1)
-    if want_forward:
-        forward += tl.sum(kl_t, 1)
     if want_stats:
         moment_s += tl.sum(p * tl.maximum(u_s, LOWEST), 1)
         moment_t += tl.sum(q * tl.maximum(u_t, LOWEST), 1)
         top = tl.maximum(top, tl.max(u_s + u_t, 1))
     if want_y:
         sum_y += tl.sum(exp(u_s * label_factor), 1)
+    x = gap_beyond(v_s, v_t, extra, max_s[:, None], max_t[:, None], TRANSFORM) * factor
+    d, kl_s, kl_t = pair_terms(p, q, x)
+    difference += tl.sum(d, 1)
+    if want_reverse:
+        reverse += tl.sum(kl_s, 1)
+    if want_forward:
+        forward += tl.sum(kl_t, 1)
     return max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
 
 
