@@ -211,11 +211,11 @@ def gradient_kernel(
         kl = tl.load(kl_ptr + row * kl_stride)
     weight = tl.load(weight_ptr + row)
     soft_factor, hard_factor = soft_factor * weight, hard_factor * weight
-    label, inverse_y = 0, 0.0
+    label, y_factor = 0, 0.0
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         hard_factor = tl.where(label >= 0, hard_factor, 0.0)
-        inverse_y = 1.0 / tl.load(merged + (SUM_Y if WANT_Y else SUM_S))
+        y_factor = hard_factor / tl.load(merged + (SUM_Y if WANT_Y else SUM_S))
     # Each thread writes 16 bytes at once.
     width: tl.constexpr = 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
     lanes = tile_columns(GROUPS, width)
@@ -232,8 +232,8 @@ def gradient_kernel(
                 pair, softmax, factor, kl, beta, one_minus_beta, TRANSFORM, DIVERGENCE, HALF
             )
             if labels_ptr is not None:
-                p_y = exp((pair[0] - softmax[0]) * label_factor) * inverse_y
-                grad += hard_factor * (p_y - tl.where(columns == label, 1.0, 0.0))
+                p_y = exp((pair[0] - softmax[0]) * label_factor)
+                grad += tl.where(columns == label, p_y*y_factor-hard_factor, p_y*y_factor)
             grad = (grad * pair[3]).to(grad_ptr.dtype.element_ty)
             out = grad_ptr + row * grad_stride + columns
             if MASKED:
