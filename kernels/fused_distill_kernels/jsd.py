@@ -10,7 +10,7 @@ beta = 0 and beta = 1 take two passes over the logits, other values three.
 
 # The parameters of Triton kernels have no Python types.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def distributions(pair, softmax, factor, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
-def mixture_sums(
-    pair, softmax, factor, beta, one_minus_beta, TRANSFORM: tl.constexpr, HALF: tl.constexpr
-):
+def mixture_sums(pair, softmax, factor, beta, one_minus_beta, TRANSFORM: tl.constexpr, HALF: tl.constexpr):
     """Return the groups' sums of the terms of KL(s || m) and KL(t || m), all >= 0."""
     p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
     teacher_leads, distance, w, remainder, excess = mixture_terms(d, beta, one_minus_beta, HALF)
@@ -233,7 +231,7 @@ def gradient_kernel(
             )
             if labels_ptr is not None:
                 p_y = exp((pair[0] - softmax[0]) * label_factor)
-                grad += tl.where(columns == label, p_y*y_factor-hard_factor, p_y*y_factor)
+                grad += tl.where(columns == label, p_y * y_factor - hard_factor, p_y * y_factor)
             grad = (grad * pair[3]).to(grad_ptr.dtype.element_ty)
             out = grad_ptr + row * grad_stride + columns
             if MASKED:

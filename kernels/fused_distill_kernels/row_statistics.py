@@ -94,9 +94,9 @@ def accumulate(
     sum_s += tl.sum(p, 1)
     sum_t += tl.sum(q, 1)
     if want_stats:
+        top = tl.maximum(top, tl.max(u_s + u_t, 1))
         moment_s += tl.sum(p * tl.maximum(u_s, LOWEST), 1)
         moment_t += tl.sum(q * tl.maximum(u_t, LOWEST), 1)
-        top = tl.maximum(top, tl.max(u_s + u_t, 1))
     if want_y:
         sum_y += tl.sum(exp(u_s * label_factor), 1)
     x = gap_beyond(v_s, v_t, extra, max_s[:, None], max_t[:, None], TRANSFORM) * factor

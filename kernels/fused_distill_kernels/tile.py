@@ -104,7 +104,7 @@ def gap_beyond(v_s, v_t, extra, max_s, max_t, TRANSFORM: tl.constexpr):
 
 @triton.jit
 def rest_of_part(index, n_parts, n_columns, BLOCK: tl.constexpr, PIECE: tl.constexpr):
-    """Return the bounds of the loop over pieces of the last, partial block, which belongs to one part only."""
+    """Return the bounds of the loop over pieces of the last, partial block, which one part has."""
     whole = n_columns // BLOCK
     n_pieces = tl.where(whole % n_parts == index, tl.cdiv(n_columns - whole * BLOCK, PIECE), 0)
     first = whole * (BLOCK // PIECE)
