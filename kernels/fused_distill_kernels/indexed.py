@@ -151,6 +151,7 @@ def indexed_project(
             ENTRIES=ENTRIES,
             WIDTH=WIDTH,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
 
 
@@ -179,6 +180,7 @@ def indexed_back_project(
             ENTRIES=ENTRIES,
             WIDTH=WIDTH,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
 
 
@@ -210,4 +212,5 @@ def add_indexed_weight_gradient(
             ENTRIES=ENTRIES,
             WIDTH=WIDTH,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .jsd import FORWARD, MIXTURE, REVERSE, gradient_kernel, mixture_sums_kernel
-from .launch import THREADS, launch_options
+from .launch import MAX_PARTS, THREADS, launch_options
 from .row_statistics import PART, merge_kernel, statistics_kernel
 from .tile import LINEAR, SEPARATE, SOFTCAP, WIDTH
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # not imported at run time: any object with these attributes 
 
 GROUPS = THREADS
 BLOCK = 2 * GROUPS * WIDTH.value
-MAX_PARTS = 4  # programs per row, which keep a GPU busy with a chunk of few rows
 
 
 @dataclass(frozen=True)

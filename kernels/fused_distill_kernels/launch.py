@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 THREADS = 256  # of a program
+MAX_PARTS = 4  # programs per row, which keep a GPU busy with a chunk of few rows
 MAX_REGISTERS = 64  # per thread, so that 4 programs run on a multiprocessor of 65536 registers
 
 

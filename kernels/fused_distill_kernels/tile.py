@@ -1,4 +1,4 @@
-"""Tiles of two models' logits: the columns of a tile, and how projections are loaded and transformed."""
+"""Tiles of logits: the columns of a tile, and how projections are loaded and transformed."""
 
 # The parameters of Triton kernels have no Python types.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import tanh, tanh_difference
+from .elementwise import tanh, tanh_difference, transform_logits
 
 # How projections become logits over temperature: z = factor * v.
 LINEAR = tl.constexpr(0)  # v is the projection plus bias: both models have the same scale and no softcap
@@ -87,6 +87,29 @@ def load_pair(
     if TRANSFORM == SEPARATE or (TRANSFORM == LINEAR and has_bias):
         extra = tl.where(tl.abs(v_t - v_s) < 1.0e30, extra, 0.0)
     return v_s, v_t, extra, derivative
+
+
+@triton.jit
+def load_logits(
+    row_ptr,
+    bias_ptr,  # or None
+    columns,
+    n_columns,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Return one tile of one model's logits, and their derivative with respect to the projection.
+
+    Logits are -inf beyond n_columns if MASKED, and where the caller has set the projection to -inf.
+    """
+    x = load_columns(row_ptr, columns, n_columns, float("-inf"), MASKED)
+    inside = x != float("-inf")
+    if bias_ptr is not None:
+        x += load_columns(bias_ptr, columns, n_columns, 0.0, MASKED)
+    y, dlogit_dproj = transform_logits(x, scale, softcap, HAS_SOFTCAP)
+    return tl.where(inside, y, float("-inf")), dlogit_dproj
 
 
 @triton.jit
