@@ -79,11 +79,11 @@ def without_gradients(vocab: int) -> None:
         fused_linear_jsd(*hidden(vocab))
 
 
-def topk(every_option: bool = False, **options: Any) -> Callable[[int], Any]:
+def topk(every_option: bool = False, support: int = SUPPORT, **options: Any) -> Callable[[int], Any]:
     def run(vocab: int) -> None:
         student_hidden, student_weight, *_ = hidden(vocab)
-        ids = torch.arange(SUPPORT).expand(TOKENS, SUPPORT).contiguous()
-        logprobs = torch.full((TOKENS, SUPPORT), -5.0)
+        ids = torch.arange(support).expand(TOKENS, support).contiguous()
+        logprobs = torch.full((TOKENS, support), -5.0)
         more: dict[str, Any] = {}
         if every_option:
             more = {

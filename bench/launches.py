@@ -63,8 +63,8 @@ class Launch:
     def compile(self, target: GPUTarget) -> Any:
         """Return the compiled kernel as this launch specialises it."""
         keywords = dict(self.keywords)
-        if target.backend == "hip":
-            keywords.pop("maxnreg", None)  # the launch leaves it out on such a device
+        if target.backend == "hip" and keywords.pop("maxnreg", None):  # as launch.py does on such a device
+            keywords["num_warps"] = keywords["num_warps"] * 32 // target.warp_size
         with patch.object(driver, "_active", _OfflineDriver(target)):
             return _run(self.kernel, *self.positional, grid=self.grid, warmup=True, **keywords)
 

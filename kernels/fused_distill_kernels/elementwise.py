@@ -1,8 +1,8 @@
 """Elementwise formulas of the row kernels in float32, accurate where the two models are close.
 
 They compute the same terms as the functions of the same names in `fused_distill.rows.elementwise`, which
-explains them. They work on one tile in registers and touch no memory, except `load_logits`. Logarithms and
-tanh are written out because Triton's interpreter cannot call libdevice.
+explains them. They work on one tile in registers and touch no memory. Logarithms and tanh are written out
+because Triton's interpreter cannot call libdevice.
 """
 
 # The parameters of Triton kernels have no Python types.
@@ -176,19 +176,3 @@ def transform_logits(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
         y = softcap * t
         dlogit_dproj = scale * tl.maximum(1.0 - t * t, 0.0)
     return y, dlogit_dproj
-
-
-@triton.jit
-def load_logits(
-    row_ptr, bias_ptr, columns, inside, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):
-    """Return one tile of logits, and their derivative with respect to the projection.
-
-    Logits are -inf outside the vocabulary, and where the projection is -inf: the caller has excluded these.
-    """
-    x = tl.load(row_ptr + columns, mask=inside, other=float("-inf"))
-    inside = x != float("-inf")
-    if HAS_BIAS:
-        x += tl.load(bias_ptr + columns, mask=inside, other=0.0)
-    y, dlogit_dproj = transform_logits(x, scale, softcap, HAS_SOFTCAP)
-    return tl.where(inside, y, float("-inf")), dlogit_dproj

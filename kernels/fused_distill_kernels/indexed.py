@@ -134,24 +134,19 @@ def indexed_project(
 ) -> None:
     """Compute out[n, k] = hidden[n] . weight[columns[n, k]]."""
     (n, k), width = columns.shape, weight.shape[1]
-    if n == 0:
-        return
-    with torch.cuda.device_of(hidden):
-        launch: Any = indexed_project_kernel[(n, triton.cdiv(k, ENTRIES))]
-        launch(
-            hidden,
-            hidden.stride(0),
-            weight,
-            weight.stride(0),
-            columns,
-            out,
-            out.stride(0),
-            k,
-            width,
-            ENTRIES=ENTRIES,
-            WIDTH=WIDTH,
-            num_warps=NUM_WARPS,
-        )
+    _launch(
+        indexed_project_kernel,
+        (n, triton.cdiv(k, ENTRIES)),
+        hidden,
+        hidden.stride(0),
+        weight,
+        weight.stride(0),
+        columns,
+        out,
+        out.stride(0),
+        k,
+        width,
+    )
 
 
 def indexed_back_project(
@@ -162,24 +157,19 @@ def indexed_back_project(
 ) -> None:
     """Compute out[n] = sum over k of grad[n, k] weight[columns[n, k]]."""
     (n, k), width = columns.shape, weight.shape[1]
-    if n == 0:
-        return
-    with torch.cuda.device_of(grad):
-        launch: Any = indexed_back_project_kernel[(n, triton.cdiv(width, WIDTH))]
-        launch(
-            grad,
-            grad.stride(0),
-            weight,
-            weight.stride(0),
-            columns,
-            out,
-            out.stride(0),
-            k,
-            width,
-            ENTRIES=ENTRIES,
-            WIDTH=WIDTH,
-            num_warps=NUM_WARPS,
-        )
+    _launch(
+        indexed_back_project_kernel,
+        (n, triton.cdiv(width, WIDTH)),
+        grad,
+        grad.stride(0),
+        weight,
+        weight.stride(0),
+        columns,
+        out,
+        out.stride(0),
+        k,
+        width,
+    )
 
 
 def add_indexed_weight_gradient(
@@ -191,23 +181,24 @@ def add_indexed_weight_gradient(
 ) -> None:
     """Compute out[column of entry (n, k)] += grad[n, k] hidden[n]."""
     (n_entries,), width = sorted_columns.shape, hidden.shape[1]
-    if n_entries == 0:
-        return
-    with torch.cuda.device_of(grad):
-        launch: Any = indexed_weight_gradient_kernel[(n_entries, triton.cdiv(width, WIDTH))]
-        launch(
-            sorted_columns,
-            order,
-            grad,
-            grad.stride(0),
-            hidden,
-            hidden.stride(0),
-            out,
-            out.stride(0),
-            n_entries,
-            grad.shape[1],
-            width,
-            ENTRIES=ENTRIES,
-            WIDTH=WIDTH,
-            num_warps=NUM_WARPS,
-        )
+    _launch(
+        indexed_weight_gradient_kernel,
+        (n_entries, triton.cdiv(width, WIDTH)),
+        sorted_columns,
+        order,
+        grad,
+        grad.stride(0),
+        hidden,
+        hidden.stride(0),
+        out,
+        out.stride(0),
+        n_entries,
+        grad.shape[1],
+        width,
+    )
+
+
+def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any) -> None:
+    if grid[0]:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, ENTRIES=ENTRIES, WIDTH=WIDTH, num_warps=NUM_WARPS, enable_fp_fusion=True)

@@ -10,7 +10,7 @@ beta = 0 and beta = 1 take two passes over the logits, other values three.
 
 # The parameters of Triton kernels have no Python types.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .row_statistics import (
     SUM_T,
     SUM_Y,
 )
-from .tile import gap_beyond, load_pair, tile_columns, tile_sum, tiles_of_part
+from .tile import WIDTH, gap_beyond, load_pair, rest_of_part, tile_columns
 
 FORWARD = tl.constexpr(0)
 REVERSE = tl.constexpr(1)
@@ -44,8 +44,9 @@ def softmax_parts(row_ptr):
 
 
 @triton.jit
-def distributions(v_s, v_t, extra, softmax, factor, TRANSFORM: tl.constexpr):
-    """Return p_s, p_t and d = log p_t - log p_s of one tile."""
+def distributions(pair, softmax, factor, TRANSFORM: tl.constexpr):
+    """Return p_s, p_t and d = log p_t - log p_s of one tile, given its `load_pair`."""
+    v_s, v_t, extra, _ = pair
     max_s, max_t, inverse_s, inverse_t, lse_difference = softmax
     exp_factor = factor * LOG2_E
     p_s = tl.math.exp2((v_s - max_s) * exp_factor) * inverse_s
@@ -54,11 +55,9 @@ def distributions(v_s, v_t, extra, softmax, factor, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
-def mixture_sums(
-    v_s, v_t, extra, softmax, factor, beta, one_minus_beta, TRANSFORM: tl.constexpr, HALF: tl.constexpr
-):
+def mixture_sums(pair, softmax, factor, beta, one_minus_beta, TRANSFORM: tl.constexpr, HALF: tl.constexpr):
     """Return the groups' sums of the terms of KL(s || m) and KL(t || m), all >= 0."""
-    p_s, p_t, d = distributions(v_s, v_t, extra, softmax, factor, TRANSFORM)
+    p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
     teacher_leads, distance, w, remainder, excess = mixture_terms(d, beta, one_minus_beta, HALF)
     larger, smaller = tl.maximum(p_s, p_t), tl.minimum(p_s, p_t)
     x = (w - remainder) + distance  # log m - log of the smaller probability
@@ -66,8 +65,8 @@ def mixture_sums(
     kl_smaller = tl.where(x < TAYLOR_RADIUS, smaller * (x * x) * taylor_remainder(x), far)
     kl_larger = larger * remainder
     return (
-        tile_sum(tl.where(teacher_leads, kl_smaller, kl_larger)),
-        tile_sum(tl.where(teacher_leads, kl_larger, kl_smaller)),
+        tl.sum(tl.where(teacher_leads, kl_smaller, kl_larger), 1),
+        tl.sum(tl.where(teacher_leads, kl_larger, kl_smaller), 1),
     )
 
 
@@ -91,7 +90,6 @@ def mixture_sums_kernel(
     one_minus_beta,
     TRANSFORM: tl.constexpr,
     HALF: tl.constexpr,
-    UNROLL: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Sum the terms of KL(student || mixture) and KL(teacher || mixture) over one part of one row.
@@ -108,20 +106,26 @@ def mixture_sums_kernel(
     )
     transform = (student_scale, teacher_scale, student_softcap, teacher_softcap)
     softmax = softmax_parts(merged_ptr + row * PART)
-    lanes = tile_columns(UNROLL, GROUPS)
-    block: tl.constexpr = UNROLL * GROUPS * 4
+    lanes = tile_columns(GROUPS, WIDTH)
+    half: tl.constexpr = GROUPS * WIDTH
+    block: tl.constexpr = 2 * half
     kl_s = tl.zeros([GROUPS], tl.float32)
     kl_t = tl.zeros([GROUPS], tl.float32)
 
-    for MASKED in tl.static_range(2):
-        first, stop = tiles_of_part(index, n_parts, n_columns, block, MASKED)
-        for tile in range(first, stop, n_parts):
-            v_s, v_t, extra, _ = load_pair(
-                pointers, tile * block + lanes, n_columns, transform, TRANSFORM, MASKED
-            )
-            s, t = mixture_sums(v_s, v_t, extra, softmax, factor, beta, one_minus_beta, TRANSFORM, HALF)
-            kl_s += s
-            kl_t += t
+    for tile in range(index, n_columns // block, n_parts):
+        columns = tile * block + lanes
+        one = load_pair(pointers, columns, n_columns, transform, TRANSFORM, False)
+        two = load_pair(pointers, columns + half, n_columns, transform, TRANSFORM, False)
+        one_s, one_t = mixture_sums(one, softmax, factor, beta, one_minus_beta, TRANSFORM, HALF)
+        two_s, two_t = mixture_sums(two, softmax, factor, beta, one_minus_beta, TRANSFORM, HALF)
+        kl_s += one_s + two_s
+        kl_t += one_t + two_t
+    first, stop = rest_of_part(index, n_parts, n_columns, block, half)
+    for tile in range(first, stop):
+        pair = load_pair(pointers, tile * half + lanes, n_columns, transform, TRANSFORM, True)
+        s, t = mixture_sums(pair, softmax, factor, beta, one_minus_beta, TRANSFORM, HALF)
+        kl_s += s
+        kl_t += t
 
     out = sums_ptr + row * (2 * n_parts) + index
     invalid = tl.load(merged_ptr + row * PART + LSE_DIFFERENCE) * 0.0  # NaN logits are lost by tl.maximum
@@ -131,9 +135,7 @@ def mixture_sums_kernel(
 
 @triton.jit
 def logit_gradient(
-    v_s,
-    v_t,
-    extra,
+    pair,
     softmax,
     factor,
     kl,
@@ -144,7 +146,7 @@ def logit_gradient(
     HALF: tl.constexpr,
 ):
     """Return the divergence's gradient with respect to the student's z, over 1 - beta for a mixture."""
-    p_s, p_t, d = distributions(v_s, v_t, extra, softmax, factor, TRANSFORM)
+    p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
     if DIVERGENCE == FORWARD:
         return tl.where(tl.abs(d) < TAYLOR_RADIUS, -p_s * (d + (d * d) * taylor_remainder(d)), p_s - p_t)
     if DIVERGENCE == REVERSE:
@@ -183,7 +185,6 @@ def gradient_kernel(
     WANT_Y: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     HALF: tl.constexpr,
-    UNROLL: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Write the weighted logit gradient of one part of one row.
@@ -208,28 +209,30 @@ def gradient_kernel(
         kl = tl.load(kl_ptr + row * kl_stride)
     weight = tl.load(weight_ptr + row)
     soft_factor, hard_factor = soft_factor * weight, hard_factor * weight
-    label, inverse_y = 0, 0.0
+    label, y_factor = 0, 0.0
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         hard_factor = tl.where(label >= 0, hard_factor, 0.0)
-        inverse_y = 1.0 / tl.load(merged + (SUM_Y if WANT_Y else SUM_S))
-    lanes = tile_columns(UNROLL, GROUPS)
-    block: tl.constexpr = UNROLL * GROUPS * 4
+        y_factor = hard_factor / tl.load(merged + (SUM_Y if WANT_Y else SUM_S))
+    # Each thread writes 16 bytes at once.
+    width: tl.constexpr = 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
+    lanes = tile_columns(GROUPS, width)
+    block: tl.constexpr = GROUPS * width
 
     for MASKED in tl.static_range(2):
-        first, stop = tiles_of_part(index, n_parts, n_columns, block, MASKED)
+        first, stop = index, n_columns // block
+        if MASKED:
+            first, stop = rest_of_part(index, n_parts, n_columns, block, block)
         for tile in range(first, stop, n_parts):
             columns = tile * block + lanes
-            v_s, v_t, extra, derivative = load_pair(
-                pointers, columns, n_columns, transform, TRANSFORM, MASKED
-            )
+            pair = load_pair(pointers, columns, n_columns, transform, TRANSFORM, MASKED)
             grad = soft_factor * logit_gradient(
-                v_s, v_t, extra, softmax, factor, kl, beta, one_minus_beta, TRANSFORM, DIVERGENCE, HALF
+                pair, softmax, factor, kl, beta, one_minus_beta, TRANSFORM, DIVERGENCE, HALF
             )
             if labels_ptr is not None:
-                p_y = exp((v_s - softmax[0]) * label_factor) * inverse_y
-                grad += hard_factor * (p_y - tl.where(columns == label, 1.0, 0.0))
-            grad = (grad * derivative).to(grad_ptr.dtype.element_ty)
+                p_y = exp((pair[0] - softmax[0]) * label_factor)
+                grad += tl.where(columns == label, p_y * y_factor - hard_factor, p_y * y_factor)
+            grad = (grad * pair[3]).to(grad_ptr.dtype.element_ty)
             out = grad_ptr + row * grad_stride + columns
             if MASKED:
                 tl.store(out, grad, mask=columns < n_columns)

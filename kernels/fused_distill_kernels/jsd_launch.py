@@ -10,17 +10,15 @@ import triton
 from torch import Tensor
 
 from .jsd import FORWARD, MIXTURE, REVERSE, gradient_kernel, mixture_sums_kernel
+from .launch import MAX_PARTS, THREADS, launch_options
 from .row_statistics import PART, merge_kernel, statistics_kernel
-from .tile import LINEAR, SEPARATE, SOFTCAP
+from .tile import LINEAR, SEPARATE, SOFTCAP, WIDTH
 
 if TYPE_CHECKING:  # not imported at run time: any object with these attributes works
     from fused_distill.config import LossConfig
 
-NUM_WARPS = 8
-GROUPS = 32 * NUM_WARPS
-UNROLL = 2
-BLOCK = UNROLL * GROUPS * 4
-MAX_PARTS = 8  # programs per row, which keep a GPU busy with a chunk of few rows
+GROUPS = THREADS
+BLOCK = 2 * GROUPS * WIDTH.value
 
 
 @dataclass(frozen=True)
@@ -171,14 +169,6 @@ class JSDKernels:
             config.teacher_softcap and float(config.teacher_softcap),
         )
 
-    @property
-    def _register_limit(self) -> dict[str, int]:
-        """The option that keeps 4 blocks of 8 warps on an SM, or 3 or 2 with statistics, without spills."""
-        if torch.version.hip is not None:
-            return {}
-        with_statistics = 80 if self._transform_kind == LINEAR.value else 96
-        return {"maxnreg": with_statistics if self.config.return_stats else 64}
-
     def _new(self, *shape: int) -> Tensor:
         return self.student_logits.new_empty(len(self.student_logits), *shape)
 
@@ -190,10 +180,7 @@ class JSDKernels:
             kernel[n, self._n_parts](
                 *arguments,
                 TRANSFORM=self._transform_kind,
-                UNROLL=UNROLL,
                 GROUPS=GROUPS,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-                **self._register_limit,
+                **launch_options(self.student_logits.device),
                 **constants,
             )

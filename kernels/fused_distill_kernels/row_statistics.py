@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import LOG2_E, exp, log_ratio, mul_zero_safe, pair_terms
-from .tile import LINEAR, gap_beyond, load_pair, over_tile, tile_columns, tile_max, tile_sum, tiles_of_part
+from .tile import LINEAR, NO_ERROR, WIDTH, gap_beyond, load_pair, rest_of_part, tile_columns
 
 LOWEST = tl.constexpr(-1.0e30)  # the maximum of no logits; finite, because infinities do not subtract
 
@@ -41,58 +41,71 @@ PART = tl.constexpr(16)
 
 
 @triton.jit
-def accumulate(
+def raised(
     part,
-    v_s,
-    v_t,
-    extra,
+    top_s,
+    top_t,
     factor,
     label_factor,
-    TRANSFORM: tl.constexpr,
-    WANT_REVERSE: tl.constexpr,
-    WANT_FORWARD: tl.constexpr,
-    WANT_STATS: tl.constexpr,
-    WANT_Y: tl.constexpr,
+    want,  # flags: reverse, forward, statistics, y
 ):
-    """Add a tile to the groups' parts. Their KL divergences are not normalised yet; see `normalised`."""
+    """Return the groups' parts relative to the maxima of their own and of the given ones."""
     old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
-    max_s, max_t = tl.maximum(old_s, tile_max(v_s)), tl.maximum(old_t, tile_max(v_t))
+    max_s, max_t = tl.maximum(old_s, top_s), tl.maximum(old_t, top_t)
+    want_reverse, want_forward, want_stats, want_y = want
     exp_factor = factor * LOG2_E
-
-    # What has been accumulated is relative to the old maxima.
     scale_s, scale_t = tl.math.exp2((old_s - max_s) * exp_factor), tl.math.exp2((old_t - max_t) * exp_factor)
-    shift = gap_beyond(old_s, old_t, 0.0, max_s, max_t, LINEAR) * factor
+    shift = gap_beyond(old_s, old_t, NO_ERROR, max_s, max_t, LINEAR) * factor
     d, kl_s, kl_t = pair_terms(scale_s, scale_t, shift)
-    if WANT_REVERSE:
+    if want_reverse:
         reverse = mul_zero_safe(scale_s, reverse) + (d * difference + kl_s * sum_s)
-    if WANT_FORWARD:
+    if want_forward:
         forward = mul_zero_safe(scale_t, forward) + (d * difference + kl_t * sum_t)
-    if WANT_STATS:
+    if want_stats:
         moment_s = scale_s * (moment_s + (old_s - max_s) * sum_s)
         moment_t = scale_t * (moment_t + (old_t - max_t) * sum_t)
         top += (old_s - max_s) + (old_t - max_t)
-    if WANT_Y:
+    if want_y:
         sum_y *= exp((old_s - max_s) * label_factor)
     difference = scale_s * difference + d * sum_t
     sum_s, sum_t = scale_s * sum_s, scale_t * sum_t
+    return max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
 
-    u_s, u_t = v_s - over_tile(max_s), v_t - over_tile(max_t)
+
+@triton.jit
+def accumulate(
+    part,
+    pair,  # of `load_pair`
+    factor,
+    label_factor,
+    want,  # flags: reverse, forward, statistics, y
+    TRANSFORM: tl.constexpr,
+):
+    """Add columns to the groups' parts, whose maxima are at least theirs.
+
+    The parts' KL divergences are not normalised yet; see `normalised`.
+    """
+    v_s, v_t, extra, _ = pair
+    max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
+    want_reverse, want_forward, want_stats, want_y = want
+    exp_factor = factor * LOG2_E
+    u_s, u_t = v_s - max_s[:, None], v_t - max_t[:, None]
     p, q = tl.math.exp2(u_s * exp_factor), tl.math.exp2(u_t * exp_factor)
-    x = gap_beyond(v_s, v_t, extra, over_tile(max_s), over_tile(max_t), TRANSFORM) * factor
+    sum_s += tl.sum(p, 1)
+    sum_t += tl.sum(q, 1)
+    if want_stats:
+        top = tl.maximum(top, tl.max(u_s + u_t, 1))
+        moment_s += tl.sum(p * tl.maximum(u_s, LOWEST), 1)
+        moment_t += tl.sum(q * tl.maximum(u_t, LOWEST), 1)
+    if want_y:
+        sum_y += tl.sum(exp(u_s * label_factor), 1)
+    x = gap_beyond(v_s, v_t, extra, max_s[:, None], max_t[:, None], TRANSFORM) * factor
     d, kl_s, kl_t = pair_terms(p, q, x)
-    sum_s += tile_sum(p)
-    sum_t += tile_sum(q)
-    difference += tile_sum(d)
-    if WANT_REVERSE:
-        reverse += tile_sum(kl_s)
-    if WANT_FORWARD:
-        forward += tile_sum(kl_t)
-    if WANT_STATS:
-        moment_s += tile_sum(p * tl.maximum(u_s, LOWEST))
-        moment_t += tile_sum(q * tl.maximum(u_t, LOWEST))
-        top = tl.maximum(top, tile_max(u_s + u_t))
-    if WANT_Y:
-        sum_y += tile_sum(exp(u_s * label_factor))
+    difference += tl.sum(d, 1)
+    if want_reverse:
+        reverse += tl.sum(kl_s, 1)
+    if want_forward:
+        forward += tl.sum(kl_t, 1)
     return max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
 
 
@@ -113,7 +126,7 @@ def merge(part, factor, label_factor):
     """Merge the parts along the only dimension; return the merged part and its log(sum_t / sum_s)."""
     old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
     max_s, max_t = tl.max(old_s, 0), tl.max(old_t, 0)
-    shift = gap_beyond(old_s, old_t, 0.0, max_s, max_t, LINEAR) * factor
+    shift = gap_beyond(old_s, old_t, NO_ERROR, max_s, max_t, LINEAR) * factor
     scale_s, scale_t = exp((old_s - max_s) * factor), exp((old_t - max_t) * factor)
     d, _, _ = pair_terms(scale_s, scale_t, shift)
     total_s, total_t = tl.sum(scale_s * sum_s, 0), tl.sum(scale_t * sum_t, 0)
@@ -161,12 +174,12 @@ def statistics_kernel(
     WANT_FORWARD: tl.constexpr,
     WANT_STATS: tl.constexpr,
     WANT_Y: tl.constexpr,
-    UNROLL: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Compute one part of one row's statistics, from every n_parts-th tile of the row.
 
-    A tile has UNROLL * GROUPS * 4 columns. Each thread keeps the statistics of its own columns in registers.
+    A tile has 2 * GROUPS * WIDTH columns, which are loaded together and added half by half: this takes fewer
+    registers. Each thread keeps the statistics of its own columns in registers.
     Reads 8 bytes per column, and 4 more per bias. Writes at most 48 bytes per part.
     """
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -178,31 +191,27 @@ def statistics_kernel(
         teacher_bias_ptr,
     )
     transform = (student_scale, teacher_scale, student_softcap, teacher_softcap)
-    lanes = tile_columns(UNROLL, GROUPS)
-    block: tl.constexpr = UNROLL * GROUPS * 4
+    want = (WANT_REVERSE, WANT_FORWARD, WANT_STATS, WANT_Y)
+    lanes = tile_columns(GROUPS, WIDTH)
+    half: tl.constexpr = GROUPS * WIDTH
+    block: tl.constexpr = 2 * half
     zero = tl.zeros([GROUPS], tl.float32)
     lowest = zero + LOWEST
     part = (lowest, lowest, zero, zero, zero, zero, zero, zero, zero, lowest, zero)
 
-    for MASKED in tl.static_range(2):
-        first, stop = tiles_of_part(index, n_parts, n_columns, block, MASKED)
-        for tile in range(first, stop, n_parts):
-            v_s, v_t, extra, _ = load_pair(
-                pointers, tile * block + lanes, n_columns, transform, TRANSFORM, MASKED
-            )
-            part = accumulate(
-                part,
-                v_s,
-                v_t,
-                extra,
-                factor,
-                label_factor,
-                TRANSFORM,
-                WANT_REVERSE,
-                WANT_FORWARD,
-                WANT_STATS,
-                WANT_Y,
-            )
+    for tile in range(index, n_columns // block, n_parts):
+        columns = tile * block + lanes
+        one = load_pair(pointers, columns, n_columns, transform, TRANSFORM, False)
+        two = load_pair(pointers, columns + half, n_columns, transform, TRANSFORM, False)
+        top_s, top_t = tl.maximum(one[0], two[0]), tl.maximum(one[1], two[1])
+        part = raised(part, tl.max(top_s, 1), tl.max(top_t, 1), factor, label_factor, want)
+        part = accumulate(part, one, factor, label_factor, want, TRANSFORM)
+        part = accumulate(part, two, factor, label_factor, want, TRANSFORM)
+    first, stop = rest_of_part(index, n_parts, n_columns, block, half)
+    for tile in range(first, stop):
+        pair = load_pair(pointers, tile * half + lanes, n_columns, transform, TRANSFORM, True)
+        part = raised(part, tl.max(pair[0], 1), tl.max(pair[1], 1), factor, label_factor, want)
+        part = accumulate(part, pair, factor, label_factor, want, TRANSFORM)
     merged, _ = merge(normalised(part), factor, label_factor)
     out = parts_ptr + row * (PART * n_parts) + index
     for field in tl.static_range(11):

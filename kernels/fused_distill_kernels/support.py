@@ -313,5 +313,6 @@ def support_loss(
             PARTS=triton.next_power_of_2(n_parts),
             BLOCK=block,
             num_warps=support_warps(block),
+            enable_fp_fusion=True,
         )
     return SupportLoss(loss, stats, label_grad, factors)

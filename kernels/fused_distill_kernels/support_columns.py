@@ -213,6 +213,7 @@ def unique_entries(
                 BLOCK=block,
                 EARLIER=EARLIER,
                 num_warps=support_warps(block),
+                enable_fp_fusion=True,
             )
     return columns, unique
 
@@ -257,6 +258,7 @@ def take_support(
                 HAS_LABELS=labels is not None,
                 BLOCK=block,
                 num_warps=support_warps(block),
+                enable_fp_fusion=True,
             )
     return y, label_y
 
@@ -288,4 +290,5 @@ def put_support(
             HAS_LABELS=labels is not None,
             BLOCK=block,
             num_warps=support_warps(block),
+            enable_fp_fusion=True,
         )

@@ -11,6 +11,7 @@ Neither kernel depends on the divergence, which `support_loss_kernel` computes b
 
 # The parameters of Triton kernels have no Python types.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import exp_sub_max, load_logits
+from .elementwise import exp_sub_max
+from .launch import MAX_PARTS, launch_options
+from .tile import load_logits, rest_of_part
 
 if TYPE_CHECKING:  # not imported at run time: any object with these attributes works
     from fused_distill.config import LossConfig
 
 BLOCK = 2048  # columns of a tile
-NUM_WARPS = 8
-MAX_PARTS = 8  # programs of a row
 
 # Numbers of one part of a row.
 STATISTICS = tl.constexpr(4)  # max_z, others_z, max_y, others_y
@@ -80,14 +81,13 @@ def store_parts(out, n_parts, highest, others, BLOCK: tl.constexpr):
 def tail_statistics_kernel(
     logits_ptr,  # (n, V) float32
     logits_stride,
-    bias_ptr,  # (V,) float32
+    bias_ptr,  # (V,) float32 or None
     statistics_ptr,  # (n, STATISTICS, n_parts) float64, written
     n_columns,
     n_parts,
     inv_temperature,
     scale,
     softcap,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_Y: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -101,14 +101,16 @@ def tail_statistics_kernel(
     lanes = tl.arange(0, BLOCK)
     highest_z, others_z = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
     highest_y, others_y = highest_z, others_z
-    for tile in range(part, tl.cdiv(n_columns, BLOCK), n_parts):
-        columns = tile * BLOCK + lanes
-        y, _ = load_logits(
-            logits_ptr, bias_ptr, columns, columns < n_columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP
-        )
-        highest_z, others_z = add_logits(y * inv_temperature, highest_z, others_z)
-        if WANT_Y:
-            highest_y, others_y = add_logits(y, highest_y, others_y)
+    for MASKED in tl.static_range(2):
+        first, stop = part, n_columns // BLOCK
+        if MASKED:
+            first, stop = rest_of_part(part, n_parts, n_columns, BLOCK, BLOCK)
+        for tile in range(first, stop, n_parts):
+            columns = tile * BLOCK + lanes
+            y, _ = load_logits(logits_ptr, bias_ptr, columns, n_columns, scale, softcap, HAS_SOFTCAP, MASKED)
+            highest_z, others_z = add_logits(y * inv_temperature, highest_z, others_z)
+            if WANT_Y:
+                highest_y, others_y = add_logits(y, highest_y, others_y)
     out = statistics_ptr + row * (STATISTICS * n_parts) + part
     store_parts(out, n_parts, highest_z, others_z, BLOCK)
     if WANT_Y:
@@ -119,7 +121,7 @@ def tail_statistics_kernel(
 def tail_gradient_kernel(
     logits_ptr,  # (n, V) float32
     logits_stride,
-    bias_ptr,  # (V,) float32
+    bias_ptr,  # (V,) float32 or None
     factors_ptr,  # (n, 4) float32: max_z, factor_z, max_y, factor_y
     grad_ptr,  # (n, V), written; may be logits_ptr
     grad_stride,
@@ -128,7 +130,6 @@ def tail_gradient_kernel(
     inv_temperature,
     scale,
     softcap,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WANT_Y: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -146,16 +147,23 @@ def tail_gradient_kernel(
     max_y, factor_y = max_z, factor_z
     if WANT_Y:
         max_y, factor_y = tl.load(factors_ptr + 2), tl.load(factors_ptr + 3)
-    for tile in range(part, tl.cdiv(n_columns, BLOCK), n_parts):
-        columns = tile * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < n_columns
-        y, dlogit_dproj = load_logits(
-            logits_ptr, bias_ptr, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP
-        )
-        grad = factor_z * exp_sub_max(y * inv_temperature, max_z)
-        if WANT_Y:
-            grad += factor_y * exp_sub_max(y, max_y)
-        tl.store(grad_ptr + columns, (grad * dlogit_dproj).to(grad_ptr.dtype.element_ty), mask=inside)
+    for MASKED in tl.static_range(2):
+        first, stop = part, n_columns // BLOCK
+        if MASKED:
+            first, stop = rest_of_part(part, n_parts, n_columns, BLOCK, BLOCK)
+        for tile in range(first, stop, n_parts):
+            columns = tile * BLOCK + tl.arange(0, BLOCK)
+            y, dlogit_dproj = load_logits(
+                logits_ptr, bias_ptr, columns, n_columns, scale, softcap, HAS_SOFTCAP, MASKED
+            )
+            grad = factor_z * exp_sub_max(y * inv_temperature, max_z)
+            if WANT_Y:
+                grad += factor_y * exp_sub_max(y, max_y)
+            grad = (grad * dlogit_dproj).to(grad_ptr.dtype.element_ty)
+            if MASKED:
+                tl.store(grad_ptr + columns, grad, mask=columns < n_columns)
+            else:
+                tl.store(grad_ptr + columns, grad)
 
 
 def tail_sums(
@@ -209,16 +217,15 @@ def _launch(
         kernel[(n, n_parts)](
             logits,
             logits.stride(0),
-            logits if bias is None else bias,
+            bias,
             *arguments,
             n_columns,
             n_parts,
             float(config.inv_temperature),
             float(config.student_logit_scale),
             float(config.student_softcap or 1.0),
-            HAS_BIAS=bias is not None,
             HAS_SOFTCAP=config.student_softcap is not None,
             WANT_Y=want_y,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            **launch_options(logits.device),
         )

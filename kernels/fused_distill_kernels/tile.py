@@ -1,4 +1,4 @@
-"""Tiles of two models' logits: the columns of a tile, and how projections are loaded and transformed."""
+"""Tiles of logits: the columns of a tile, and how projections are loaded and transformed."""
 
 # The parameters of Triton kernels have no Python types.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
@@ -9,12 +9,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import tanh, tanh_difference
+from .elementwise import tanh, tanh_difference, transform_logits
 
 # How projections become logits over temperature: z = factor * v.
 LINEAR = tl.constexpr(0)  # v is the projection plus bias: both models have the same scale and no softcap
 SOFTCAP = tl.constexpr(1)  # v is tanh(scale / softcap * (projection + bias)), with the same numbers for both
 SEPARATE = tl.constexpr(2)  # v is the logit: the models have different scales or softcaps
+
+NO_ERROR = tl.constexpr(-0.0)  # unlike that of 0.0, its addition never changes a number, and is left out
+WIDTH = tl.constexpr(4)  # columns of a thread that it loads at once, 16 bytes
+
+
+@triton.jit
+def load_columns(row, columns, n_columns, other, MASKED: tl.constexpr):
+    """Load columns of a row, `other` beyond n_columns if MASKED."""
+    if MASKED:
+        return tl.load(row + columns, mask=columns < n_columns, other=other)
+    return tl.load(row + columns)
 
 
 @triton.jit
@@ -53,18 +64,15 @@ def load_pair(
     """
     student_row, teacher_row, student_bias, teacher_bias = pointers
     student_scale, teacher_scale, student_softcap, teacher_softcap = transform
-    inside = columns < n_columns
-    if MASKED:
-        x_s = tl.load(student_row + columns, mask=inside, other=float("-inf"))
-        x_t = tl.load(teacher_row + columns, mask=inside, other=float("-inf"))
-    else:
-        x_s, x_t = tl.load(student_row + columns), tl.load(teacher_row + columns)
+    x_s = load_columns(student_row, columns, n_columns, float("-inf"), MASKED)
+    x_t = load_columns(teacher_row, columns, n_columns, float("-inf"), MASKED)
     error_s, error_t = 0.0, 0.0
     if student_bias is not None:
-        x_s, error_s = add_bias(x_s, tl.load(student_bias + columns, mask=inside, other=0.0))
+        x_s, error_s = add_bias(x_s, load_columns(student_bias, columns, n_columns, 0.0, MASKED))
     if teacher_bias is not None:
-        x_t, error_t = add_bias(x_t, tl.load(teacher_bias + columns, mask=inside, other=0.0))
-    extra = error_t - error_s
+        x_t, error_t = add_bias(x_t, load_columns(teacher_bias, columns, n_columns, 0.0, MASKED))
+    has_bias: tl.constexpr = student_bias is not None or teacher_bias is not None
+    extra = error_t - error_s if has_bias else NO_ERROR
     if TRANSFORM == LINEAR:
         v_s, v_t, derivative = x_s, x_t, 1.0
     elif TRANSFORM == SOFTCAP:
@@ -76,10 +84,32 @@ def load_pair(
         v_s, error_s, derivative = scaled(x_s, error_s, student_scale, student_softcap)
         v_t, error_t, _ = scaled(x_t, error_t, teacher_scale, teacher_softcap)
         extra = error_t - error_s
-    has_bias: tl.constexpr = student_bias is not None or teacher_bias is not None
     if TRANSFORM == SEPARATE or (TRANSFORM == LINEAR and has_bias):
         extra = tl.where(tl.abs(v_t - v_s) < 1.0e30, extra, 0.0)
     return v_s, v_t, extra, derivative
+
+
+@triton.jit
+def load_logits(
+    row_ptr,
+    bias_ptr,  # or None
+    columns,
+    n_columns,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Return one tile of one model's logits, and their derivative with respect to the projection.
+
+    Logits are -inf beyond n_columns if MASKED, and where the caller has set the projection to -inf.
+    """
+    x = load_columns(row_ptr, columns, n_columns, float("-inf"), MASKED)
+    inside = x != float("-inf")
+    if bias_ptr is not None:
+        x += load_columns(bias_ptr, columns, n_columns, 0.0, MASKED)
+    y, dlogit_dproj = transform_logits(x, scale, softcap, HAS_SOFTCAP)
+    return tl.where(inside, y, float("-inf")), dlogit_dproj
 
 
 @triton.jit
@@ -96,38 +126,18 @@ def gap_beyond(v_s, v_t, extra, max_s, max_t, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
-def tiles_of_part(index, n_parts, n_columns, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Return the bounds of the loop over a part's whole tiles, or if MASKED over the last, partial one."""
+def rest_of_part(index, n_parts, n_columns, BLOCK: tl.constexpr, PIECE: tl.constexpr):
+    """Return the bounds of the loop over pieces of the last, partial block, which one part has."""
     whole = n_columns // BLOCK
-    if MASKED:
-        has_last = (whole % n_parts == index) & (whole * BLOCK < n_columns)
-        return whole, whole + has_last.to(tl.int32)
-    return index, whole
+    n_pieces = tl.where(whole % n_parts == index, tl.cdiv(n_columns - whole * BLOCK, PIECE), 0)
+    first = whole * (BLOCK // PIECE)
+    return first, first + n_pieces
 
 
 @triton.jit
-def tile_columns(UNROLL: tl.constexpr, GROUPS: tl.constexpr):
-    """Return the columns of a tile, (UNROLL, GROUPS, 4).
+def tile_columns(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the columns of a tile, (GROUPS, WIDTH).
 
-    A group's columns belong to one thread if there are GROUPS threads, and it loads 4 of them at once.
+    A group's columns belong to one thread if there are GROUPS threads.
     """
-    unroll, group = tl.arange(0, UNROLL)[:, None, None], tl.arange(0, GROUPS)[None, :, None]
-    return (unroll * GROUPS + group) * 4 + tl.arange(0, 4)[None, None, :]
-
-
-@triton.jit
-def over_tile(x):
-    """Broadcast one number per group over the group's columns of a tile."""
-    return x[None, :, None]
-
-
-@triton.jit
-def tile_sum(x):
-    """Return the sum of each group, (groups,)."""
-    return tl.sum(tl.sum(x, 2), 0)
-
-
-@triton.jit
-def tile_max(x):
-    """Return the maximum of each group, (groups,)."""
-    return tl.max(tl.max(x, 2), 0)
+    return tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]

@@ -10,14 +10,28 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from kernel_costs import CALLS, OURS, Cost, measure
+from kernel_costs import CALLS, OURS, Call, Cost, measure, topk
 from machine_code import TARGETS
 
 MAX_REGISTERS_PER_THREAD = 255
 SHARED_BYTES = 48 << 10
-MIN_WARPS = 16  # per multiprocessor, to hide the latency of memory
+MIN_THREADS = 512  # per multiprocessor, to hide the latency of memory
+ROW_KERNELS = {"statistics_kernel", "mixture_sums_kernel", "gradient_kernel"}
 # Instructions and bytes per logit position of a step with statistics, for sm_90.
 BUDGETS = {"beta 0": (90, 18), "beta 1": (110, 18), "beta 0.5": (190, 26), "beta 0.3": (240, 26)}
+
+
+# A support of more columns than a program holds at once, with every divergence, tail and option.
+TOPK_256 = [
+    Call(
+        OURS,
+        f"top-k, {tail}, beta {beta:g}{', every option' * every_option}",
+        topk(every_option, 256, tail=tail, beta=beta),
+    )
+    for tail in ("bucket", "renormalize", "truncate")
+    for beta in (0.0, 0.5, 1.0)
+    for every_option in (False, True)
+]
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -35,11 +49,37 @@ def test_kernels_do_not_spill(costs: list[Cost]) -> None:
     assert {name: cost.spilled for name, cost in named(costs).items() if cost.spilled} == {}
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_of_a_support_of_256_columns_do_not_spill(target: str) -> None:
+    costs = measure([target], calls=TOPK_256)
+    assert {"support_loss_kernel", "take_support_kernel"} <= {cost.kernel for cost in costs}
+    assert {name: cost.spilled for name, cost in named(costs).items() if cost.spilled} == {}
+    assert [name for name, cost in named(costs).items() if cost.registers > MAX_REGISTERS_PER_THREAD] == []
+
+
 def test_kernels_leave_room_for_other_blocks(costs: list[Cost]) -> None:
     for name, cost in named(costs).items():
         assert cost.registers <= MAX_REGISTERS_PER_THREAD, name
         assert cost.shared_bytes <= SHARED_BYTES, name
-        assert cost.blocks_per_sm * cost.num_warps >= MIN_WARPS, name
+        threads_per_block = cost.num_warps * TARGETS[cost.target].warp_size
+        assert cost.blocks_per_sm * threads_per_block >= MIN_THREADS, name
+
+
+def test_row_kernels_run_four_blocks_of_eight_warps_per_multiprocessor(costs: list[Cost]) -> None:
+    rows = [cost for cost in costs if cost.kernel in ROW_KERNELS and cost.target.startswith("sm_")]
+    assert [name for name, cost in named(rows).items() if cost.blocks_per_sm < 4 or cost.num_warps != 8] == []
+
+
+def test_no_thread_of_a_row_kernel_waits_for_others_in_a_loop(costs: list[Cost]) -> None:
+    rows = [cost for cost in costs if cost.kernel in ROW_KERNELS]
+    assert rows
+    assert [name for name, cost in named(rows).items() if cost.barriers] == []
+
+
+def test_half_precision_gradients_are_stored_16_bytes_at_once(costs: list[Cost]) -> None:
+    gradients = [cost for cost in costs if cost.kernel == "gradient_kernel"]
+    assert gradients
+    assert [cost for cost in gradients if set(cost.store_bytes) != {"16"}] == []
 
 
 def test_logits_are_loaded_in_vectors(costs: list[Cost]) -> None:
