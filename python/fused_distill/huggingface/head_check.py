@@ -47,8 +47,7 @@ def check_head(
     """
     name = type(model).__name__
     inputs: dict[str, Any] = {"input_ids": ordinary_tokens(model)}
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
-    parameters = inspect.signature(inner.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         inputs["use_cache"] = False
     calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # states, logits, expected logits, probes
@@ -68,6 +67,8 @@ def check_head(
         try:
             with replaced_forward(layer, probe):
                 returned = run(**inputs).logits
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # each family that needs other inputs fails in its own way
             raise _refusal(
                 name, f"its forward cannot be run on token ids alone ({type(error).__name__}: {error})"
@@ -86,8 +87,8 @@ def check_head(
 
 def _refusal(name: str, reason: str) -> ValueError:
     return ValueError(
-        f"the logits of {name} do not follow from its output layer in a way that is supported: {reason}. If you "
-        "know how they follow, give the losses a weight, bias, logit scale and softcap of your own"
+        f"the logits of {name} cannot be computed from its output layer: {reason}. If you know how they "
+        "follow from hidden states, give the losses a weight, bias, logit scale and softcap of your own"
     )
 
 
@@ -99,7 +100,8 @@ def _transform(
 ) -> tuple[float, float | None]:
     """Return the scale and the softcap that turn the probes into what the model returned."""
     if returned.shape[:-1] != (1, len(probes)) or not 0 < returned.shape[-1] <= probes.shape[1]:
-        raise _refusal(name, f"it returns logits {tuple(returned.shape)} for {tuple(probes.shape)} of the layer")
+        shapes = f"{tuple(returned.shape)} where the layer gave {tuple(probes.shape)}"
+        raise _refusal(name, f"it returns logits of shape {shapes}")
     probes, found = probes[:, : returned.shape[-1]].double(), returned[0].double()
     tolerance = max(1e-5, 4 * torch.finfo(returned.dtype).eps)
 
@@ -116,17 +118,17 @@ def _transform(
     expected = expected.to(returned.dtype).double()
     wrong = ~torch.isclose(found, expected, rtol=tolerance, atol=0)
     if scale == 0 or wrong.any():
-        at = wrong.nonzero()[0].tolist() if wrong.any() else [0, 0]
+        row, token = wrong.nonzero()[0].tolist() if wrong.any() else (0, 0)
         raise _refusal(
             name,
-            f"after it the model does more than to scale and cap, e.g. token {at[1]} gets the logit "
-            f"{float(found[*at]):g} where the layer gave {float(probes[*at]):g}",
+            f"after it the model does more than to scale and cap, e.g. token {token} gets the logit "
+            f"{float(found[row, token]):g} where the layer gave {float(probes[row, token]):g}",
         )
     return scale, softcap
 
 
 def _exact(measured: float, config_numbers: list[float], tolerance: float) -> float:
-    """Return the number of the config, or its inverse, that was measured within rounding, else as measured."""
+    """Return the config's number, or its inverse, that equals a measured one within rounding, if any."""
     numbers = [1.0, *config_numbers, *(1 / n for n in config_numbers if n)]
     close = [n for n in numbers if abs(n - measured) <= tolerance * abs(measured)]
     return min(close, key=lambda n: abs(n - measured)) if close else measured
@@ -138,7 +140,7 @@ def config_numbers(model: Any) -> list[float]:
     return [float(v) for config in configs for v in vars(config).values() if type(v) in (int, float)]
 
 
-def _tokens(model: Any) -> Tensor:
+def ordinary_tokens(model: Any) -> Tensor:
     """Return six ordinary token ids (1, 6), none of which the config names, e.g. for images or padding."""
     config = model.config.get_text_config()
     named = {

@@ -23,22 +23,21 @@ def head_weight(layer: Any, model_name: str) -> tuple[Tensor, Tensor | None]:
             f"the output layer of {model_name} must be one linear layer with a floating-point weight, "
             f"got {type(base).__name__} with {kind}"
         )
-    used = {id(weight), id(bias)}
+    lora_a, lora_b = (getattr(layer, name, {}) for name in ("lora_A", "lora_B"))
+    used = {id(p) for p in (weight, bias, *(m[a].weight for m in (lora_a, lora_b) for a in m))}
     if base is not layer and not layer.merged and not layer.disable_adapters:
-        for adapter in layer.active_adapters:
-            if adapter in getattr(layer, "lora_A", ()):
-                dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
-                if layer.training and dropout > 0:
-                    raise ValueError(
-                        f"the LoRA adapter {adapter!r} on the output layer of {model_name} has dropout "
-                        f"{dropout}, which no weight expresses: set lora_dropout to 0"
-                    )
-                used |= {id(layer.lora_A[adapter].weight), id(layer.lora_B[adapter].weight)}
-                weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+        for adapter in (a for a in layer.active_adapters if a in lora_a):
+            dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
+            if layer.training and dropout > 0:
+                raise ValueError(
+                    f"the LoRA adapter {adapter!r} on the output layer of {model_name} has dropout {dropout}, "
+                    "which no weight expresses: set lora_dropout to 0"
+                )
+            weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
     for name, parameter in layer.named_parameters():
         if parameter.requires_grad and id(parameter) not in used:
             raise ValueError(
-                f"the output layer of {model_name} trains {name}, which is neither its weight, its bias nor a "
-                "LoRA matrix: such adapters on the output layer are not supported"
+                f"the output layer of {model_name} trains {name}, which is neither its weight, its bias nor "
+                "a LoRA matrix: such adapters on the output layer are not supported"
             )
     return weight, bias

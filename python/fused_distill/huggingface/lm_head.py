@@ -64,8 +64,8 @@ def lm_head_of(model: Any) -> LMHeadParams:
     head, check = checked_head(model)
     if check is not None and not check.decoder_matches:
         warnings.warn(
-            f"{type(model).__name__} transforms the last hidden states of its decoder before its LM head: take "
-            "the hidden states from fused_distill.huggingface.lm_head.last_hidden_states(model, ...), not from "
+            f"{type(model).__name__} transforms the last hidden states of its decoder before its LM head: "
+            "take them from fused_distill.huggingface.lm_head.last_hidden_states(model, ...), not from "
             "model.get_decoder()",
             stacklevel=2,
         )
@@ -85,9 +85,7 @@ def last_hidden_states(model: Any, **inputs: Any) -> Tensor:
     return run_at_head(model, output_layer(inner), lambda states: states, **inputs)
 
 
-def checked_head(
-    model: Any, run: Callable[..., Any] | None = None
-) -> tuple[LMHeadParams, HeadCheck | None]:
+def checked_head(model: Any, run: Callable[..., Any] | None = None) -> tuple[LMHeadParams, HeadCheck | None]:
     """Return the LM head and what the check of `lm_head_of` found, None if sharded weights prevent it.
 
     Args:
@@ -96,7 +94,10 @@ def checked_head(
             function at the same time. None: a sharded model is not checked.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if hasattr(model, "get_base_model"):  # of PEFT, with the adapters in its layers
+        model = model.get_base_model()
     layer, sharded = output_layer(model), _is_sharded(model)
+    weight, bias = head_weight(layer, type(model).__name__)
     numbers, check = config_numbers(model), None
     if model in _checks:
         of_layer, of_numbers, known = _checks[model]
@@ -106,11 +107,10 @@ def checked_head(
         forward = run if run is not None and sharded else model.forward
         check = check_head(model, layer, decoder_of(model), forward)
         _checks[model] = ref(layer), numbers, check
-    weight, bias = head_weight(layer, type(model).__name__)
     if check is None:
         _log.warning(
-            "the weights of %s are sharded or not loaded, so that its LM head is not compared with its logits: "
-            "scale and softcap are read from its config. Call lm_head_of(model) once before sharding it",
+            "the weights of %s are sharded or not loaded, so that its LM head is not compared with its "
+            "logits: scale and softcap are read from its config. Call lm_head_of(model) before sharding it",
             type(model).__name__,
         )
         return LMHeadParams(weight, bias, *_config_scale_and_softcap(model)), None
