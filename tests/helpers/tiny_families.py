@@ -25,9 +25,11 @@ _SIZES: dict[str, Any] = {
     "lm_head_multiplier": 0.5,
     "unpadded_vocab_size": VOCABULARY - 3,
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "pronunciation_vocab_size"), VOCABULARY),
-    **dict.fromkeys(("shape_vocab_size", "max_position_embeddings", "n_positions", "n_ctx"), 64),
+    **dict.fromkeys(
+        ("shape_vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 64
+    ),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "emb_dim"), 16),
-    **dict.fromkeys(("word_embed_proj_dim", "max_seq_len", "image_size", "qk_head_dim", "dim"), 16),
+    **dict.fromkeys(("word_embed_proj_dim", "image_size", "qk_head_dim", "dim"), 16),
     **dict.fromkeys(("hidden_size_global", "moe_intermediate_size", "shared_expert_intermediate_size"), 16),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_inner", "n_inner", "ffn_hidden_size"), 32),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "dff", "dim_ff"), 32),

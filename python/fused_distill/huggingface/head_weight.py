@@ -23,15 +23,15 @@ def head_weight(layer: Any, model_name: str) -> tuple[Tensor, Tensor | None]:
             f"the output layer of {model_name} must be one linear layer with a floating-point weight, "
             f"got {type(base).__name__} with {kind}"
         )
-    lora_a, lora_b = (getattr(layer, name, {}) for name in ("lora_A", "lora_B"))
-    used = {id(p) for p in (weight, bias, *(m[a].weight for m in (lora_a, lora_b) for a in m))}
+    lora_a, lora_b = getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
+    used = {id(weight), id(bias), *(id(m.weight) for m in (*lora_a.values(), *lora_b.values()))}
     if base is not layer and not layer.merged and not layer.disable_adapters:
         for adapter in (a for a in layer.active_adapters if a in lora_a):
             dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
             if layer.training and dropout > 0:
                 raise ValueError(
-                    f"the LoRA adapter {adapter!r} on the output layer of {model_name} has dropout {dropout}, "
-                    "which no weight expresses: set lora_dropout to 0"
+                    f"the LoRA adapter {adapter!r} on the output layer of {model_name} has dropout "
+                    f"{dropout}, which no weight expresses: set lora_dropout to 0"
                 )
             weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
     for name, parameter in layer.named_parameters():
