@@ -64,7 +64,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 8},
     "mimo_v2_flash": {"num_attention_heads": 8, "num_key_value_heads": 8},
-    "minicpm3": {"logits_scaling": None},
+    "minicpm3": {"logits_scaling": None, "dim_model_base": 8},
     "mpt": {"logit_scale": "inv_sqrt_d_model"},
     "prophetnet": {"num_hidden_layers": None},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [8, 8], "axial_pos_shape": [8, 8]},
