@@ -183,13 +183,20 @@ def test_compiled_model_has_the_same_head_and_states(llama: Any) -> None:
         torch.testing.assert_close(head.logits(states), compiled(input_ids=TOKENS).logits)
 
 
-def test_sharded_model_is_not_run_and_its_config_is_read(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_model("granite")
+@pytest.mark.parametrize(
+    ("family", "scale", "softcap"),
+    [("granite", 0.25, None), ("hyperclovax", 4.0, None), ("recurrent_gemma", 1.0, 5.0), ("xlstm", 1.0, 5.0)],
+)
+def test_sharded_model_is_not_run_and_its_config_is_read(
+    caplog: pytest.LogCaptureFixture, family: str, scale: float, softcap: float | None
+) -> None:
+    model = tiny_model(family)
     model.lm_head.weight.ds_id = 0  # of DeepSpeed ZeRO-3
     model.forward = None  # a run would wait for other processes
     with caplog.at_level(logging.WARNING):
-        assert lm_head_of(model).logit_scale == 0.25
-    assert "weights of GraniteForCausalLM are sharded" in caplog.text
+        head = lm_head_of(model)
+    assert (head.logit_scale, head.softcap) == (scale, softcap)
+    assert f"weights of {type(model).__name__} are sharded" in caplog.text
 
 
 def test_model_that_was_checked_before_it_was_sharded_stays_checked(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 _checks: WeakKeyDictionary[Any, tuple[ref[nn.Module], list[float], HeadCheck]] = WeakKeyDictionary()
 # Config fields that hold a logit scale, of Cohere, Granite, Falcon-H1 and Muse. The default scale is 1.
 _SCALE_FIELDS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+# Config fields that hold a softcap, of Gemma, RecurrentGemma and xLSTM.
+_SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class LMHeadParams(NamedTuple):
@@ -138,7 +140,8 @@ def _config_scale_and_softcap(model: Any) -> tuple[float, float | None]:
         if isinstance(value, (int, float)):
             divides = field == "logits_scaling" and config.model_type != "hyperclovax"
             scale = 1.0 / value if divides else float(value)
-    return scale, getattr(config, "final_logit_softcapping", None)
+    softcaps = [getattr(config, field, None) for field in _SOFTCAP_FIELDS]
+    return scale, next((softcap for softcap in softcaps if softcap is not None), None)
 
 
 def output_layer(model: Any) -> nn.Module:
