@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from fused_distill import fused_linear_jsd
-from fused_distill.huggingface.lm_head import lm_head_of
-from torch import Tensor
+from fused_distill.huggingface.lm_head import last_hidden_states, lm_head_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 
@@ -28,11 +27,12 @@ class DistillTrainer(Trainer):
         student, teacher = lm_head_of(self.accelerator.unwrap_model(model)), lm_head_of(self.teacher)
         with self.accelerator.autocast():
             with torch.no_grad():
-                teacher_hidden = last_hidden_states(self.teacher, tokens)
+                teacher_hidden = last_hidden_states(self.teacher, **tokens, use_cache=False)
+            student_hidden = last_hidden_states(model, **tokens, use_cache=False)
             loss = fused_linear_jsd(
-                last_hidden_states(model, tokens),
+                student_hidden[:, :-1],
                 student.weight,
-                teacher_hidden,
+                teacher_hidden[:, :-1],
                 teacher.weight,
                 mask=inputs["labels"][:, 1:] != -100,
                 beta=self.beta,
@@ -43,12 +43,6 @@ class DistillTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP divides by it
         return (loss, {"loss": loss}) if return_outputs else loss
-
-
-def last_hidden_states(model: Any, tokens: dict[str, Tensor]) -> Tensor:
-    """Return (B, T - 1, D) states that predict the next tokens, by the model's forward, which DDP needs."""
-    outputs = model(**tokens, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-    return outputs.hidden_states[-1][:, :-1]
 
 
 def main() -> None:

@@ -154,6 +154,15 @@ class Gradients(transformers.TrainerCallback):
         )
 
 
+def training_inputs(trainer: Any) -> dict[str, Any]:
+    """Return the inputs of a training step: completions of different lengths."""
+    trainer.current_gradient_accumulation_steps = 2
+    trainer.model.train()
+    inputs = trainer._prepare_inputs([{"prompt": prompt} for prompt in PROMPTS[:4]])
+    inputs["completion_mask"][0, -3:] = 0
+    return inputs
+
+
 def gathered(tensor: Any) -> Tensor:
     """Return a copy, of a DTensor with all shards together."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()

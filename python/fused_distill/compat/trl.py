@@ -28,7 +28,6 @@ import inspect
 import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -36,7 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..huggingface.lm_head import lm_head_of, run_inside_forward
+from ..huggingface.forward import run_at_head
+from ..huggingface.lm_head import checked_head, output_layer
 from ..linear_jsd import fused_linear_jsd
 from ..linear_topk_jsd import fused_linear_topk_jsd
 from ..parallel.dtensor import gather_dtensor
@@ -163,8 +163,9 @@ def _server_loss(
             [torch.full_like(prompt_ids, -100), completion_ids.masked_fill(~completion_mask, -100)], dim=1
         ),
     }
-    teacher = self._get_teacher_token_logprobs_from_server(batch, prompt_ids.shape[1])
     student = self.accelerator.unwrap_model(model)
+    checked_head(student, run=model)  # all processes are here at the same time
+    teacher = self._get_teacher_token_logprobs_from_server(batch, prompt_ids.shape[1])
     # Inside the wrapper's forward, whose hooks DDP, FSDP and DeepSpeed rely on.
     loss = self._forward_redirection(
         model, student, _sparse_loss, self, student, batch, completion_ids, completion_mask, teacher
@@ -190,12 +191,14 @@ def _sparse_loss(
     student = trainer.accelerator.unwrap_model(student, keep_torch_compile=False)
 
     def loss(hidden: Tensor) -> Tensor:
-        head = lm_head_of(student)
+        head, check = checked_head(student)
+        n_logits = None if check is None else check.n_logits
         device = head.weight.device
         with _gathered(head.weight, head.bias, hidden) as (weight, bias):
+            bias = None if bias is None else bias[:n_logits]
             return fused_linear_topk_jsd(
                 hidden[:, start : start + n_scored].to(device),
-                weight,
+                weight[:n_logits],
                 logprobs.to(device),
                 ids.to(device),
                 tail="bucket" if trainer.loss_add_tail else "renormalize",
@@ -205,8 +208,8 @@ def _sparse_loss(
                 **head._replace(bias=bias).options("student_"),
             )
 
-    forward = partial(student.forward, attention_mask=batch["attention_mask"], use_cache=False)
-    return run_inside_forward(forward, student.get_output_embeddings(), loss, batch["input_ids"])
+    inputs = {"attention_mask": batch["attention_mask"], "use_cache": False}
+    return run_at_head(student.forward, output_layer(student), loss, input_ids=batch["input_ids"], **inputs)
 
 
 def _support(beta: float, teacher: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of, run_inside_forward
+from ..huggingface.forward import run_at_head, run_inside_forward
+from ..huggingface.head_check import ordinary_tokens
+from ..huggingface.lm_head import LMHeadParams, checked_head, decoder_of, last_hidden_states, output_layer
 from .config import ConfigError, LoraConfig, TrainConfig
 from .data import Batch
 
@@ -31,14 +33,27 @@ def load_student(config: TrainConfig) -> PreTrainedModel:
     """
     dtype = torch.bfloat16 if config.lora is not None and config.precision == "bf16" else torch.float32
     model = load_pretrained(AutoModelForCausalLM, "student", config.student, dtype=dtype).eval()
+    check_lm_head(model, "student")
     _freeze(model, config.frozen)
-    return model if config.lora is None else _add_adapters(model, config.lora)
+    if config.lora is not None:
+        model = _add_adapters(model, config.lora)
+        check_lm_head(model, "student")  # before FSDP shards it
+    return model
+
+
+def check_lm_head(model: PreTrainedModel, key: str) -> None:
+    """Raise a ConfigError that names the key if the losses cannot compute the model's logits."""
+    try:
+        checked_head(model)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _freeze(model: PreTrainedModel, frozen: list[str]) -> None:
     """Train only parameters that the loss reaches and whose name contains none of `frozen`."""
-    modules = (decoder_of(model), cast(nn.Module, model.get_output_embeddings()))
+    modules = (decoder_of(model), output_layer(model))
     used = {id(parameter) for module in modules for parameter in module.parameters()}
+    used |= _reached_by(last_hidden_states(model, input_ids=ordinary_tokens(model)))
     parameters = dict(model.named_parameters())
     for part in frozen:
         if not any(part in name for name in parameters):
@@ -48,6 +63,18 @@ def _freeze(model: PreTrainedModel, frozen: list[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ConfigError(f"frozen: {frozen} leaves nothing to train")
+
+
+def _reached_by(states: Tensor) -> set[int]:
+    """Return the ids of the parameters that tensors were computed from, e.g. of BERT's transform."""
+    reached, seen, pending = set[int](), set[Any](), [states.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))
+            pending.extend(function for function, _ in node.next_functions)
+    return reached
 
 
 def _add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
@@ -74,11 +101,14 @@ def run_in_student_forward(
 
     The call happens inside the forwards of the model and of the head, where FSDP has gathered their weights.
     """
-    head = cast(nn.Module, model.get_output_embeddings())
 
     def forward(tokens: Tensor) -> T:
-        output = decoder_of(model)(input_ids=tokens, attention_mask=batch.attention, use_cache=False)
-        hidden = batch.pack(output.last_hidden_state)
-        return run_inside_forward(head, head, lambda states: compute(states, lm_head_of(model)), hidden)
+        inputs = {"input_ids": tokens, "attention_mask": batch.attention, "use_cache": False}
+        return run_at_head(
+            model.forward,
+            output_layer(model),
+            lambda states: compute(batch.pack(states), checked_head(model)[0]),
+            **inputs,
+        )
 
     return run_inside_forward(wrapper, model, forward, batch.tokens)

@@ -10,13 +10,13 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..huggingface.lm_head import LMHeadParams, decoder_of, lm_head_of
+from ..huggingface.lm_head import LMHeadParams, checked_head, last_hidden_states
 from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..serving.client.client import TeacherClient
 from .config import ConfigError, TrainConfig
 from .data import Batch
 from .stored import StoredTeacher
-from .student import load_pretrained
+from .student import check_lm_head, load_pretrained
 from .targets import FullTargets, Targets, Teacher, TopKTargets, topk_targets
 
 
@@ -31,9 +31,9 @@ class LocalTeacher:
     @torch.no_grad()
     def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
         """See Teacher."""
-        head, decoder = lm_head_of(self.model), decoder_of(self.model)
-        output = decoder(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
-        hidden = batch.pack(output.last_hidden_state)
+        head, _ = checked_head(self.model)
+        inputs = {"input_ids": batch.tokens, "attention_mask": batch.attention, "use_cache": False}
+        hidden = batch.pack(last_hidden_states(self.model, **inputs))
         if self.config.teacher.targets == "full":
             return FullTargets(hidden, head)
         return topk_targets(hidden, head, self.config, self.vocab_size, student_ids)
@@ -96,7 +96,8 @@ def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
             model = load_pretrained(AutoModelForCausalLM, "teacher.model", settings.model, dtype=dtype)
         model.to(device).eval().requires_grad_(False)
-        teacher = LocalTeacher(model, config, min(vocab_size, len(lm_head_of(model).weight)))
+        check_lm_head(model, "teacher.model")
+        teacher = LocalTeacher(model, config, min(vocab_size, len(checked_head(model)[0].weight)))
     elif settings.stored is not None:
         teacher = StoredTeacher(settings.stored, settings.k, config.temperature, vocab_size)
         _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer_fingerprint"])

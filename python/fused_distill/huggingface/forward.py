@@ -1,0 +1,65 @@
+"""Running a function in place of a module's forward, inside the forward of the model around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, replacement: Callable[..., Any]) -> Generator[None, None, None]:
+    """Make `replacement` the forward of `module`. Hooks of the module, e.g. FSDP's, run as before."""
+    own = module.__dict__.get("forward")  # e.g. that of accelerate
+    module.forward = replacement
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def run_inside_forward(
+    wrapper: Callable[..., Any], module: nn.Module, function: Callable[..., T], *inputs: Tensor
+) -> T:
+    """Call `function` in place of the forward of `module`, by calling `wrapper`, e.g. its FSDP wrapper."""
+    forward, results = module.forward, list[T]()
+
+    def replacement(*inputs: Tensor) -> T:
+        with replaced_forward(module, forward):  # so that `function` may call the module
+            results.append(function(*inputs))
+        return results[0]
+
+    with replaced_forward(module, replacement):
+        wrapper(*inputs)
+    return results[0]  # the wrapper's own return value may be cast by FSDP
+
+
+def run_at_head(
+    model: Callable[..., Any], head: nn.Module, function: Callable[[Tensor], T], **inputs: Any
+) -> T:
+    """Call `function` with the input of `head`, a model's LM head, in place of its product.
+
+    Args:
+        model: called with `inputs`; the model or what wraps it.
+        head: the output layer of the model.
+        function: takes the (B, L, D) hidden states and returns a tensor, or a tuple that begins with one.
+        inputs: of the model, e.g. input_ids and attention_mask.
+    """
+    results = list[T]()
+
+    def replacement(states: Tensor) -> Tensor:
+        results.append(function(states))
+        first: Any = results[0][0] if isinstance(results[0], tuple) else results[0]
+        # Models scale, cap and slice the (B, L, V) logits that they expect here. FSDP needs the graph.
+        return first.reshape(-1)[:1].reshape(1, 1, 1)
+
+    with replaced_forward(head, replacement):
+        model(**inputs)
+    return results[0]
