@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from ... import topk_logprobs
 from ...huggingface.lm_head import lm_head_of
-from ...huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
+from ...huggingface.loading import load_causal_lm, load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..protocol.hidden_states import HiddenStates
 from ..protocol.lm_head import HeadFile
 from ..protocol.logprobs import TeacherLogprobs
@@ -69,14 +70,13 @@ class TransformersEngine:
 
         Raises:
             ImportError: transformers is missing.
+            OSError, ValueError: see load_causal_lm.
         """
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError as error:
+        if find_spec("transformers") is None:
             raise ImportError(
                 "the transformers engine needs transformers: pip install 'fused-distill[trainer]'"
-            ) from error
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=weights_dtype(dtype, device))
+            )
+        model = load_causal_lm(name, dtype=weights_dtype(dtype, device))
         return cls(model.to(device), load_tokenizer(name), name, max_length, hidden_states)
 
     def _check_head(self) -> None:
