@@ -40,7 +40,7 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     with accelerator.local_main_process_first():
         rows = load_data(config, tokenizer, completions=True)
     info = {
-        "teacher": config.teacher.model or config.teacher.url,
+        "teacher": config.teacher.model or config.teacher.model_dump()["url"],
         "k": config.teacher.k,
         "temperature": config.temperature,
         "dtype": dtype,

@@ -25,9 +25,11 @@ from .validation import RequestBody, RequestError, ServerLimits, parse_request
 
 
 def check_token(token: str | None) -> None:
-    """Raise ValueError for an empty token."""
+    """Raise ValueError for a token that is empty or that no request could carry."""
     if token is not None and not token.strip():
         raise ValueError("token must not be empty")
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError("token must be printable ASCII without spaces, which a header can carry")
 
 
 def create_app(
@@ -95,11 +97,17 @@ def create_app(
         }
 
     @app.api_route(HEAD_PATH, methods=["GET", "HEAD"])
-    async def head() -> HttpResponse:
+    async def head(request: Request) -> HttpResponse:
         if engine.head_file is None:
             raise RequestError(404, "this teacher's engine has no hidden_states")
         saved = await asyncio.to_thread(engine.head_file.saved)
-        return FileResponse(saved.path, headers={"ETag": f'"{saved.sha256}"'})
+        headers = {"ETag": f'"{saved.sha256}"'}
+        known = {
+            tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")
+        }
+        if known & {headers["ETag"], "*"}:
+            return HttpResponse(status_code=304, headers=headers)
+        return FileResponse(saved.path, headers=headers)
 
     schema = {"content": {"application/json": {"schema": RequestBody.model_json_schema()}}, "required": True}
 
