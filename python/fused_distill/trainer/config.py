@@ -27,7 +27,7 @@ class _Section(BaseModel):
 
     @field_serializer("url", check_fields=False)
     def _hide_credentials(self, url: list[str] | str | None) -> list[str] | str | None:
-        """Reports and trackers get the settings of a run."""
+        """Keep passwords out of reports and trackers, which get the settings of a run."""
         if url is None or isinstance(url, str):
             return url and without_credentials(url)
         return [without_credentials(server) for server in url]

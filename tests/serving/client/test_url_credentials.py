@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import httpx
 import pytest
@@ -37,7 +38,8 @@ def test_credentials_are_sent_and_appear_in_no_error_and_no_log(caplog: pytest.L
     for text in (str(failed.value), caplog.text):
         assert "teacher:81" in text
         assert "user" not in text
-        assert "pa" not in text
+        assert "pa:ss" not in text
+        assert "pa%3Ass" not in text
 
 
 def test_credentials_go_to_their_own_server_only() -> None:
@@ -45,14 +47,8 @@ def test_credentials_go_to_their_own_server_only() -> None:
         assert (request.url.host == "teacher") == ("authorization" in request.headers)
         return httpx.Response(500)
 
-    with (
-        VllmRollouts(
-            SECRET, retries=RetryPolicy(attempts=1), transport=httpx.MockTransport(fail)
-        ) as rollouts,
-        TeacherClient(
-            [SECRET, "http://other"], retries=RetryPolicy(attempts=1), transport=httpx.MockTransport(fail)
-        ) as teacher,
-    ):
+    once: dict[str, Any] = {"retries": RetryPolicy(attempts=1), "transport": httpx.MockTransport(fail)}
+    with VllmRollouts(SECRET, **once) as rollouts, TeacherClient([SECRET, "http://other"], **once) as teacher:
         with pytest.raises(ServerError, match="http://teacher:81"):
             rollouts._http.send("GET", "/v1/models", 1e12, lambda r: r)
         with pytest.raises(ServerError, match="http://other"):
