@@ -13,8 +13,7 @@ safetensors file with the tensors
     score_logprobs    as logprobs (P, M)           only if the request had score_ids
 
 and the metadata `version` ("1"). The log-probability of a token that the teacher forbids is -inf, the actual
-token's too. -inf also marks an absent entry of the K, whose id is arbitrary. The JSON form has the same
-fields, with null for -inf, which JSON does not have:
+token's too. The JSON form has the same fields, with null for -inf, which JSON does not have:
 
     {"version": 1, "k": K, "m": M, "lengths": [...], "logprobs": [[[...]]], "ids": [[[...]]],
      "actual_logprobs": [[...]], "score_logprobs": [[[...]]] or null}
