@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NoReturn
 
 from . import env
 
-if TYPE_CHECKING:
-    from .serving.server.engine import TeacherEngine
+_INTERRUPTED = 130  # exit status, as shells report SIGINT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,11 +28,47 @@ class _Parser(argparse.ArgumentParser):
 
         return "\n  ".join([f"{text}\nkeys [default]:", *help_lines()]) + "\n"
 
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _at_least(lowest: int, highest: float = math.inf) -> Callable[[str], int]:
+    """Return a parser of integers between lowest and highest."""
+
+    def parse(text: str) -> int:
+        value = int(text) if text.removeprefix("-").isdecimal() else lowest - 1
+        if not lowest <= value <= highest:
+            limit = f"at least {lowest}" if highest == math.inf else f"between {lowest} and {highest}"
+            raise argparse.ArgumentTypeError(f"must be an integer {limit}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = argparse.ArgumentParser(prog="fused-distill", description="Distillation of language models.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = _Parser(prog="fused-distill", description="Distillation of language models.")
+    commands = parser.add_subparsers(dest="command", required=True)
 
     def add_command(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         description = str(run.__doc__)
@@ -44,19 +80,24 @@ def make_parser() -> argparse.ArgumentParser:
     serve.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     serve.add_argument("model", help="local path or name on the Hugging Face Hub")
     serve.add_argument("--host", default="127.0.0.1", help="address to bind")
-    serve.add_argument("--port", type=int, default=8000, help="port to bind")
+    serve.add_argument("--port", type=_at_least(0, 65535), default=8000, help="port to bind; 0: any free one")
     serve.add_argument("--engine", default="transformers", choices=("transformers", "vllm"), help="backend")
     serve.add_argument(
-        "--engine-options", type=json.loads, default={}, metavar="JSON", help="arguments of vllm.LLM"
+        "--engine-options", type=_json_object, default={}, metavar="JSON", help="arguments of vllm.LLM"
     )
     serve.add_argument("--device", default="auto", help="e.g. cpu or cuda:1; auto: a GPU if available")
     serve.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    serve.add_argument("--max-length", type=int, help="maximum sequence length; None: the model's")
+    serve.add_argument("--max-length", type=_at_least(1), help="maximum sequence length; None: the model's")
     serve.add_argument("--no-hidden-states", action="store_true", help="no hidden states and LM head")
-    serve.add_argument("--answer-numbers", type=int, default=1 << 26, help="maximum values per response")
-    serve.add_argument("--batch-tokens", type=int, default=16384, help="maximum tokens per forward pass")
-    serve.add_argument("--max-waiting", type=int, default=256, help="queue length; others get status 429")
-    serve.add_argument("--request-seconds", type=float, default=300.0, help="time limit of a request")
+    count = _at_least(1)
+    serve.add_argument("--answer-numbers", type=count, default=1 << 26, help="maximum values per response")
+    serve.add_argument("--batch-tokens", type=count, default=16384, help="maximum tokens per forward pass")
+    serve.add_argument("--max-waiting", type=count, default=256, help="queue length; others get status 429")
+    serve.add_argument("--request-seconds", type=_seconds, default=300.0, help="time limit of a request")
+    serve.add_argument("--access-log", action="store_true", help="log every request")
+    serve.add_argument(
+        "--allow-no-token", action="store_true", help="serve on any address without FUSED_DISTILL_TOKEN"
+    )
 
     distil = add_command("train", train)
     distil.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
@@ -92,32 +133,24 @@ def main(arguments: list[str] | None = None) -> None:
     except (ImportError, OSError, ValueError, FloatingPointError) as error:
         print(f"fused-distill {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
 
 
 def serve_teacher(options: argparse.Namespace) -> None:
     """Serve a teacher's log-probabilities and hidden states over HTTP.
 
-    If the environment variable FUSED_DISTILL_TOKEN is set, clients must send it as a bearer token.
+    If the environment variable FUSED_DISTILL_TOKEN is set, clients must send it as a bearer token. Without it
+    the server answers on loopback addresses only.
     """
-    from .serving.server.app import check_token, create_app
-    from .serving.server.batching import BatchLimits
-    from .serving.server.validation import ServerLimits
+    # A model that loads does not hold up Ctrl-C.
+    handler = signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    try:
+        from .serving.server.start import serve
 
-    # Validate before loading a model.
-    limits = ServerLimits(request_seconds=options.request_seconds, numbers=options.answer_numbers)
-    batch_limits = BatchLimits(options.max_waiting, options.batch_tokens)
-    token = os.environ.get("FUSED_DISTILL_TOKEN")
-    check_token(token)
-    if token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
-        warning = "anyone who can reach this address can query the teacher and download its LM head"
-        print(f"warning: FUSED_DISTILL_TOKEN is not set: {warning}", file=sys.stderr)
-
-    import uvicorn
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again after its shutdown
-    app = create_app(_load_engine(options), token=token, limits=limits, batch_limits=batch_limits)
-    shutdown_seconds = int(options.request_seconds) + 10
-    uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=shutdown_seconds)
+        serve(options)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -146,27 +179,6 @@ def cache_teacher(options: argparse.Namespace) -> None:
 def print_env(options: argparse.Namespace) -> None:
     """Print versions, devices, and the backend chosen for each device, for a bug report."""
     print(env.report())
-
-
-def _load_engine(options: argparse.Namespace) -> TeacherEngine:
-    if options.engine == "vllm":
-        if options.device != "auto":
-            raise ValueError(f"--device must be auto with --engine vllm, got {options.device!r}")
-        if not isinstance(options.engine_options, dict):
-            raise ValueError(f"--engine-options must be a JSON object, got {options.engine_options}")
-        from .serving.server.vllm_engine import VllmEngine
-
-        return VllmEngine.load(options.model, options.dtype, options.max_length, options.engine_options)
-    if options.engine_options:
-        raise ValueError("--engine-options must not be given with --engine transformers")
-    import torch
-
-    from .serving.server.transformers_engine import TransformersEngine
-
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = default_device if options.device == "auto" else options.device
-    hidden_states = not options.no_hidden_states
-    return TransformersEngine.load(options.model, device, options.dtype, options.max_length, hidden_states)
 
 
 if __name__ == "__main__":

@@ -117,10 +117,14 @@ def test_a_resumed_run_sends_its_weights_first(lab: Lab, tmp_path: Path, engine:
     assert losses(tmp_path) == uninterrupted
 
 
-def test_a_server_is_called_by_url_and_token(
+def test_a_server_is_called_by_url_and_its_own_token(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FUSED_DISTILL_TOKEN", "secret-of-16-chars")
+    monkeypatch.setenv("FUSED_DISTILL_TOKEN", "the-teachers-token")
+    monkeypatch.delenv("FUSED_DISTILL_ROLLOUT_TOKEN", raising=False)
+    Trainer(lab.config(tmp_path, *SERVER))
+    assert FakeEngine.arguments == ["http://x", {"token": None}]
+    monkeypatch.setenv("FUSED_DISTILL_ROLLOUT_TOKEN", "secret-of-16-chars")
     Trainer(lab.config(tmp_path, *SERVER))
     assert FakeEngine.arguments == ["http://x", {"token": "secret-of-16-chars"}]
 

@@ -42,7 +42,7 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     accelerator.print(data)
     rows = data.samples
     info = {
-        "teacher": config.teacher.model or config.teacher.url,
+        "teacher": config.teacher.model or config.teacher.model_dump()["url"],
         "k": config.teacher.k,
         "temperature": config.temperature,
         "dtype": dtype,

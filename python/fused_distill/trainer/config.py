@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from ..config import Tail
+from ..serving.protocol.urls import without_credentials
 
 Targets = Literal["full", "topk", "student_topk"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -23,6 +24,13 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_serializer("url", check_fields=False)
+    def _hide_credentials(self, url: list[str] | str | None) -> list[str] | str | None:
+        """Keep passwords out of reports and trackers, which get the settings of a run."""
+        if url is None or isinstance(url, str):
+            return url and without_credentials(url)
+        return [without_credentials(server) for server in url]
 
 
 class DataConfig(_Section):
@@ -89,7 +97,8 @@ class RolloutConfig(_Section):
         if self.sync == "nccl" and self.engine != "vllm_server":
             raise ValueError(f"sync must be disk with engine {self.engine}, got nccl")
         if (self.url is not None) != (self.engine == "vllm_server"):
-            raise ValueError(f"url must be set exactly with engine vllm_server, got {self.url}")
+            given = self.model_dump()["url"]
+            raise ValueError(f"url must be set exactly with engine vllm_server, got {given}")
         for name, value in (("nccl_address", self.nccl_address), ("nccl_port", self.nccl_port)):
             if (value is not None) != (self.sync == "nccl"):
                 raise ValueError(f"{name} must be set exactly with sync nccl, got {value}")

@@ -32,7 +32,7 @@ class StudentRollouts:
         self._nccl: NcclWeightSync | None = None
         self.weights_synced_step: int | None = None  # None: vLLM has no weights of this run
         settings, model = config.rollouts, accelerator.unwrap_model(wrapped)
-        token = os.environ.get("FUSED_DISTILL_TOKEN")
+        token = os.environ.get("FUSED_DISTILL_ROLLOUT_TOKEN")  # not the teacher's
         if settings.engine == "vllm":
             from vllm import LLM  # pyright: ignore[reportMissingImports]
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..huggingface.forward import run_at_head, run_inside_forward
 from ..huggingface.head_check import ordinary_tokens
 from ..huggingface.lm_head import LMHeadParams, checked_head, decoder_of, last_hidden_states, output_layer
+from ..huggingface.loading import load_causal_lm, require_model
 from .config import ConfigError, LoraConfig, TrainConfig
 from .data import Batch
 
@@ -19,9 +20,15 @@ T = TypeVar("T")
 
 
 def load_pretrained(auto_class: Any, key: str, name: str, **options: Any) -> Any:
-    """Call `auto_class.from_pretrained(name)`; raise a ConfigError that names the key if it fails."""
+    """Load a model with all of its weights, its config or its tokenizer.
+
+    Raises:
+        ConfigError: it cannot be loaded; the message names the key.
+    """
+    load = load_causal_lm if auto_class is AutoModelForCausalLM else auto_class.from_pretrained
     try:
-        return auto_class.from_pretrained(name, **options)
+        require_model(name)
+        return load(name, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {name} cannot be loaded: {error}") from error
 

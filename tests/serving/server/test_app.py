@@ -163,3 +163,18 @@ def test_binary_and_base64_carry_the_same_hidden_states(url: str) -> None:
     other = decode_hidden(base64.b64decode(content["binary"]))
     assert torch.equal(binary.states, other.states)
     assert binary.head_sha256 == other.head_sha256
+
+
+def test_a_head_that_the_client_has_is_not_sent_again(url: str) -> None:
+    head = f"{url}/v1/teacher/head"
+    tag = httpx.head(head).headers["etag"]
+    for known in (tag, f'"other", W/{tag}', "*"):
+        answer = httpx.get(head, headers={"If-None-Match": known})
+        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", tag)
+    assert httpx.get(head, headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+@pytest.mark.parametrize("token", ["", " ", "two words", "line\nbreak", "schlüssel"])
+def test_a_token_that_no_request_could_carry_is_refused(token: str) -> None:
+    with pytest.raises(ValueError, match="token must"):
+        create_app(FakeEngine(), token=token)

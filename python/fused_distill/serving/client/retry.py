@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import IO, TypeVar
 
 import httpx
 import tenacity
+
+from ..protocol.urls import split_credentials
 
 T = TypeVar("T")
 
@@ -53,7 +55,8 @@ class RetryingClient:
         retries: RetryPolicy | None,
         transport: httpx.BaseTransport | None,
     ):
-        self.urls = [u.rstrip("/") for u in ([url] if isinstance(url, str) else url)]
+        servers = [split_credentials(u.rstrip("/")) for u in ([url] if isinstance(url, str) else url)]
+        self.urls = [server for server, _ in servers]
         if not self.urls:
             raise ValueError("url must name at least one server, got none")
         for server in self.urls:
@@ -62,7 +65,7 @@ class RetryingClient:
         self.retries = retries or RetryPolicy()
         self.timeout_seconds = timeout_seconds
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._http = httpx.Client(headers=headers, transport=transport)
+        self._http = httpx.Client(headers=headers, transport=transport, auth=_UrlCredentials(servers))
         self._preferred = 0  # index of the server that answered last
         self.closed = threading.Event()  # set: pending requests fail instead of retrying
 
@@ -148,6 +151,21 @@ class RetryingClient:
                     raise httpx.ReadTimeout("the deadline passed while the response arrived")
             headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
             return httpx.Response(response.status_code, headers=headers, content=content.getvalue())
+
+
+class _UrlCredentials(httpx.Auth):
+    """Basic authentication by user names and passwords that came in the servers' addresses."""
+
+    def __init__(self, servers: list[tuple[str, tuple[str, str] | None]]):
+        pairs = [(url, credentials) for url, credentials in servers if credentials is not None]
+        self._by_host = {httpx.URL(url).netloc: httpx.BasicAuth(*c) for url, c in pairs}
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        basic = self._by_host.get(request.url.netloc)
+        if basic is None:
+            yield request
+        else:
+            yield from basic.auth_flow(request)
 
 
 def _detail(response: httpx.Response) -> str:

@@ -7,12 +7,13 @@ of M tokens that the caller chose (score). A binary response of n sequences with
 safetensors file with the tensors
 
     lengths           int32 (n,)                   positions of each sequence; their sum is P
-    logprobs          float32 or float16 (P, K)    descending; -inf where absent
-    ids               int32 (P, K)                 0 where absent
+    logprobs          float32 or float16 (P, K)    descending
+    ids               int32 (P, K)                 of the same tokens
     actual_logprobs   as logprobs (P,)
     score_logprobs    as logprobs (P, M)           only if the request had score_ids
 
-and the metadata `version` ("1"). The JSON form has the same fields, with null for -inf:
+and the metadata `version` ("1"). The log-probability of a token that the teacher forbids is -inf, the actual
+token's too. The JSON form has the same fields, with null for -inf, which JSON does not have:
 
     {"version": 1, "k": K, "m": M, "lengths": [...], "logprobs": [[[...]]], "ids": [[[...]]],
      "actual_logprobs": [[...]], "score_logprobs": [[[...]]] or null}
@@ -67,8 +68,8 @@ class TeacherLogprobs:
 
     @property
     def valid(self) -> bool:
-        """True if no number is NaN."""
-        return not any(np.isnan(values).any() for values in self.arrays().values())
+        """True if no number is NaN or +inf. A token that the teacher forbids has -inf."""
+        return not any((np.isnan(values) | (values == np.inf)).any() for values in self.arrays().values())
 
     def split(self) -> list[TeacherLogprobs]:
         """Return one object per sequence."""

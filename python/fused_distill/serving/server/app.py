@@ -21,13 +21,16 @@ from ..protocol.packing import VERSION
 from ..protocol.request import HEAD_PATH, SCORE_PATH
 from .batching import MAX_FAILURES, Batcher, BatchLimits
 from .engine import Result, TeacherEngine
+from .openapi import bearer, request_body, responses
 from .validation import RequestBody, RequestError, ServerLimits, parse_request
 
 
 def check_token(token: str | None) -> None:
-    """Raise ValueError for an empty token."""
+    """Raise ValueError for a token that is empty or that no request could carry."""
     if token is not None and not token.strip():
         raise ValueError("token must not be empty")
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError("token must be printable ASCII without spaces, which a header can carry")
 
 
 def create_app(
@@ -72,7 +75,9 @@ def create_app(
     async def error_response(_: Request, error: RequestError) -> HttpResponse:
         return error.response
 
-    @app.get("/health")
+    secured = bearer(token)
+
+    @app.get("/health", responses=responses(503))
     async def health() -> dict[str, str]:
         if not batcher.alive:
             raise RequestError(503, "the engine takes no requests")
@@ -80,11 +85,16 @@ def create_app(
             raise RequestError(503, "the engine fails on every batch")
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @app.get(
+        "/metrics",
+        dependencies=secured,
+        response_class=HttpResponse,
+        responses=responses(401, content="text/plain"),
+    )
     async def prometheus() -> HttpResponse:
         return HttpResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/teacher")
+    @app.get("/v1/teacher", dependencies=secured, responses=responses(401))
     async def teacher() -> dict[str, Any]:
         head = engine.head_file
         return {
@@ -94,16 +104,39 @@ def create_app(
             "limits": {**asdict(limits), "top_logprobs": min(limits.top_logprobs, engine.info.vocab_size)},
         }
 
-    @app.api_route(HEAD_PATH, methods=["GET", "HEAD"])
-    async def head() -> HttpResponse:
+    @app.head(HEAD_PATH, include_in_schema=False)
+    @app.get(
+        HEAD_PATH,
+        dependencies=secured,
+        response_class=HttpResponse,
+        responses={
+            **responses(401, 404, content="application/octet-stream"),
+            304: {"description": "the client has this head: its ETag is in If-None-Match"},
+        },
+    )
+    async def head(request: Request) -> HttpResponse:
         if engine.head_file is None:
             raise RequestError(404, "this teacher's engine has no hidden_states")
         saved = await asyncio.to_thread(engine.head_file.saved)
-        return FileResponse(saved.path, headers={"ETag": f'"{saved.sha256}"'})
+        headers = {"ETag": f'"{saved.sha256}"'}
+        known = {
+            tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")
+        }
+        if known & {headers["ETag"], "*"}:
+            return HttpResponse(status_code=304, headers=headers)
+        return FileResponse(saved.path, media_type="application/octet-stream", headers=headers)
 
-    schema = {"content": {"application/json": {"schema": RequestBody.model_json_schema()}}, "required": True}
-
-    @app.post(SCORE_PATH, openapi_extra={"requestBody": schema})
+    @app.post(
+        SCORE_PATH,
+        dependencies=secured,
+        response_class=HttpResponse,
+        responses=responses(
+            *(401, 411, 413, 422, 429, 499, 500, 503, 504),
+            content="application/octet-stream",
+            with_json=True,
+        ),
+        openapi_extra=request_body(),
+    )
     async def get_sequence_logprobs(request: Request) -> HttpResponse:
         with seconds.time():
             try:

@@ -155,7 +155,7 @@ class Batcher:
             self.running = 0
         for (job, index), answer in zip(batch, answers, strict=True):
             if answer is None:
-                job.fail(RuntimeError(f"the engine gave numbers that are not finite for sequence {index}"))
+                job.fail(RuntimeError(f"the engine gave NaN or infinity for sequence {index}"))
             elif not job.answers[index].done():
                 job.answers[index].set_result(answer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,21 @@ import torch
 
 from ... import topk_logprobs
 from ...huggingface.lm_head import lm_head_of
-from ...huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
+from ...huggingface.loading import (
+    load_causal_lm,
+    load_tokenizer,
+    require_model,
+    tokenizer_fingerprint,
+    weights_dtype,
+)
 from ..protocol.hidden_states import HiddenStates
 from ..protocol.lm_head import HeadFile
 from ..protocol.logprobs import TeacherLogprobs
 from ..protocol.request import ScoringOptions, TokenSequence
-from .engine import Results, TeacherInfo
+from .engine import Results, TeacherInfo, try_engine
 from .prefix_sharing import HiddenStateModel, close_in_norm
+
+_log = logging.getLogger(__name__)
 
 
 class TransformersEngine:
@@ -25,11 +34,12 @@ class TransformersEngine:
         model: a transformers causal language model.
         tokenizer: its tokenizer, for the fingerprint that clients compare. None: no fingerprint.
         name: the name that clients see. None: the model's path.
-        max_length: length of the longest sequence. None: the model's number of positions.
+        max_length: length of the longest sequence, at most the model's positions. None: all of them.
         hidden_states: offer hidden states and the LM head. Every client can then download the head.
 
     Raises:
-        ValueError: max_length is needed, or the model's logits are not those of its LM head.
+        ValueError: max_length is needed or too large, the model's logits are not those of its LM head, or it
+            cannot score tokens.
     """
 
     def __init__(
@@ -43,14 +53,11 @@ class TransformersEngine:
         self.model = model.eval()
         self.head = lm_head_of(model)
         config = model.config.get_text_config()
-        max_length = max_length or getattr(config, "max_position_embeddings", None)
-        if max_length is None:
-            raise ValueError(f"max_length must be given: the config of {type(model).__name__} has none")
         vocab_size = min(config.vocab_size, len(self.head.weight))
         self.info = TeacherInfo(
             name or model.config.name_or_path or type(model).__name__,
             vocab_size,
-            max_length,
+            longest_sequence(config, max_length),
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         )
         self.head_file = None
@@ -58,8 +65,12 @@ class TransformersEngine:
             self.info = self.info._replace(capabilities=(*self.info.capabilities, "hidden_states"))
             bias = None if self.head.bias is None else self.head.bias[:vocab_size]
             self.head_file = HeadFile(self.head._replace(weight=self.head.weight[:vocab_size], bias=bias))
-        self.hidden_state_model = HiddenStateModel(model, vocab_size, max_length, self.head.weight.device)
+        self.hidden_state_model = HiddenStateModel(
+            model, vocab_size, self.info.max_length, self.head.weight.device
+        )
         self._check_head()
+        self.dtype, self.device = str(model.dtype).removeprefix("torch."), str(self.head.weight.device)
+        try_engine(self)
 
     @classmethod
     def load(
@@ -69,14 +80,17 @@ class TransformersEngine:
 
         Raises:
             ImportError: transformers is missing.
+            OSError, ValueError: see load_causal_lm.
         """
         try:
-            from transformers import AutoModelForCausalLM
+            from transformers import AutoConfig
         except ImportError as error:
             raise ImportError(
                 "the transformers engine needs transformers: pip install 'fused-distill[trainer]'"
             ) from error
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=weights_dtype(dtype, device))
+        require_model(name)
+        longest_sequence(AutoConfig.from_pretrained(name).get_text_config(), max_length)  # before the weights
+        model = load_causal_lm(name, dtype=weights_dtype(dtype, device))
         return cls(model.to(device), load_tokenizer(name), name, max_length, hidden_states)
 
     def _check_head(self) -> None:
@@ -92,9 +106,22 @@ class TransformersEngine:
                 f"got {type(self.model).__name__}, which computes others"
             )
 
-    @torch.inference_mode()
     def score(self, batch: list[TokenSequence], options: ScoringOptions) -> Results:
-        """See TeacherEngine. The LM head runs at scored positions only."""
+        """See TeacherEngine. A batch that does not fit into memory is scored in halves."""
+        try:
+            return self._score(batch, options)
+        except RuntimeError as error:
+            if len(batch) == 1 or not _out_of_memory(error):
+                raise
+        # Here the exception, which holds on to the tensors of the failed pass, is gone.
+        _log.warning("out of memory for a batch of %d sequences; it runs in halves", len(batch))
+        middle = len(batch) // 2
+        halves = self.score(batch[:middle], options), self.score(batch[middle:], options)
+        return [*halves[0], *halves[1]]  # pyright: ignore[reportReturnType]
+
+    @torch.inference_mode()
+    def _score(self, batch: list[TokenSequence], options: ScoringOptions) -> Results:
+        """Score a batch in one pass. The LM head runs at scored positions only."""
         lengths = np.array([s.positions for s in batch], dtype=np.int64)
         states = self.hidden_state_model.states(batch)
         if options.response == "hidden_states":
@@ -129,3 +156,24 @@ class TransformersEngine:
         """Remove the file of the LM head."""
         if self.head_file is not None:
             self.head_file.close()
+
+
+def longest_sequence(config: Any, max_length: int | None) -> int:
+    """Return max_length, or the number of positions that a text model's config names if it is None.
+
+    Raises:
+        ValueError: max_length is larger than that number, below 1, or needed because the config names none.
+    """
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    limit = positions if max_length is None else max_length
+    if limit is None:
+        raise ValueError(f"max_length must be given: the config of {config.model_type} has none")
+    if limit < 1:
+        raise ValueError(f"max_length must be at least 1, got {limit}")
+    if positions is not None and limit > positions:
+        raise ValueError(f"max_length must be at most the model's {positions} positions, got {limit}")
+    return limit
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

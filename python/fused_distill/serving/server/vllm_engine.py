@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import numpy as np
 
-from ...huggingface.loading import load_tokenizer, tokenizer_fingerprint
+from ...huggingface.loading import load_tokenizer, require_model, tokenizer_fingerprint
 from ..protocol.logprobs import TeacherLogprobs
 from ..protocol.request import ScoringOptions, TokenSequence
-from .engine import TeacherInfo
+from .child_processes import end_forked_children_with_this_process
+from .engine import TeacherInfo, try_engine
 
 
 class VllmEngine:
@@ -23,6 +26,9 @@ class VllmEngine:
         llm: a vllm.LLM with max_logprobs=-1 or the largest K of any client. Nothing else may use it.
         tokenizer: its transformers tokenizer, for the fingerprint that clients compare. None: no fingerprint.
         name: the name that clients see. None: the model's path.
+
+    Raises:
+        ValueError: the model cannot score tokens.
     """
 
     head_file = None
@@ -37,6 +43,22 @@ class VllmEngine:
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
             capabilities=(),
         )
+        self.dtype = str(config.dtype).removeprefix("torch.")
+        self.device = str(llm.llm_engine.vllm_config.device_config.device_type)
+        try_engine(self)
+
+    @staticmethod
+    def check_options(options: dict[str, Any]) -> None:
+        """Check the names of further arguments of vllm.LLM.
+
+        Raises:
+            ImportError: vLLM is missing.
+            ValueError: vLLM has no such argument, or the server sets it itself.
+        """
+        LLM, EngineArgs = _import_vllm("LLM", "EngineArgs")
+        known = {field.name for field in fields(EngineArgs)} | {*signature(LLM.__init__).parameters}
+        if unknown := sorted(options.keys() - (known - {"self", "kwargs", "model"})):
+            raise ValueError(f"--engine-options must hold arguments of vllm.LLM, got {', '.join(unknown)}")
 
     @classmethod
     def load(
@@ -52,11 +74,11 @@ class VllmEngine:
 
         Raises:
             ImportError: vLLM is missing.
+            OSError: there is no such folder.
+            ValueError: vLLM cannot load the model, or the model cannot score tokens.
         """
-        try:
-            from vllm import LLM  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ImportError("the vllm engine needs vLLM in this environment: pip install vllm") from error
+        (LLM,) = _import_vllm("LLM")
+        require_model(name)
         tokenizer = load_tokenizer(name)
         settings: dict[str, Any] = {
             "dtype": dtype,
@@ -65,12 +87,16 @@ class VllmEngine:
             "skip_tokenizer_init": tokenizer is None,
             **(options or {}),
         }
-        return cls(LLM(name, **settings), tokenizer, name)
+        end_forked_children_with_this_process()
+        try:
+            llm = LLM(name, **settings)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"vLLM cannot load {name}: {error}") from error
+        return cls(llm, tokenizer, name)
 
     def score(self, batch: list[TokenSequence], options: ScoringOptions) -> list[TeacherLogprobs]:
         """See TeacherEngine. vLLM schedules the sequences itself."""
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
-
+        (SamplingParams,) = _import_vllm("SamplingParams")
         params = SamplingParams(
             max_tokens=1,
             temperature=0,
@@ -85,6 +111,14 @@ class VllmEngine:
     def close(self) -> None:
         """End vLLM's processes, which would outlive a server that is ended by SIGTERM."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _import_vllm(*names: str) -> list[Any]:
+    try:
+        import vllm  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("the vllm engine needs vLLM in this environment: pip install vllm") from error
+    return [getattr(vllm, name) for name in names]
 
 
 def _convert(sequence: TokenSequence, flat: Any) -> TeacherLogprobs:
