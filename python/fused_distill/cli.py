@@ -101,6 +101,7 @@ def serve_teacher(options: argparse.Namespace) -> None:
     """
     from .serving.server.app import check_token, create_app
     from .serving.server.batching import BatchLimits
+    from .serving.server.connections import ConnectionLimits
     from .serving.server.validation import ServerLimits
 
     # Validate before loading a model.
@@ -115,9 +116,16 @@ def serve_teacher(options: argparse.Namespace) -> None:
     import uvicorn
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again after its shutdown
-    app = create_app(_load_engine(options), token=token, limits=limits, batch_limits=batch_limits)
-    shutdown_seconds = int(options.request_seconds) + 10
-    uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=shutdown_seconds)
+    app = create_app(
+        _load_engine(options), token=token, hosts=(options.host,), limits=limits, batch_limits=batch_limits
+    )
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        timeout_graceful_shutdown=int(options.request_seconds) + 10,
+        **ConnectionLimits().uvicorn_options(),
+    )
 
 
 def train(options: argparse.Namespace) -> None:

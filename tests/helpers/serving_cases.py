@@ -18,6 +18,7 @@ from fused_distill.serving.client.retry import RetryPolicy
 from fused_distill.serving.protocol.logprobs import TeacherLogprobs, encode_binary
 from fused_distill.serving.protocol.request import SCORE_PATH, ScoringOptions, TokenSequence
 from fused_distill.serving.server.app import create_app
+from fused_distill.serving.server.connections import ConnectionLimits
 from fused_distill.serving.server.engine import TeacherInfo
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
@@ -37,8 +38,9 @@ FAST_RETRIES = RetryPolicy(attempts=5, first_wait_seconds=0.02, longest_wait_sec
 class Served:
     """A server in a thread, on a port of the system's choice."""
 
-    def __init__(self, app: Any, port: int = 0):
-        config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error")
+    def __init__(self, app: Any, connections: ConnectionLimits | None = None):
+        options = (connections or ConnectionLimits()).uvicorn_options()
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", **options)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -55,16 +57,18 @@ class Served:
 
 
 @contextmanager
-def serving_app(app: Any) -> Iterator[Served]:
-    served = Served(app)
+def serving_app(app: Any, connections: ConnectionLimits | None = None) -> Iterator[Served]:
+    served = Served(app, connections)
     try:
         yield served
     finally:
         served.stop()
 
 
-def serving(engine: Any, **options: Any) -> AbstractContextManager[Served]:
-    return serving_app(create_app(engine, **options))
+def serving(
+    engine: Any, connections: ConnectionLimits | None = None, **options: Any
+) -> AbstractContextManager[Served]:
+    return serving_app(create_app(engine, **options), connections)
 
 
 def post(url: str, **body: Any) -> httpx.Response:

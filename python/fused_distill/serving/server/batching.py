@@ -41,6 +41,8 @@ class _Job:
     options: ScoringOptions
     answers: list[asyncio.Future[Result]]  # of each sequence
     waiting: deque[int]  # indices of sequences
+    waiting_tokens: int  # of those sequences
+    passed_over: int = 0  # batches without a sequence of this request since it arrived
 
     def fail(self, error: Exception) -> None:
         """Complete the request with an error."""
@@ -55,7 +57,7 @@ class Batcher:
 
     def __init__(self, engine: TeacherEngine, limits: BatchLimits, retry_after_seconds: int):
         self.engine, self.limits, self.retry_after_seconds = engine, limits, retry_after_seconds
-        self.queue: deque[_Job] = deque()  # requests with waiting sequences
+        self.queue: list[_Job] = []  # requests with waiting sequences
         self.running = 0  # sequences in the engine
         self.failures = 0  # consecutive batches that raised
         self._arrived = asyncio.Event()
@@ -73,7 +75,7 @@ class Batcher:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         while self.queue:
-            self.queue.popleft().fail(RequestError(*_STOPPING))
+            self.queue.pop().fail(RequestError(*_STOPPING))
         try:
             await asyncio.to_thread(self._thread.shutdown)
         finally:
@@ -98,7 +100,8 @@ class Batcher:
             raise RequestError(429, f"{len(self.queue)} requests are waiting", **headers)
         longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].tokens))
         answers = [asyncio.get_running_loop().create_future() for _ in sequences]
-        job = _Job(sequences, options, answers, deque(longest_first))
+        tokens = sum(len(sequence.tokens) for sequence in sequences)
+        job = _Job(sequences, options, answers, deque(longest_first), tokens)
         self.queue.append(job)
         self._arrived.set()
         try:
@@ -119,18 +122,25 @@ class Batcher:
                     await self._score(batch)
 
     def _next_batch(self) -> Iterator[tuple[_Job, int]]:
-        """Yield sequences of the first request and of those with equal options, within the token budget."""
+        """Yield sequences of the most urgent request and of others with equal options, within the token budget.
+
+        The request with the fewest waiting tokens comes first, so that a short one does not wait for all
+        batches of a long one. Every batch that passes a request over counts as one batch of tokens less, so
+        that short ones delay a long one by no more batches than it has itself.
+        """
         longest = count = 0
         options = None
-        for job in list(self.queue):
-            if options not in (None, job.options):
-                continue
-            while job.waiting:
-                length = max(longest, len(job.sequences[job.waiting[0]].tokens))
-                if count and length * (count + 1) > self.limits.batch_tokens:
+        budget = self.limits.batch_tokens
+        for job in sorted(self.queue, key=lambda job: job.waiting_tokens - budget * job.passed_over):
+            before = count
+            while job.waiting and options in (None, job.options):
+                tokens = len(job.sequences[job.waiting[0]].tokens)
+                if count and max(longest, tokens) * (count + 1) > budget:
                     break
-                longest, count, options = length, count + 1, job.options
+                longest, count, options = max(longest, tokens), count + 1, job.options
+                job.waiting_tokens -= tokens
                 yield job, job.waiting.popleft()
+            job.passed_over += count == before
             if not job.waiting:
                 self.queue.remove(job)
 
