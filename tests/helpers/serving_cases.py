@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from fused_distill.serving.protocol.request import SCORE_PATH, ScoringOptions, T
 from fused_distill.serving.server.app import create_app
 from fused_distill.serving.server.connections import ConnectionLimits
 from fused_distill.serving.server.engine import TeacherInfo
+from fused_distill.serving.server.validation import ServerLimits
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from limits import seconds
@@ -31,6 +33,15 @@ FULL_BODY: dict[str, Any] = {
     "prompt_lengths": [1, 0],
     "top_logprobs": 2,
     "temperature": 0.5,
+}
+DESCRIPTION: dict[str, Any] = {
+    "model": "described",
+    "vocab_size": VOCAB,
+    "max_length": LENGTH,
+    "tokenizer_fingerprint": None,
+    "capabilities": ["temperature", "score_ids", "vocab_size", "hidden_states"],
+    "hidden_size": 4,
+    "limits": {**asdict(ServerLimits()), "top_logprobs": VOCAB},
 }
 FAST_RETRIES = RetryPolicy(attempts=5, first_wait_seconds=0.02, longest_wait_seconds=0.1)
 
@@ -135,10 +146,15 @@ def waiting_requests(url: str) -> int:
 
 
 def client_of_responses(*responses: httpx.Response) -> tuple[TeacherClient, list[httpx.Request]]:
-    """Return a client whose server gives these responses, repeating the last, and the requests it gets."""
+    """Return a client whose server gives these responses, repeating the last, and the requests it gets.
+
+    The server also gives its description, which is not among the responses and the requests.
+    """
     requests: list[httpx.Request] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/teacher":
+            return httpx.Response(200, json=DESCRIPTION)
         requests.append(request)
         response = responses[min(len(requests), len(responses)) - 1]
         return httpx.Response(response.status_code, headers=response.headers, content=response.content)

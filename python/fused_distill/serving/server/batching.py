@@ -14,6 +14,7 @@ from .engine import Result, TeacherEngine
 from .validation import RequestError
 
 MAX_FAILURES = 5  # consecutive failed batches after which the engine counts as failing
+MOST_PASSED_OVER = 4  # batches that a request may wait for shorter ones
 _STOPPING = 503, "the server is shutting down"
 
 
@@ -42,7 +43,7 @@ class _Job:
     answers: list[asyncio.Future[Result]]  # of each sequence
     waiting: deque[int]  # indices of sequences
     waiting_tokens: int  # of those sequences
-    passed_over: int = 0  # batches without a sequence of this request since it arrived
+    passed_over: int = 0  # batches without a sequence of this request, since the last with one
 
     def fail(self, error: Exception) -> None:
         """Complete the request with an error."""
@@ -122,16 +123,21 @@ class Batcher:
                     await self._score(batch)
 
     def _next_batch(self) -> Iterator[tuple[_Job, int]]:
-        """Yield sequences of the most urgent request and of others with equal options, within the token budget.
+        """Yield sequences of the most urgent request and of those with equal options, within the budget.
 
         The request with the fewest waiting tokens comes first, so that a short one does not wait for all
-        batches of a long one. Every batch that passes a request over counts as one batch of tokens less, so
-        that short ones delay a long one by no more batches than it has itself.
+        batches of a long one. Every batch that passes a request over counts as one batch of tokens less, and
+        after MOST_PASSED_OVER of them it comes in the order of arrival, so that short ones do not starve it.
         """
         longest = count = 0
         options = None
         budget = self.limits.batch_tokens
-        for job in sorted(self.queue, key=lambda job: job.waiting_tokens - budget * job.passed_over):
+
+        def urgency(job: _Job) -> int:
+            tokens = min(job.waiting_tokens, MOST_PASSED_OVER * budget)
+            return max(0, tokens - job.passed_over * budget)
+
+        for job in sorted(self.queue, key=urgency):
             before = count
             while job.waiting and options in (None, job.options):
                 tokens = len(job.sequences[job.waiting[0]].tokens)
@@ -140,7 +146,7 @@ class Batcher:
                 longest, count, options = max(longest, tokens), count + 1, job.options
                 job.waiting_tokens -= tokens
                 yield job, job.waiting.popleft()
-            job.passed_over += count == before
+            job.passed_over = job.passed_over + 1 if count == before else 0
             if not job.waiting:
                 self.queue.remove(job)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 _BACKLOG = 128  # asyncio accepts so many connections before it looks at any
 
@@ -56,8 +56,10 @@ class LimitedProtocol(H11Protocol):
         self._stopping = False
         self._phase: Any = None
         self._watch()
-        if len(self.connections) > self.most_connections:
-            waiting = [c for c in cast("set[LimitedProtocol]", self.connections) if c.keeps_waiting]
+        others = cast("set[LimitedProtocol]", self.connections)
+        there = [connection for connection in others if not connection.transport.is_closing()]
+        if len(there) > self.most_connections:
+            waiting = [connection for connection in there if connection.keeps_waiting]
             min(waiting, key=lambda connection: connection.waiting_since).transport.abort()
 
     @property
@@ -99,7 +101,8 @@ class LimitedProtocol(H11Protocol):
 
     def _watch(self) -> None:
         phase = self.conn.their_state
-        discarded = self.cycle is not None and self.cycle.response_complete  # bytes of a refused body
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        discarded = cycle is not None and cycle.response_complete  # bytes of a refused body
         if phase is self._phase and not self._stopping and (phase is h11.IDLE or discarded):
             return  # single bytes do not prolong the time for the headers
         _cancel(self._timer)

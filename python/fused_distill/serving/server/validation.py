@@ -127,7 +127,7 @@ def _validate(
     _require_at_most(limits.score_ids, "score_ids", score_count or 0, " per position")
     if scores is not None:
         items = [
-            replace(item, score_ids=np.array(rows, dtype=np.int32).reshape(item.positions, score_count))
+            replace(item, score_ids=np.array(rows, dtype=np.int32).reshape(item.positions, score_count or 0))
             for item, rows in zip(items, scores, strict=True)
         ]
     width = 1 + request.top_logprobs + (score_count or 0)
