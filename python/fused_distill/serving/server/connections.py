@@ -35,11 +35,11 @@ class ConnectionLimits:
     def uvicorn_options(self) -> dict[str, Any]:
         """Return the arguments of uvicorn.Config that apply these limits."""
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        most = self.connections
+        most, backlog = self.connections, _BACKLOG
         if files != resource.RLIM_INFINITY:
-            most = max(1, min(most, files // 2))
+            most, backlog = max(1, min(most, files // 2)), max(1, min(backlog, files // 4))
         protocol = type("Protocol", (LimitedProtocol,), {"limits": self, "most_connections": most})
-        return {"http": protocol, "backlog": min(_BACKLOG, most)}
+        return {"http": protocol, "backlog": backlog}
 
 
 class LimitedProtocol(H11Protocol):
