@@ -103,8 +103,8 @@ def raw(served: Served, timeout: float = 60.0, small_window: bool = False) -> so
 
 def http_request(**body: object) -> bytes:
     content = json.dumps({"response_format": "binary", **body}).encode()
-    head = f"POST {SCORE_PATH} HTTP/1.1\r\nHost: t\r\nConnection: close\r\nContent-Length: {len(content)}"
-    return head.encode() + b"\r\n\r\n" + content
+    head = f"POST {SCORE_PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
 def read_to_end(connection: socket.socket) -> bytes:

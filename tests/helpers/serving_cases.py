@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import httpx
@@ -18,7 +19,9 @@ from fused_distill.serving.client.retry import RetryPolicy
 from fused_distill.serving.protocol.logprobs import TeacherLogprobs, encode_binary
 from fused_distill.serving.protocol.request import SCORE_PATH, ScoringOptions, TokenSequence
 from fused_distill.serving.server.app import create_app
+from fused_distill.serving.server.connections import ConnectionLimits
 from fused_distill.serving.server.engine import TeacherInfo
+from fused_distill.serving.server.validation import ServerLimits
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from limits import seconds
@@ -31,14 +34,24 @@ FULL_BODY: dict[str, Any] = {
     "top_logprobs": 2,
     "temperature": 0.5,
 }
+DESCRIPTION: dict[str, Any] = {
+    "model": "described",
+    "vocab_size": VOCAB,
+    "max_length": LENGTH,
+    "tokenizer_fingerprint": None,
+    "capabilities": ["temperature", "score_ids", "vocab_size", "hidden_states"],
+    "hidden_size": 4,
+    "limits": {**asdict(ServerLimits()), "top_logprobs": VOCAB},
+}
 FAST_RETRIES = RetryPolicy(attempts=5, first_wait_seconds=0.02, longest_wait_seconds=0.1)
 
 
 class Served:
     """A server in a thread, on a port of the system's choice."""
 
-    def __init__(self, app: Any, port: int = 0):
-        config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error")
+    def __init__(self, app: Any, connections: ConnectionLimits | None = None):
+        options = (connections or ConnectionLimits()).uvicorn_options()
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", **options)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -55,16 +68,18 @@ class Served:
 
 
 @contextmanager
-def serving_app(app: Any) -> Iterator[Served]:
-    served = Served(app)
+def serving_app(app: Any, connections: ConnectionLimits | None = None) -> Iterator[Served]:
+    served = Served(app, connections)
     try:
         yield served
     finally:
         served.stop()
 
 
-def serving(engine: Any, **options: Any) -> AbstractContextManager[Served]:
-    return serving_app(create_app(engine, **options))
+def serving(
+    engine: Any, connections: ConnectionLimits | None = None, **options: Any
+) -> AbstractContextManager[Served]:
+    return serving_app(create_app(engine, **options), connections)
 
 
 def post(url: str, **body: Any) -> httpx.Response:
@@ -131,10 +146,15 @@ def waiting_requests(url: str) -> int:
 
 
 def client_of_responses(*responses: httpx.Response) -> tuple[TeacherClient, list[httpx.Request]]:
-    """Return a client whose server gives these responses, repeating the last, and the requests it gets."""
+    """Return a client whose server gives these responses, repeating the last, and the requests it gets.
+
+    The server also gives its description, which is not among the responses and the requests.
+    """
     requests: list[httpx.Request] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/teacher":
+            return httpx.Response(200, json=DESCRIPTION)
         requests.append(request)
         response = responses[min(len(requests), len(responses)) - 1]
         return httpx.Response(response.status_code, headers=response.headers, content=response.content)

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fused_distill.serving.server.batching import BatchLimits
+from fused_distill.serving.server.batching import MOST_PASSED_OVER, BatchLimits
 from limits import seconds
 from serving_cases import (
     VALID_BODY,
@@ -169,3 +169,42 @@ def test_an_error_reaches_every_request_of_its_batch_and_no_other() -> None:
     assert right == set(range(12)) - unlucky
     assert len(failed) > 2  # more than those that hold the token
     assert right
+
+
+def test_a_short_request_does_not_wait_for_all_batches_of_a_long_one() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    with serving(engine, batch_limits=BatchLimits(batch_tokens=10)) as served:
+
+        def ask(i: int) -> httpx.Response:
+            if i == 0:
+                return post(served.url, sequences=[[1] * 10] * 20, prompt_lengths=[1] * 20)
+            assert engine.started.wait(30)
+            return post(served.url, sequences=[[2, 3]], prompt_lengths=[1])
+
+        with in_background(2, ask) as futures:
+            wait_until(lambda: waiting_requests(served.url) == 2)
+            engine.gate.set()
+        assert [future.result().status_code for future in futures] == [200, 200]
+    assert [[len(s.tokens) for s in batch] for batch, _ in engine.batches[:3]] == [[10], [2], [10]]
+
+
+def test_short_requests_pass_a_long_one_over_a_few_times_only() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    with serving(engine, batch_limits=BatchLimits(batch_tokens=10)) as served:
+
+        def ask_in_order(i: int) -> httpx.Response:
+            # The first takes the engine, the second has nine batches. No two share one: each has its own K.
+            if i:
+                assert engine.started.wait(30)
+                wait_until(lambda: waiting_requests(served.url) == i - 1)
+            sequences = [[1] * 10] * (9 if i == 1 else 1)
+            return post(served.url, sequences=sequences, prompt_lengths=[1] * len(sequences), top_logprobs=i)
+
+        with in_background(12, ask_in_order) as futures:
+            wait_until(lambda: waiting_requests(served.url) == 11)
+            engine.gate.set()
+        assert {future.result().status_code for future in futures} == {200}
+    order = [options.top_logprobs for _, options in engine.batches]
+    assert order.index(1) == 1 + MOST_PASSED_OVER

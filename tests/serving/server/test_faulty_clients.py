@@ -31,6 +31,7 @@ from fused_distill.serving.protocol.logprobs import decode_binary
 from fused_distill.serving.protocol.request import SCORE_PATH
 from fused_distill.serving.server.app import create_app
 from fused_distill.serving.server.batching import BatchLimits
+from fused_distill.serving.server.connections import ConnectionLimits
 from fused_distill.serving.server.validation import ServerLimits
 from limits import seconds
 from serving_cases import (
@@ -78,7 +79,7 @@ def test_a_failing_batch_fails_its_own_requests_and_retries_recover_them(row: Fa
 def test_slow_clients_do_not_delay_others(row: FaultCounts) -> None:
     others_are_done, begun, watched = threading.Event(), threading.Semaphore(0), RecordingTransport()
     with (
-        serving(FakeEngine()) as served,
+        serving(FakeEngine(), ConnectionLimits(body_seconds=600, read_seconds=600)) as served,
         TeacherClient(served.url, concurrency=8, transport=watched) as client,
     ):
 

@@ -75,7 +75,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         self._protocol: Protocol = protocol
         self._model = model
         self._head_sha256: str | None = None  # checksum of the head that head() returned
-        self._hidden_info: dict[str, Any] | None = None  # /v1/teacher of a server with hidden states
+        self._description: dict[str, Any] | None = None  # /v1/teacher
         self._http = RetryingClient(
             url, token=token, timeout_seconds=timeout_seconds, retries=retries, transport=transport
         )
@@ -220,7 +220,11 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             part.check_answer(answer, first)
             return answer
 
-        return TeacherLogprobs.join(self._send_parts(request, send, self.request_tokens))
+        max_tokens = self.request_tokens
+        if not openai:
+            width = 1 + request.top_logprobs + request.score_count
+            max_tokens = self._describe(deadline)["limits"]["numbers"] // width
+        return TeacherLogprobs.join(self._send_parts(request, send, max_tokens))
 
     def _send_parts(
         self, request: ScoringRequest, send: Callable[[ScoringRequest, int], T], max_tokens: int
@@ -260,16 +264,22 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             self._protocol = "fused-distill" if status == 200 else "openai"
         return self._protocol
 
+    def _describe(self, deadline: float) -> dict[str, Any]:
+        """Return the description of a server of our protocol, requested once."""
+        if self._description is None:
+            self._description = self._http.send("GET", "/v1/teacher", deadline, lambda r: dict(r.json()))
+        return self._description
+
     def _require_hidden_states(self, deadline: float) -> dict[str, Any]:
-        """Return the server's description, requested once, if it gives hidden states."""
+        """Return the server's description, if it gives hidden states."""
         if self._detect_protocol(deadline) == "openai":
             raise ValueError("a stock vLLM server gives no hidden states")
-        if self._hidden_info is None:
-            info = self._http.send("GET", "/v1/teacher", deadline, lambda r: dict(r.json()))
-            if "hidden_states" not in info["capabilities"]:
-                raise TeacherError(f"this teacher's engine has no hidden_states, only {info['capabilities']}")
-            self._hidden_info = info
-        return self._hidden_info
+        description = self._describe(deadline)
+        if "hidden_states" not in description["capabilities"]:
+            raise TeacherError(
+                f"this teacher's engine has no hidden_states, only {description['capabilities']}"
+            )
+        return description
 
 
 def _etag(response: httpx.Response) -> str:

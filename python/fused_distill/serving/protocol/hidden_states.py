@@ -43,6 +43,11 @@ class HiddenStates:
             raise WireError(f"states must have shape ({positions}, Dt), got {tuple(self.states.shape)}")
 
     @property
+    def nbytes(self) -> int:
+        """Size of all numbers."""
+        return self.states.nbytes
+
+    @property
     def valid(self) -> bool:
         """True if every number is finite."""
         return bool(self.states.isfinite().all())

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .packing import VERSION, WireError, pack, unpack
+from .packing import WireError, pack, unpack
 
 Format = Literal["binary", "base64", "json"]
 Dtype = Literal["float32", "float16"]
@@ -65,6 +65,11 @@ class TeacherLogprobs:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays with one row per position, by name."""
         return {name: a for name, a in vars(self).items() if name != "lengths" and a is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all numbers."""
+        return sum(array.nbytes for array in self.arrays().values())
 
     @property
     def valid(self) -> bool:
@@ -123,22 +128,3 @@ def decode_binary(payload: bytes) -> TeacherLogprobs:
         raise WireError("ids must not be negative, and log-probabilities must not be +inf")
     floats = {name: array.astype(np.float32) for name, array in arrays.items()}
     return TeacherLogprobs(lengths=lengths, ids=ids, **floats)
-
-
-def encode_json(response: TeacherLogprobs) -> dict[str, Any]:
-    """Return the JSON form, ready for any JSON library."""
-    parts = response.split()
-    return {
-        "version": VERSION,
-        "lengths": response.lengths.tolist(),
-        "k": response.ids.shape[1],
-        "m": 0 if response.score_logprobs is None else response.score_logprobs.shape[1],
-        "score_logprobs": None,
-        **{name: [_with_null(part.arrays()[name]) for part in parts] for name in response.arrays()},
-    }
-
-
-def _with_null(values: NDArray[Any]) -> list[Any]:
-    objects = values.astype(object)
-    objects[np.isneginf(values)] = None
-    return objects.tolist()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 SCORE_PATH = "/get_sequence_logprobs/"
 HEAD_PATH = "/v1/teacher/head"
@@ -23,9 +26,9 @@ def scored_positions(n_tokens: int, prompt_length: int) -> int:
 
 
 def check_request(
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int] | NDArray[Any]],
     prompt_lengths: Sequence[int],
-    score_ids: Sequence[Sequence[Sequence[int]]] | None,
+    score_ids: Sequence[Sequence[Sequence[int] | NDArray[Any]]] | None,
 ) -> None:
     """Run the checks that client and server share.
 
@@ -45,13 +48,13 @@ def check_request(
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenSequence:
     """One sequence to score, from token `start` to its end."""
 
     tokens: tuple[int, ...]
     prompt_length: int
-    score_ids: tuple[tuple[int, ...], ...] | None = None  # M ids per position
+    score_ids: NDArray[np.int32] | None = None  # (P, M)
 
     @property
     def start(self) -> int:

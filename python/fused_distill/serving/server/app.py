@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import base64
+import ipaddress
 import secrets
+import socket
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi import Response as HttpResponse
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..protocol.hidden_states import HiddenStates, encode_hidden
-from ..protocol.logprobs import encode_binary, encode_json
 from ..protocol.packing import VERSION
 from ..protocol.request import HEAD_PATH, SCORE_PATH
+from .answers import encode_answer
 from .batching import MAX_FAILURES, Batcher, BatchLimits
-from .engine import Result, TeacherEngine
+from .engine import TeacherEngine
+from .json_body import WHOLE_BYTES
 from .openapi import bearer, request_body, responses
-from .validation import RequestBody, RequestError, ServerLimits, parse_request
+from .validation import RequestError, ServerLimits, parse_request
+
+T = TypeVar("T")
 
 
 def check_token(token: str | None) -> None:
@@ -37,6 +43,7 @@ def create_app(
     engine: TeacherEngine,
     *,
     token: str | None = None,
+    hosts: Collection[str] = (),
     limits: ServerLimits | None = None,
     batch_limits: BatchLimits | None = None,
 ) -> FastAPI:
@@ -45,6 +52,9 @@ def create_app(
     Args:
         engine: scores the sequences. Nothing else may call it; the server closes it when it stops.
         token: bearer token that every request but /health must carry. None: no token is needed.
+        hosts: without a token, further names of this server that a request's Host header may have. IP
+            addresses, localhost and this machine's name are known; others are refused, because a web page
+            whose name an attacker resolves to this server's address could otherwise query it.
         limits: limits of a request.
         batch_limits: limits of waiting and batching.
 
@@ -69,7 +79,7 @@ def create_app(
     running.set_function(lambda: batcher.running)
 
     app = FastAPI(title="fused-distill teacher", lifespan=lambda _: batcher)
-    app.add_middleware(AuthAndLimitMiddleware, token=token, body_bytes=limits.body_bytes, answered=answered)
+    app.add_middleware(AuthAndLimitMiddleware, token=token, hosts=hosts, limits=limits, answered=answered)
 
     @app.exception_handler(RequestError)
     async def error_response(_: Request, error: RequestError) -> HttpResponse:
@@ -144,13 +154,19 @@ def create_app(
             except asyncio.TimeoutError:
                 raise RequestError(504, f"no answer within {limits.request_seconds:g} s") from None
 
+    large = asyncio.Semaphore(1)
+
+    async def in_thread(size: int, function: Callable[..., T], *arguments: Any) -> T:
+        """Run work that grows with the request in a thread; large work runs one after the other."""
+        async with large if size > WHOLE_BYTES else nullcontext():
+            return await asyncio.to_thread(function, *arguments)
+
     async def respond(request: Request) -> HttpResponse:
-        # Work that grows with the request runs in a thread, so that the event loop stays free.
         try:
             content = await request.body()
         except ClientDisconnect:
             raise RequestError(499, "the client has disconnected") from None
-        body, sequences, options = await asyncio.to_thread(parse_request, content, engine, limits)
+        body, sequences, options = await in_thread(len(content), parse_request, content, engine, limits)
         scoring = asyncio.create_task(batcher.submit(sequences, options))
         # After the body, the only further message is the client's disconnection.
         disconnection = asyncio.ensure_future(request.receive())
@@ -167,35 +183,40 @@ def create_app(
             scoring.cancel()
             disconnection.cancel()
         positions.inc(int(result.lengths.sum()))
-        return await asyncio.to_thread(_encode, result, body)
+        return await in_thread(result.nbytes, encode_answer, result, body)
 
     return app
 
 
-def _encode(result: Result, body: RequestBody) -> HttpResponse:
-    if isinstance(result, HiddenStates):
-        payload = encode_hidden(result, "float32" if body.dtype == "float32" else "bfloat16")
-    elif body.response_format == "json":
-        return JSONResponse(encode_json(result))
-    else:
-        payload = encode_binary(result, "float16" if body.dtype == "float16" else "float32")
-    if body.response_format == "base64":
-        return JSONResponse({"version": VERSION, "binary": base64.b64encode(payload).decode()})
-    return HttpResponse(payload, media_type="application/octet-stream")
-
-
 class AuthAndLimitMiddleware:
-    """Check the bearer token and the size of the body before it is read, and count response statuses."""
+    """Check each request before its body is read, bound the bodies, and count response statuses."""
 
-    def __init__(self, app: ASGIApp, token: str | None, body_bytes: int, answered: Counter):
-        self.app, self.body_bytes, self.answered = app, body_bytes, answered
+    def __init__(
+        self, app: ASGIApp, token: str | None, hosts: Collection[str], limits: ServerLimits, answered: Counter
+    ):
+        self.app, self.limits, self.answered = app, limits, answered
         self.authorization = None if token is None else b"Bearer " + token.encode()
+        self.hosts = {name.lower() for name in ("localhost", socket.gethostname(), *hosts)}
+        self.bodies_bytes = 0  # received of requests that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        received = 0
+
+        async def counting_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            size = len(message.get("body", b""))
+            received += size
+            self.bodies_bytes += size
+            if self.bodies_bytes > self.limits.bodies_bytes:
+                headers = {"Retry-After": str(self.limits.retry_after_seconds)}
+                reason = f"the bodies of all requests have more than {self.limits.bodies_bytes} bytes"
+                raise RequestError(503, reason, **headers)
+            return message
 
         async def counting_send(message: Message) -> None:
             if message["type"] == "http.response.start" and scope["path"] == SCORE_PATH:
@@ -203,16 +224,34 @@ class AuthAndLimitMiddleware:
             await send(message)
 
         error = self._check(scope["method"], scope["path"], dict(scope["headers"]))
-        await (self.app if error is None else error.response)(scope, receive, counting_send)
+        try:
+            await (self.app if error is None else error.response)(scope, counting_receive, counting_send)
+        finally:
+            self.bodies_bytes -= received
 
     def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> RequestError | None:
         if self.authorization is not None and path != "/health":
             given = headers.get(b"authorization", b"")
             if not secrets.compare_digest(given, self.authorization):
                 return RequestError(401, "a valid bearer token is required", **{"WWW-Authenticate": "Bearer"})
+        host = headers.get(b"host", b"localhost").decode("latin-1")
+        if self.authorization is None and not self._is_own(host):
+            return RequestError(
+                421, f"Host must be an IP address or {sorted(self.hosts)} without a token, got {host!r}"
+            )
         length = headers.get(b"content-length")
         if b"transfer-encoding" in headers or (method == "POST" and length is None):
             return RequestError(411, "the body must come with Content-Length")
-        if length is not None and (not length.isdigit() or int(length) > self.body_bytes):
-            return RequestError(413, f"the body must have at most {self.body_bytes} bytes")
+        if length is not None and (not length.isdigit() or int(length) > self.limits.body_bytes):
+            return RequestError(413, f"the body must have at most {self.limits.body_bytes} bytes")
         return None
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            if name in self.hosts:
+                return True
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True

@@ -14,6 +14,7 @@ from .engine import Result, TeacherEngine
 from .validation import RequestError
 
 MAX_FAILURES = 5  # consecutive failed batches after which the engine counts as failing
+MOST_PASSED_OVER = 4  # batches that a request may wait for shorter ones
 _STOPPING = 503, "the server is shutting down"
 
 
@@ -41,6 +42,8 @@ class _Job:
     options: ScoringOptions
     answers: list[asyncio.Future[Result]]  # of each sequence
     waiting: deque[int]  # indices of sequences
+    waiting_tokens: int  # of those sequences
+    passed_over: int = 0  # batches without a sequence of this request, since the last with one
 
     def fail(self, error: Exception) -> None:
         """Complete the request with an error."""
@@ -55,7 +58,7 @@ class Batcher:
 
     def __init__(self, engine: TeacherEngine, limits: BatchLimits, retry_after_seconds: int):
         self.engine, self.limits, self.retry_after_seconds = engine, limits, retry_after_seconds
-        self.queue: deque[_Job] = deque()  # requests with waiting sequences
+        self.queue: list[_Job] = []  # requests with waiting sequences
         self.running = 0  # sequences in the engine
         self.failures = 0  # consecutive batches that raised
         self._arrived = asyncio.Event()
@@ -73,7 +76,7 @@ class Batcher:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         while self.queue:
-            self.queue.popleft().fail(RequestError(*_STOPPING))
+            self.queue.pop().fail(RequestError(*_STOPPING))
         try:
             await asyncio.to_thread(self._thread.shutdown)
         finally:
@@ -98,7 +101,8 @@ class Batcher:
             raise RequestError(429, f"{len(self.queue)} requests are waiting", **headers)
         longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].tokens))
         answers = [asyncio.get_running_loop().create_future() for _ in sequences]
-        job = _Job(sequences, options, answers, deque(longest_first))
+        tokens = sum(len(sequence.tokens) for sequence in sequences)
+        job = _Job(sequences, options, answers, deque(longest_first), tokens)
         self.queue.append(job)
         self._arrived.set()
         try:
@@ -119,18 +123,30 @@ class Batcher:
                     await self._score(batch)
 
     def _next_batch(self) -> Iterator[tuple[_Job, int]]:
-        """Yield sequences of the first request and of those with equal options, within the token budget."""
+        """Yield sequences of the most urgent request and of those with equal options, within the budget.
+
+        The request with the fewest waiting tokens comes first, so that a short one does not wait for all
+        batches of a long one. Every batch that passes a request over counts as one batch of tokens less, and
+        after MOST_PASSED_OVER of them it comes in the order of arrival, so that short ones do not starve it.
+        """
         longest = count = 0
         options = None
-        for job in list(self.queue):
-            if options not in (None, job.options):
-                continue
-            while job.waiting:
-                length = max(longest, len(job.sequences[job.waiting[0]].tokens))
-                if count and length * (count + 1) > self.limits.batch_tokens:
+        budget = self.limits.batch_tokens
+
+        def urgency(job: _Job) -> int:
+            tokens = min(job.waiting_tokens, MOST_PASSED_OVER * budget)
+            return max(0, tokens - job.passed_over * budget)
+
+        for job in sorted(self.queue, key=urgency):
+            before = count
+            while job.waiting and options in (None, job.options):
+                tokens = len(job.sequences[job.waiting[0]].tokens)
+                if count and max(longest, tokens) * (count + 1) > budget:
                     break
-                longest, count, options = length, count + 1, job.options
+                longest, count, options = max(longest, tokens), count + 1, job.options
+                job.waiting_tokens -= tokens
                 yield job, job.waiting.popleft()
+            job.passed_over = job.passed_over + 1 if count == before else 0
             if not job.waiting:
                 self.queue.remove(job)
 

@@ -15,11 +15,12 @@ _ERRORS = {
     404: "this engine has no hidden states",
     411: "no Content-Length",
     413: "the body is too large",
+    421: "without a token: the Host header names another server",
     422: "a field is invalid",
     429: "the queue is full",
     499: "the client has disconnected",
     500: "the engine failed on this batch",
-    503: "the server is shutting down, or its engine fails on every batch",
+    503: "the server is shutting down, its engine fails on every batch, or all bodies are too large together",
     504: "no answer within the server's time limit",
 }
 
@@ -39,7 +40,7 @@ def responses(*errors: int, content: str | None = None, with_json: bool = False)
         with_json: a good response may also be a JSON object.
     """
     described: dict[int | str, Any] = {
-        status: {"model": ErrorBody, "description": _ERRORS[status]} for status in errors
+        status: {"model": ErrorBody, "description": _ERRORS[status]} for status in (421, *errors)
     }
     if content is not None:
         text = content.startswith("text/")

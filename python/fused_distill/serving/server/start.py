@@ -18,6 +18,7 @@ import uvicorn
 
 from .app import check_token, create_app
 from .batching import BatchLimits
+from .connections import ConnectionLimits
 from .engine import TeacherEngine
 from .validation import ServerLimits
 
@@ -42,11 +43,12 @@ def serve(options: argparse.Namespace) -> None:
         load = engine_loader(options)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again after its shutdown
         engine = load()
-        app = create_app(engine, token=token, limits=limits, batch_limits=batch_limits)
+        app = create_app(engine, token=token, hosts=(options.host,), limits=limits, batch_limits=batch_limits)
         config = uvicorn.Config(
             app,
             access_log=options.access_log,
             timeout_graceful_shutdown=int(options.request_seconds) + 10,
+            **ConnectionLimits().uvicorn_options(),
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the summary says what its log would
         lines = summary(engine, limits, batch_limits, token is not None, listener.getsockname())

@@ -130,9 +130,9 @@ class TransformersEngine:
         actual = [token for s in batch for token in s.tokens[s.start :]]
         query_ids = torch.tensor(actual, dtype=torch.int64, device=states.device).unsqueeze(-1)
         if options.score_count is not None:
-            rows = [row for s in batch for row in s.score_ids or ()]
-            score_ids = torch.tensor(rows, dtype=torch.int64, device=states.device)
-            query_ids = torch.cat([query_ids, score_ids.reshape(len(query_ids), options.score_count)], -1)
+            rows = np.concatenate([s.score_ids for s in batch if s.score_ids is not None])
+            score_ids = torch.from_numpy(rows).to(states.device, torch.int64)
+            query_ids = torch.cat([query_ids, score_ids], -1)
         top = topk_logprobs(
             states,
             self.head.weight,

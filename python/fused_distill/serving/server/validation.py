@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, get_args
 
+import numpy as np
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..protocol.hidden_states import HiddenDtype
 from ..protocol.logprobs import Dtype, Format
 from ..protocol.request import Response, ScoringOptions, TokenSequence, check_request
 from .engine import Capability, TeacherEngine
+from .json_body import Counts, FirstError, IdList, Ids, take_id_lists
 
 MAX_REASON_CHARS = 500  # an error message may quote what the client sent
-
-
-class _FirstError(FailFast):
-    """Stop at the first invalid element; a body with millions of them must not produce as many messages."""
-
-    def __hash__(self) -> int:  # unions of annotated types need it
-        return id(self)
-
-
-_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], _FirstError()]
 
 
 @dataclass(frozen=True)
@@ -33,11 +23,13 @@ class ServerLimits:
     """Limits of one request."""
 
     body_bytes: int = 64 << 20
+    bodies_bytes: int = 256 << 20  # received and not yet answered, of all requests together
     sequences: int = 512
     tokens: int = 1 << 20  # of all sequences together
     top_logprobs: int = 4096
     score_ids: int = 4096  # per position
     numbers: int = 1 << 26  # values in one response
+    json_numbers: int = 1 << 22  # values in one response with response_format "json"
     request_seconds: float = 300.0
     retry_after_seconds: int = 1
 
@@ -50,13 +42,15 @@ class ServerLimits:
 class RequestBody(BaseModel):
     """Body of POST /get_sequence_logprobs/."""
 
-    model_config = ConfigDict(extra="allow", strict=True)  # parse_request reports the first extra field
+    model_config = ConfigDict(
+        extra="allow", strict=True, arbitrary_types_allowed=True
+    )  # parse_request reports the first extra field
 
-    sequences: Annotated[list[_Ids], Field(min_length=1), _FirstError()]
-    prompt_lengths: Annotated[list[int], _FirstError()]
+    sequences: Annotated[list[Ids], Field(min_length=1), FirstError()]
+    prompt_lengths: Counts
     top_logprobs: int = Field(1, ge=0)
     temperature: float = Field(1.0, ge=1e-3, le=1e3)
-    score_ids: Annotated[list[Annotated[list[_Ids], _FirstError()]], _FirstError()] | None = Field(
+    score_ids: Annotated[list[Annotated[list[Ids], FirstError()]], FirstError()] | None = Field(
         None, description="M token ids per sequence and position"
     )
     vocab_size: int | None = Field(
@@ -88,7 +82,9 @@ def parse_request(
         RequestError: a field is invalid (status 422; the reason names the field and the index).
     """
     try:
-        request = RequestBody.model_validate_json(body)
+        max_lists = 2 * (1 + limits.sequences) + 1 + limits.tokens
+        rest, lists = take_id_lists(body, max_lists, max(limits.tokens, limits.score_ids))
+        request = RequestBody.model_validate_json(rest, context=lists)
         if request.model_extra:
             raise RequestError(422, f"{next(iter(request.model_extra))}: unknown field")
         return request, *_validate(request, engine, limits)
@@ -114,27 +110,36 @@ def _validate(
     _require_at_most(min(limits.top_logprobs, vocab_size), "top_logprobs", request.top_logprobs)
 
     items: list[TokenSequence] = []
+    score_counts = {len(ids) for rows in scores or [] for ids in rows}
     for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         if not 1 <= len(tokens) <= info.max_length:
             raise ValueError(f"sequences[{i}] must have 1 to {info.max_length} tokens, got {len(tokens)}")
-        _check_ids(f"sequences[{i}]", tokens, vocab_size)
-        score_ids = None if scores is None else tuple(map(tuple, scores[i]))
-        item = TokenSequence(tuple(tokens), prompt_length, score_ids)
+        _check_ids(f"sequences[{i}]", [tokens], vocab_size)
+        item = TokenSequence(tuple(tokens.tolist()), prompt_length)
+        if scores is not None:
+            if len(scores[i]) != item.positions:
+                raise ValueError(f"score_ids[{i}] must have {item.positions} positions, got {len(scores[i])}")
+            _check_ids(f"score_ids[{i}]", scores[i], vocab_size)
         items.append(item)
-        if score_ids is not None:
-            if len(score_ids) != item.positions:
-                raise ValueError(f"score_ids[{i}] must have {item.positions} positions, got {len(score_ids)}")
-            _check_ids(f"score_ids[{i}]", chain.from_iterable(score_ids), vocab_size)
-    score_counts = {len(ids) for rows in scores or [] for ids in rows}
     if len(score_counts) > 1:
         raise ValueError(f"score_ids must have as many ids at every position, got {sorted(score_counts)[:5]}")
     score_count = None if scores is None else max(score_counts, default=0)
     _require_at_most(limits.score_ids, "score_ids", score_count or 0, " per position")
+    if scores is not None:
+        items = [
+            replace(item, score_ids=np.array(rows, dtype=np.int32).reshape(item.positions, score_count or 0))
+            for item, rows in zip(items, scores, strict=True)
+        ]
     width = 1 + request.top_logprobs + (score_count or 0)
     if engine.head_file is not None and request.response == "hidden_states":
         width = engine.head_file.head.weight.shape[1]
     numbers = sum(item.positions for item in items) * width
     _require_at_most(limits.numbers, "sequences", numbers, " numbers in the response")
+    if request.response_format == "json" and numbers > limits.json_numbers:
+        raise ValueError(
+            f"response_format must be 'binary' or 'base64' for more than {limits.json_numbers} numbers, "
+            f"got 'json' for {numbers}"
+        )
     return items, ScoringOptions(
         request.top_logprobs, score_count, request.temperature, request.response, request.vocab_size
     )
@@ -145,8 +150,8 @@ def _require_at_most(limit: int, name: str, value: int, unit: str = "") -> None:
         raise ValueError(f"{name} must be at most {limit}{unit}, got {value}")
 
 
-def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
-    highest = max(ids, default=0)
+def _check_ids(name: str, lists: list[IdList], vocab_size: int) -> None:
+    highest = max((int(ids.max(initial=0)) for ids in lists), default=0)
     if highest >= vocab_size:
         raise ValueError(f"{name} must hold ids below {vocab_size}, got {highest}")
 
