@@ -31,6 +31,7 @@ FULL_BODY: dict[str, Any] = {
     "top_logprobs": 2,
     "temperature": 0.5,
 }
+DESCRIPTION: dict[str, Any] = {"vocab_size": VOCAB, "capabilities": [], "limits": {"numbers": 1 << 20}}
 FAST_RETRIES = RetryPolicy(attempts=5, first_wait_seconds=0.02, longest_wait_seconds=0.1)
 
 
@@ -131,10 +132,15 @@ def waiting_requests(url: str) -> int:
 
 
 def client_of_responses(*responses: httpx.Response) -> tuple[TeacherClient, list[httpx.Request]]:
-    """Return a client whose server gives these responses, repeating the last, and the requests it gets."""
+    """Return a client whose server gives these responses, repeating the last, and the requests it gets.
+
+    The server also gives its description, which is not among the responses and the requests.
+    """
     requests: list[httpx.Request] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/teacher":
+            return httpx.Response(200, json=DESCRIPTION)
         requests.append(request)
         response = responses[min(len(requests), len(responses)) - 1]
         return httpx.Response(response.status_code, headers=response.headers, content=response.content)
