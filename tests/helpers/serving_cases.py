@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from fused_distill.serving.protocol.logprobs import TeacherLogprobs, encode_bina
 from fused_distill.serving.protocol.request import SCORE_PATH, ScoringOptions, TokenSequence
 from fused_distill.serving.server.app import create_app
 from fused_distill.serving.server.engine import TeacherInfo
+from fused_distill.serving.server.validation import ServerLimits
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from limits import seconds
@@ -31,7 +33,15 @@ FULL_BODY: dict[str, Any] = {
     "top_logprobs": 2,
     "temperature": 0.5,
 }
-DESCRIPTION: dict[str, Any] = {"vocab_size": VOCAB, "capabilities": [], "limits": {"numbers": 1 << 20}}
+DESCRIPTION: dict[str, Any] = {
+    "model": "described",
+    "vocab_size": VOCAB,
+    "max_length": LENGTH,
+    "tokenizer_fingerprint": None,
+    "capabilities": ["temperature", "score_ids", "vocab_size", "hidden_states"],
+    "hidden_size": 4,
+    "limits": {**asdict(ServerLimits()), "top_logprobs": VOCAB},
+}
 FAST_RETRIES = RetryPolicy(attempts=5, first_wait_seconds=0.02, longest_wait_seconds=0.1)
 
 

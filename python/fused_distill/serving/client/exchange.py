@@ -46,7 +46,9 @@ class Request:
         ) as response:
             content = self._read(response) if response.status_code in self.accepted else _read_error(response)
             headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
-            return httpx.Response(response.status_code, headers=headers, content=content)
+            return httpx.Response(
+                response.status_code, headers=headers, content=content, request=response.request
+            )
 
     def _read(self, response: httpx.Response) -> bytes:
         encoding = response.headers.get("content-encoding", "identity")
