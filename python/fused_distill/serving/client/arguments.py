@@ -72,13 +72,15 @@ def server_urls(url: Any) -> list[str]:
         raise ValueError("url must name at least one server, got none")
     for server in urls:
         if not isinstance(server, str) or not server.startswith(("http://", "https://")):
-            raise ValueError(f"url must begin with http:// or https://, got {short(server)}")
+            shown = short(server).rpartition("@")[2]  # without credentials
+            raise ValueError(f"url must begin with http:// or https://, got {shown}")
         try:
-            has_host = bool(httpx.URL(server).host)
+            parts = httpx.URL(server)
         except httpx.InvalidURL as error:
             raise ValueError(f"url must be a valid address: {error}") from None
-        if not has_host:
-            raise ValueError(f"url must name a host, got {server!r}")
+        if not parts.host or not 0 < (parts.port or 80) < 2**16 or any(map(str.isspace, server)):
+            shown = parts.copy_with(username=None, password=None)
+            raise ValueError(f"url must have a host, a port below 65536 and no spaces, got {str(shown)!r}")
     return [server.rstrip("/") for server in urls]
 
 
