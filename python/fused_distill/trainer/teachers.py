@@ -102,7 +102,11 @@ def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device
         _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer_fingerprint"])
     else:
         assert settings.url is not None
-        client = TeacherClient(settings.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
+        client = TeacherClient(
+            settings.url,
+            token=os.environ.get("FUSED_DISTILL_TOKEN"),
+            deadline_seconds=settings.deadline_seconds,
+        )
         info = client.info()
         _check_tokenizer("teacher.url", fingerprint, info.get("tokenizer_fingerprint"))
         capabilities = info.get("capabilities", [])  # a stock vLLM server has none
