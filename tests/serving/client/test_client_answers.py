@@ -72,9 +72,12 @@ def test_completions_are_read_no_further_than_they_should_be_long() -> None:
 
 
 def test_a_description_is_read_no_further_than_it_should_be_long() -> None:
-    with RawServer(endless(), describes=False) as server, client_of(server) as client:
-        with pytest.raises(ServerError, match=GOES_ON):
-            client.info()
+    with (
+        RawServer(endless(), describes=False) as server,
+        client_of(server) as client,
+        pytest.raises(ServerError, match=GOES_ON),
+    ):
+        client.info()
 
 
 def test_an_error_is_read_no_further_than_a_message_needs() -> None:
@@ -87,9 +90,12 @@ def test_an_error_is_read_no_further_than_a_message_needs() -> None:
 
 def test_an_answer_that_announces_too_much_is_not_read() -> None:
     announcement = http_response(b"", Content_Length=str(800 << 20))
-    with RawServer(lambda _: announcement) as server, client_of(server) as client:
-        with pytest.raises(ServerError, match=f"must have at most .* bytes, it announces {800 << 20}"):
-            client.get_sequence_logprobs([[1, 2]], [1])
+    with (
+        RawServer(lambda _: announcement) as server,
+        client_of(server) as client,
+        pytest.raises(ServerError, match=f"must have at most .* bytes, it announces {800 << 20}"),
+    ):
+        client.get_sequence_logprobs([[1, 2]], [1])
 
 
 def test_compression_is_neither_asked_for_nor_accepted() -> None:
@@ -105,9 +111,12 @@ def test_compression_is_neither_asked_for_nor_accepted() -> None:
 
 def test_a_compressed_error_is_an_error_by_its_status() -> None:
     refusal = http_response(gzip.compress(b"{}"), "422 Unprocessable", Content_Encoding="gzip")
-    with RawServer(lambda _: refusal) as server, client_of(server) as client:
-        with pytest.raises(ServerError, match="422"):
-            client.get_sequence_logprobs([[1, 2]], [1])
+    with (
+        RawServer(lambda _: refusal) as server,
+        client_of(server) as client,
+        pytest.raises(ServerError, match="422"),
+    ):
+        client.get_sequence_logprobs([[1, 2]], [1])
 
 
 @pytest.mark.parametrize("k", [0, 1, VOCAB])
@@ -293,9 +302,12 @@ def serving_head(content: bytes) -> Callable[[Received], bytes]:
 @pytest.mark.parametrize(("reason", "head"), HEADS, ids=range(len(HEADS)))
 def test_an_invalid_head_is_refused_by_name(reason: str, head: LMHeadParams, tmp_path: Path) -> None:
     save_head(head, tmp_path / "head")
-    with RawServer(serving_head((tmp_path / "head").read_bytes())) as server, client_of(server) as client:
-        with pytest.raises(TeacherError, match=reason):
-            client.head(tmp_path / "cache")
+    with (
+        RawServer(serving_head((tmp_path / "head").read_bytes())) as server,
+        client_of(server) as client,
+        pytest.raises(TeacherError, match=reason),
+    ):
+        client.head(tmp_path / "cache")
 
 
 def test_a_head_with_a_large_weight_and_forbidden_tokens_is_accepted(tmp_path: Path) -> None:
@@ -305,11 +317,14 @@ def test_a_head_with_a_large_weight_and_forbidden_tokens_is_accepted(tmp_path: P
         assert torch.equal(client.head(tmp_path / "cache").weight, GOOD * 3e38)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff" * 100])
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff" * 100], ids=range(3))
 def test_a_file_that_is_no_head_is_refused(content: bytes, tmp_path: Path) -> None:
-    with RawServer(serving_head(content)) as server, client_of(server) as client:
-        with pytest.raises(TeacherError, match="LM head is invalid"):
-            client.head(tmp_path)
+    with (
+        RawServer(serving_head(content)) as server,
+        client_of(server) as client,
+        pytest.raises(TeacherError, match="LM head is invalid"),
+    ):
+        client.head(tmp_path)
 
 
 def test_a_head_is_downloaded_no_further_than_it_should_be_long(tmp_path: Path) -> None:

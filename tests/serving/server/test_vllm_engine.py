@@ -13,7 +13,7 @@ from serving_cases import LENGTH, VOCAB, serving
 
 
 class FakeLLM:
-    """Answer with the log-probability -t of token t; fail on a single token, as vLLM 0.32 does."""
+    """Answer with the log-probability -t of token t; fail on a single token."""
 
     model_config = SimpleNamespace(
         model="fake", revision=None, max_model_len=LENGTH + 1, get_vocab_size=lambda: VOCAB
