@@ -100,7 +100,7 @@ def test_arguments_are_checked_before_the_first_contact() -> None:
         with pytest.raises(ValueError, match=r"^sequences"):
             client.get_hidden_states([1, 2], [1])  # pyright: ignore[reportArgumentType]
         with pytest.raises(ValueError, match=r"^cache must be a folder"):
-            client.head(__file__)  # pyright: ignore[reportArgumentType]
+            client.head(__file__)
         with pytest.raises(ValueError, match=r"^cache must be a folder"):
             client.head(Path(__file__))
         with pytest.raises(ValueError, match=r"^cache must be a folder"):

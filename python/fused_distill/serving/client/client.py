@@ -122,7 +122,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             return self._send_one("GET", "/v1/models", deadline, first_model)
         return self._send_one("GET", "/v1/teacher", deadline, teacher_description)
 
-    def head(self, cache: Path | None = None) -> LMHeadParams:
+    def head(self, cache: Path | str | None = None) -> LMHeadParams:
         """Return the teacher's LM head on the CPU. It is downloaded once and cached by its checksum.
 
         Args:

@@ -128,7 +128,7 @@ class Session:
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
         """Learn of the sockets that httpx opens; see its request extension "trace"."""
-        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+        if event.endswith((".connect_tcp.complete", ".connect_unix_socket.complete", ".start_tls.complete")):
             connection = info["return_value"].get_extra_info("socket")
             with self._lock:
                 self._sockets.add(connection)
