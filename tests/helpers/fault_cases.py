@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import httpx
 from fused_distill.serving.client.client import TeacherClient
-from fused_distill.serving.client.retry import RetryPolicy
 from fused_distill.serving.protocol.logprobs import TeacherLogprobs, decode_binary
 from fused_distill.serving.protocol.request import SCORE_PATH
 from serving_cases import FakeEngine, Served
 
-PATIENT = RetryPolicy(attempts=200, first_wait_seconds=0.02, longest_wait_seconds=0.5)
 LONG = [5] * 1000  # with K 1,000 a response of 8 MB: more than sockets hold
 
 

@@ -43,7 +43,8 @@ DESCRIPTION: dict[str, Any] = {
     "hidden_size": 4,
     "limits": {**asdict(ServerLimits()), "top_logprobs": VOCAB},
 }
-FAST_RETRIES = RetryPolicy(attempts=5, first_wait_seconds=0.02, longest_wait_seconds=0.1)
+FAST_ATTEMPTS = 5
+FAST_RETRIES = RetryPolicy(attempts=FAST_ATTEMPTS, first_wait_seconds=0.02, longest_wait_seconds=0.1)
 
 
 class Served:

@@ -160,6 +160,17 @@ def test_our_server_with_vllm_describes_its_capabilities(ours_vllm: str, folder:
             client.get_sequence_logprobs([[5, 6]], [1], score_ids=[[[1]]])
 
 
+@pytest.mark.parametrize("server", ["vllm", "ours_vllm", "ours"])
+def test_a_sequence_without_positions_gets_an_empty_answer(
+    server: str, request: pytest.FixtureRequest
+) -> None:
+    with TeacherClient(request.getfixturevalue(server)) as client:
+        assert client.get_sequence_logprobs([[5]], [1]).lengths.tolist() == [0]
+        answer = client.get_sequence_logprobs([[5], [5, 6, 7], [5, 6]], [1, 1, 2], top_logprobs=3)
+    assert answer.lengths.tolist() == [0, 2, 0]
+    assert answer.logprobs.shape == (2, 3)
+
+
 def test_a_stock_vllm_server_ignores_temperature_for_prompt_logprobs(vllm: str) -> None:
     # The reason why the client refuses other temperatures. If this fails, the client can support them.
     body = {"model": httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"], "prompt": [[5, 9, 30]]}

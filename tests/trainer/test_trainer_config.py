@@ -166,11 +166,11 @@ def test_settings_that_do_not_fit_the_files_exit_with_status_2_and_one_line(
 
 
 def test_an_unreachable_server_exits_with_status_2_and_one_line(
-    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fused_distill.serving.client.retry.time.sleep", lambda _: None)
     lab.config(tmp_path)
     paths = [f"student={lab.student}", f"data.path={lab.data}", "teacher.url=http://127.0.0.1:9"]
+    paths.append("teacher.deadline_seconds=0.1")
     line = error_line(capsys, "train", str(tmp_path / "settings.yaml"), f"output={tmp_path}", *paths)
     assert "no usable answer" in line
 

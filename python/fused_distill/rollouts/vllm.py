@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import httpx
 
 _CONCURRENCY = 32  # requests in flight; the server batches them
+_TOKEN_BYTES, _COMPLETION_BYTES = (
+    1024,
+    16 << 10,
+)  # an answer's bytes are at most so many per token and completion
 _CACHE_KEPT = "vLLM did not reset its prefix cache; it refuses while requests run"
 
 
@@ -49,7 +53,12 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
         self.deadline_seconds, self.batch_size = deadline_seconds, batch_size
         self._model = model
         self._http = RetryingClient(
-            url, token=token, timeout_seconds=timeout_seconds, retries=retries, transport=transport
+            url,
+            token=token,
+            timeout_seconds=timeout_seconds,
+            retries=retries,
+            transport=transport,
+            concurrency=_CONCURRENCY,
         )
 
     def __exit__(self, *_: object) -> None:
@@ -96,10 +105,11 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
                     completions.append(_completion(group, prompt, choice["token_ids"], logprobs, reason))
                 return completions
 
-            return self._http.send("POST", "/v1/completions", deadline, decode, body)
+            tokens = sum(map(len, prompts[batch])) + len(prompts[batch]) * sampling.max_tokens
+            max_bytes = sampling.n * (_TOKEN_BYTES * tokens + _COMPLETION_BYTES * len(prompts[batch]))
+            return self._http.send("POST", "/v1/completions", deadline, decode, body, max_bytes=max_bytes)
 
-        with ThreadPoolExecutor(_CONCURRENCY) as pool:
-            parts = list(pool.map(request, range(0, len(prompts), size)))
+        parts = self._http.run([partial(request, start) for start in range(0, len(prompts), size)])
         return [completion for part in parts for completion in part]
 
     def sync_from_disk(self, folder: Path | str) -> None:

@@ -64,6 +64,12 @@ class TeacherConfig(_Section):
     k: int = Field(64, ge=1, description="tokens per position of topk and student_topk")
     tail: Tail = Field("bucket", description="see fused_linear_topk_jsd")
     dtype: Dtype = Field("auto", description="of teacher.model; auto: bfloat16 on a GPU, float32 on a CPU")
+    deadline_seconds: float = Field(
+        1200.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="longest wait for an answer of teacher.url, e.g. while the server restarts",
+    )
 
     @model_validator(mode="after")
     def _check_source(self) -> TeacherConfig:
@@ -160,7 +166,7 @@ _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
     **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints"), True),
     "data": {"path"},
-    "teacher": {"model", "url", "stored"},
+    "teacher": {"model", "url", "stored", "deadline_seconds"},
     "rollouts": {"engine", "url", "engine_options", "sync", "nccl_address", "nccl_port"},
 }
 

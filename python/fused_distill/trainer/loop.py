@@ -252,7 +252,8 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     """Return accelerate's Accelerator for a run, and the settings with a precision for its device."""
     cpu = not torch.accelerator.is_available()  # else processes on a CPU would not form a group
     # Longer than a client retries its server while the other processes wait.
-    device: Any = PartialState(cpu, timeout=timedelta(hours=2)).device
+    timeout = timedelta(hours=2, seconds=config.teacher.deadline_seconds)
+    device: Any = PartialState(cpu, timeout=timeout).device
     config = choose_precision(config, device)
     accelerator = Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,

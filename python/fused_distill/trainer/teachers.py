@@ -19,6 +19,8 @@ from .stored import StoredTeacher
 from .student import check_lm_head, load_pretrained
 from .targets import FullTargets, Targets, Teacher, TopKTargets, topk_targets
 
+_START_SECONDS = 60.0  # a server that does not answer for so long at the start is taken for absent
+
 
 @dataclass
 class LocalTeacher:
@@ -103,7 +105,12 @@ def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device
         _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer_fingerprint"])
     else:
         assert settings.url is not None
-        client = TeacherClient(settings.url, token=os.environ.get("FUSED_DISTILL_TOKEN"))
+        client = TeacherClient(
+            settings.url,
+            token=os.environ.get("FUSED_DISTILL_TOKEN"),
+            deadline_seconds=settings.deadline_seconds,
+        )
+        client.wait_until_ready(min(settings.deadline_seconds, _START_SECONDS))
         info = client.info()
         _check_tokenizer("teacher.url", fingerprint, info.get("tokenizer_fingerprint"))
         capabilities = info.get("capabilities", [])  # a stock vLLM server has none

@@ -11,7 +11,6 @@ import torch
 from fused_distill.serving.client.client import TeacherClient
 from fused_distill.serving.client.request import TeacherError
 from serving_cases import (
-    VALID_BODY,
     VOCAB,
     assert_equals_forward_pass,
     client_of_responses,
@@ -101,24 +100,3 @@ def test_an_answer_that_does_not_fit_the_request_is_an_error() -> None:
         client.get_sequence_logprobs([[1, 2, 3]], [1])
     with pytest.raises(TeacherError, match=r"\(1, None\) log-probabilities .*, expected \(3, None\)"):
         client.get_sequence_logprobs([[1, 2]], [1], top_logprobs=3)
-
-
-INVALID_ARGUMENTS = [
-    ("sequences", {"sequences": []}),
-    (r"sequences\[1\]", {"sequences": [[1], []], "prompt_lengths": [0, 0]}),
-    ("prompt_lengths", {"prompt_lengths": [1, 2]}),
-    (r"prompt_lengths\[0\]", {"prompt_lengths": [4]}),
-    (r"prompt_lengths\[0\]", {"prompt_lengths": [-1]}),
-    ("score_ids", {"score_ids": []}),
-    ("vocab_size", {"vocab_size": 0}),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "change"), INVALID_ARGUMENTS, ids=[f"{n}-{i}" for i, (n, _) in enumerate(INVALID_ARGUMENTS)]
-)
-def test_an_invalid_argument_is_named_before_any_request(name: str, change: dict[str, Any]) -> None:
-    client, seen = client_of_responses(one_position())
-    with pytest.raises(ValueError, match=f"^{name} must"):
-        client.get_sequence_logprobs(**{**VALID_BODY, **change})
-    assert not seen

@@ -12,7 +12,6 @@ from typing import Any
 
 from fault_cases import (
     LONG,
-    PATIENT,
     FaultCounts,
     RecordingTransport,
     ask_all,
@@ -64,7 +63,7 @@ def test_a_failing_batch_fails_its_own_requests_and_retries_recover_them(row: Fa
     limits = BatchLimits(batch_tokens=12)
     with (
         serving(engine, batch_limits=limits) as served,
-        TeacherClient(served.url, concurrency=64, retries=PATIENT, transport=watched) as client,
+        TeacherClient(served.url, concurrency=64, transport=watched) as client,
     ):
         ask_all(row, 200, 16, asks(client))
     row.refused, row.double = watched.count(500), watched.doubles()
@@ -126,7 +125,7 @@ def test_clients_that_disconnect_free_their_places(row: FaultCounts) -> None:
     engine.gate.clear()
     with (
         serving(engine, batch_limits=BatchLimits(max_waiting=places)) as served,
-        TeacherClient(served.url, concurrency=64, retries=PATIENT, transport=watched) as client,
+        TeacherClient(served.url, concurrency=64, transport=watched) as client,
     ):
         ask = asks(client)
         with in_background(1, lambda _: ask(100)) as first, opened_at_last(engine):
@@ -190,7 +189,7 @@ def test_requests_refused_by_a_full_queue_are_answered_in_the_end(row: FaultCoun
     limits = BatchLimits(max_waiting=4, batch_tokens=12)
     with (
         serving(engine, batch_limits=limits) as served,
-        TeacherClient(served.url, concurrency=64, retries=PATIENT, transport=watched) as client,
+        TeacherClient(served.url, concurrency=64, transport=watched) as client,
     ):
         ask_all(row, 100, 40, asks(client))
     row.refused, row.double = watched.count(429), watched.doubles()

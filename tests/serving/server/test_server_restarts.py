@@ -18,7 +18,6 @@ import httpx
 import numpy as np
 import pytest
 from fault_cases import (
-    PATIENT,
     FaultCounts,
     RecordingTransport,
     ask_all,
@@ -103,7 +102,6 @@ def test_a_killed_and_restarted_server_loses_and_doubles_nothing(
     with TeacherClient(
         f"http://127.0.0.1:{port}",
         concurrency=16,
-        retries=PATIENT,
         transport=watched,
         protocol="fused-distill",
     ) as client:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import httpx
 from numpy.typing import NDArray
@@ -21,6 +20,8 @@ from ..protocol.logprobs import TeacherLogprobs, decode_binary
 from ..protocol.openai import first_model, openai_answer, openai_request
 from ..protocol.packing import WireError
 from ..protocol.request import HEAD_PATH, SCORE_PATH
+from .arguments import cache_folder, positive_number, whole_number
+from .description import check_head, head_bytes, teacher_description
 from .request import Ids, ScoreIds, ScoringRequest, TeacherError
 from .retry import RetryingClient, RetryPolicy
 
@@ -29,7 +30,10 @@ T = TypeVar("T")
 
 
 class TeacherClient(AbstractContextManager["TeacherClient"]):
-    """Client of one teacher behind one or more servers. Threads may share a client.
+    """Client of one teacher behind one or more servers. Threads and forked processes may share a client.
+
+    A call lasts until its deadline: servers that are unreachable, restart or are busy are tried again, and
+    after ten seconds a warning says what is tried again and why. Ctrl-C and `close` end a call at once.
 
     Args:
         url: one server, or several that serve the same teacher; when one fails, the next is tried.
@@ -41,7 +45,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         deadline_seconds: limit of one call, all attempts together.
         concurrency: number of requests in flight.
         request_tokens: tokens per request; longer calls are divided into several requests.
-        retries: see RetryPolicy.
+        retries: see RetryPolicy. The default retries an unreachable or busy server until the deadline.
         transport: httpx transport, for tests and proxies.
 
     Raises:
@@ -66,54 +70,82 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         retries: RetryPolicy | None = None,
         transport: httpx.BaseTransport | None = None,
     ):
-        for name, value in (("concurrency", concurrency), ("request_tokens", request_tokens)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if protocol not in ("auto", "fused-distill", "openai"):
-            raise ValueError(f"protocol must be 'auto', 'fused-distill' or 'openai', got {protocol!r}")
-        self.deadline_seconds, self.request_tokens = deadline_seconds, request_tokens
+        if protocol not in get_args(Protocol):
+            raise ValueError(f"protocol must be one of {get_args(Protocol)}, got {protocol!r}")
+        if model is not None and (not isinstance(model, str) or not model):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"model must be a name, got {model!r}")
+        self.deadline_seconds = positive_number("deadline_seconds", deadline_seconds)
+        self.request_tokens = whole_number("request_tokens", request_tokens, at_least=1)
         self._protocol: Protocol = protocol
         self._model = model
         self._head_sha256: str | None = None  # checksum of the head that head() returned
         self._description: dict[str, Any] | None = None  # /v1/teacher
         self._http = RetryingClient(
-            url, token=token, timeout_seconds=timeout_seconds, retries=retries, transport=transport
+            url,
+            token=token,
+            timeout_seconds=timeout_seconds,
+            retries=retries,
+            transport=transport,
+            concurrency=concurrency,
         )
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close connections and threads; a pending call fails."""
-        self._http.closed.set()
-        self._pool.shutdown(cancel_futures=True)
+        """Close the connections. Pending calls of other threads fail at once."""
         self._http.close()
 
-    def info(self) -> dict[str, Any]:
-        """Return the server's description: /v1/teacher, or with "openai" the first entry of /v1/models."""
-        deadline = time.monotonic() + self.deadline_seconds
-        if self._detect_protocol(deadline) == "openai":
-            return self._http.send("GET", "/v1/models", deadline, first_model)
-        return self._http.send("GET", "/v1/teacher", deadline, lambda r: dict(r.json()))
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Wait until a server answers.
 
-    def head(self, cache: Path | None = None) -> LMHeadParams:
+        Args:
+            timeout: seconds. None: deadline_seconds.
+
+        Raises:
+            ValueError: timeout is invalid.
+            ServerError: no server was ready in time, or one refused the client, e.g. for its token.
+        """
+        seconds = self.deadline_seconds if timeout is None else positive_number("timeout", timeout)
+        self._info(time.monotonic() + seconds)
+
+    def info(self) -> dict[str, Any]:
+        """Return the server's description: /v1/teacher, or with "openai" the first entry of /v1/models.
+
+        Raises:
+            ServerError: no server gave a valid description before the deadline.
+        """
+        return self._info(time.monotonic() + self.deadline_seconds)
+
+    def _info(self, deadline: float) -> dict[str, Any]:
+        if self._detect_protocol(deadline) == "openai":
+            return self._send_one("GET", "/v1/models", deadline, first_model)
+        return self._send_one("GET", "/v1/teacher", deadline, teacher_description)
+
+    def head(self, cache: Path | str | None = None) -> LMHeadParams:
         """Return the teacher's LM head on the CPU. It is downloaded once and cached by its checksum.
 
         Args:
             cache: cache folder. None: fused-distill under $XDG_CACHE_HOME or ~/.cache.
 
         Raises:
-            ServerError: no server gave the head, e.g. because it lacks the capability "hidden_states".
+            ValueError: cache is no folder.
+            ServerError: no server gave the head, e.g. because it lacks the capability "hidden_states";
+                TeacherError if the head does not fit the server's description or is not finite.
         """
+        folder = cache_folder(cache)
         deadline = time.monotonic() + self.deadline_seconds
-        self._require_hidden_states(deadline)
-        sha256 = self._http.send("HEAD", HEAD_PATH, deadline, _etag)
-        folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fused-distill"
+        description = self._require_hidden_states(deadline)
+        sha256 = self._send_one("HEAD", HEAD_PATH, deadline, _etag)
         path = folder / f"head-{sha256}.safetensors"
         if not path.exists() or file_sha256(path) != sha256:  # missing or damaged
-            self._download_head(path, sha256, deadline)
-        head, self._head_sha256 = load_head(path), sha256
+            self._download_head(path, sha256, deadline, head_bytes(description))
+        try:
+            head = load_head(path)
+            check_head(head, description)
+        except ValueError as error:
+            raise TeacherError(f"the server's LM head is invalid: {error}") from None
+        self._head_sha256 = sha256
         return head
 
     def get_hidden_states(
@@ -139,8 +171,11 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                 head than `head()` returned.
         """
         request = ScoringRequest.create(sequences, prompt_lengths)
+        if dtype not in get_args(HiddenDtype):
+            raise ValueError(f"dtype must be one of {get_args(HiddenDtype)}, got {dtype!r}")
         deadline = time.monotonic() + self.deadline_seconds
-        info = self._require_hidden_states(deadline)
+        description = self._require_hidden_states(deadline)
+        hidden_size: int = description["hidden_size"]
 
         def send(part: ScoringRequest, first: int) -> HiddenStates:
             body = {
@@ -150,13 +185,16 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                 "response_format": "binary",
                 "dtype": dtype,
             }
-            hidden = self._http.send("POST", SCORE_PATH, deadline, lambda r: decode_hidden(r.content), body)
-            part.check_hidden_states(hidden, first)
+            max_bytes = part.hidden_bytes(hidden_size, dtype)
+            hidden = self._http.send(
+                "POST", SCORE_PATH, deadline, lambda r: decode_hidden(r.content), body, max_bytes=max_bytes
+            )
+            part.check_hidden_states(hidden, first, hidden_size, dtype)
             if self._head_sha256 not in (None, hidden.head_sha256):
                 raise TeacherError("the hidden states belong to another head than head() returned")
             return hidden
 
-        parts = self._send_parts(request, send, info["limits"]["numbers"] // info["hidden_size"])
+        parts = self._send_parts(request, send, description["limits"]["numbers"] // hidden_size)
         try:
             return HiddenStates.join(parts)
         except WireError as error:
@@ -205,6 +243,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                 raise ValueError(f"score_ids must be None {server} scores its own top tokens only")
             if vocab_size is not None:
                 raise ValueError(f"vocab_size must be None {server} scores over its own vocabulary")
+        rows = None if openai else vocab_size or self._describe(deadline)["vocab_size"]
 
         def send(part: ScoringRequest, first: int) -> TeacherLogprobs:
             fields = part.sequences, part.prompt_lengths, part.top_logprobs
@@ -216,8 +255,9 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             def decode(response: httpx.Response) -> TeacherLogprobs:
                 return openai_answer(response.json(), *fields) if openai else decode_binary(response.content)
 
-            answer = self._http.send("POST", path, deadline, decode, body)
-            part.check_answer(answer, first)
+            max_bytes = part.openai_bytes if openai else part.binary_bytes
+            answer = self._http.send("POST", path, deadline, decode, body, max_bytes=max_bytes)
+            part.check_answer(answer, first, rows)
             return answer
 
         max_tokens = self.request_tokens
@@ -230,14 +270,13 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         self, request: ScoringRequest, send: Callable[[ScoringRequest, int], T], max_tokens: int
     ) -> list[T]:
         parts = request.parts(min(self.request_tokens, max_tokens))
-        futures = [self._pool.submit(send, part, first) for first, part in parts]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+        return self._http.run([partial(send, part, first) for first, part in parts])
 
-    def _download_head(self, path: Path, sha256: str, deadline: float) -> None:
+    def _send_one(self, *arguments: Any, **options: Any) -> Any:
+        """Send one request in a thread, so that `close` ends it at once."""
+        return self._http.run([partial(self._http.send, *arguments, **options)])[0]
+
+    def _download_head(self, path: Path, sha256: str, deadline: float, max_bytes: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, delete=False) as file:
             partial = Path(file.name)
@@ -248,7 +287,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                     raise ValueError("the downloaded head does not match its checksum")
 
             try:
-                self._http.send("GET", HEAD_PATH, deadline, check, file=file.file)
+                self._send_one("GET", HEAD_PATH, deadline, check, file=file.file, max_bytes=max_bytes)
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -256,19 +295,26 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
     def _detect_protocol(self, deadline: float) -> Protocol:
         """Detect the servers' protocol on first use."""
         if self._protocol == "auto":
-            status = self._http.send(
-                "GET", "/v1/teacher", deadline, lambda r: r.status_code, accepted=(200, 404)
+            description = self._send_one(
+                "GET",
+                "/v1/teacher",
+                deadline,
+                lambda r: teacher_description(r) if r.status_code == 200 else None,
+                accepted=(200, 404),
             )
-            if status == 404:
-                self._http.send("GET", "/v1/models", deadline, first_model)  # a 404 alone may be a gateway's
-            self._protocol = "fused-distill" if status == 200 else "openai"
+            if description is None:
+                self._send_one("GET", "/v1/models", deadline, first_model)  # a 404 alone may be a gateway's
+            self._description = description
+            self._protocol = "openai" if description is None else "fused-distill"
         return self._protocol
 
     def _describe(self, deadline: float) -> dict[str, Any]:
         """Return the description of a server of our protocol, requested once."""
-        if self._description is None:
-            self._description = self._http.send("GET", "/v1/teacher", deadline, lambda r: dict(r.json()))
-        return self._description
+        description = self._description
+        if description is None:
+            description = self._send_one("GET", "/v1/teacher", deadline, teacher_description)
+            self._description = description
+        return description
 
     def _require_hidden_states(self, deadline: float) -> dict[str, Any]:
         """Return the server's description, if it gives hidden states."""
@@ -276,9 +322,8 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             raise ValueError("a stock vLLM server gives no hidden states")
         description = self._describe(deadline)
         if "hidden_states" not in description["capabilities"]:
-            raise TeacherError(
-                f"this teacher's engine has no hidden_states, only {description['capabilities']}"
-            )
+            reason = f"only {description['capabilities']}"
+            raise TeacherError(f"this teacher's engine has no hidden_states, {reason}")
         return description
 
 

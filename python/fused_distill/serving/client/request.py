@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ..protocol.hidden_states import HiddenStates
+from ..protocol.hidden_states import HiddenDtype, HiddenStates
 from ..protocol.logprobs import TeacherLogprobs
 from ..protocol.request import check_request, first_scored_index, scored_positions
-from .retry import ServerError
+from .arguments import elements, positive_number, token_ids, whole_number, whole_numbers
+from .plausibility import implausible_positions
+from .session import ServerError
 
 Ids = Sequence[int] | NDArray[Any]  # integers
 ScoreIds = Sequence[Sequence[Ids] | NDArray[Any]] | NDArray[Any]
 
 _MAX_SEQUENCES = 256  # per request
 _SCORE_IDS_PER_TOKEN = 16  # so many score ids count as one token when a call is divided into requests
+_HEADER_BYTES = 64 << 10  # of a response, besides its numbers
+_JSON_ENTRY_BYTES = 512  # of a token in a stock vLLM server's response: id, text, log-probability and rank
 
 
 class TeacherError(ServerError):
@@ -53,24 +59,25 @@ class ScoringRequest:
         """
         scores = None
         if score_ids is not None:
-            scores = [[[int(t) for t in position] for position in positions] for positions in score_ids]
+            scores = [
+                [
+                    token_ids(f"score_ids[{i}][{j}]", ids)
+                    for j, ids in enumerate(elements(f"score_ids[{i}]", rows, "positions"))
+                ]
+                for i, rows in enumerate(elements("score_ids", score_ids, "sequences"))
+            ]
+        rows = enumerate(elements("sequences", sequences, "sequences"))
         request = cls(
-            [[int(t) for t in sequence] for sequence in sequences],
-            [int(length) for length in prompt_lengths],
-            int(top_logprobs),
-            float(temperature),
+            [token_ids(f"sequences[{i}]", sequence) for i, sequence in rows],
+            whole_numbers("prompt_lengths", prompt_lengths, "whole numbers"),
+            whole_number("top_logprobs", top_logprobs, at_least=0),
+            positive_number("temperature", temperature),
             scores,
-            None if vocab_size is None else int(vocab_size),
+            None if vocab_size is None else whole_number("vocab_size", vocab_size, at_least=1),
         )
         if not request.sequences:
             raise ValueError("sequences must not be empty")
         check_request(request.sequences, request.prompt_lengths, scores)
-        if request.top_logprobs < 0:
-            raise ValueError(f"top_logprobs must not be negative, got {request.top_logprobs}")
-        if not request.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {request.temperature}")
-        if request.vocab_size is not None and request.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {request.vocab_size}")
         for i, tokens in enumerate(request.sequences):
             if not tokens:
                 raise ValueError(f"sequences[{i}] must have at least one token, got none")
@@ -92,6 +99,25 @@ class ScoringRequest:
     def score_count(self) -> int:
         """Number of score ids per position."""
         return next((len(ids) for scores in self.score_ids or [] for ids in scores), 0)
+
+    @property
+    def binary_bytes(self) -> int:
+        """Largest size of a binary response with log-probabilities."""
+        width = (
+            1 + 2 * self.top_logprobs + self.score_count
+        )  # of 4 bytes: ids have as many as log-probabilities
+        return 4 * (len(self.sequences) + sum(self.positions) * width) + _HEADER_BYTES
+
+    @property
+    def openai_bytes(self) -> int:
+        """Largest size of a stock vLLM server's response, which has the tokens of the prompts too."""
+        entries = sum(map(len, self.sequences)) * (1 + self.top_logprobs)
+        return _JSON_ENTRY_BYTES * entries + _HEADER_BYTES * len(self.sequences)
+
+    def hidden_bytes(self, hidden_size: int, dtype: HiddenDtype) -> int:
+        """Largest size of a binary response with hidden states."""
+        numbers = sum(self.positions) * hidden_size
+        return 4 * len(self.sequences) + numbers * (4 if dtype == "float32" else 2) + _HEADER_BYTES
 
     def parts(self, max_tokens: int) -> Iterator[tuple[int, ScoringRequest]]:
         """Yield requests for consecutive sequences of about max_tokens; a longer sequence goes alone.
@@ -117,10 +143,10 @@ class ScoringRequest:
                 ),
             )
 
-    def check_answer(self, answer: TeacherLogprobs, first: int) -> None:
-        """Raise a TeacherError if the answer does not fit the request or a number is missing.
+    def check_answer(self, answer: TeacherLogprobs, first: int, vocab_size: int | None) -> None:
+        """Raise a TeacherError if the answer does not fit the request or a number is missing or impossible.
 
-        The first sequence has the index `first` within the whole call.
+        The first sequence has the index `first` within the whole call. A vocab_size of None is unknown.
         """
         self._check_lengths(answer.lengths)
         scores = answer.score_logprobs
@@ -136,13 +162,20 @@ class ScoringRequest:
                 missing |= part.logprobs[:, 0] == -np.inf
             if part.score_logprobs is not None:
                 missing |= np.isnan(part.score_logprobs).any(-1)
-            if missing.any():
-                token = first_scored_index(prompt_length) + int(missing.argmax())
-                raise TeacherError(f"the answer has no number for sequence {first + i} at token {token}")
+            faults = chain([(missing, "no number")], implausible_positions(part, vocab_size))
+            for positions, reason in faults:
+                if positions.any():
+                    token = first_scored_index(prompt_length) + int(positions.argmax())
+                    raise TeacherError(f"the answer has {reason} for sequence {first + i} at token {token}")
 
-    def check_hidden_states(self, hidden: HiddenStates, first: int) -> None:
+    def check_hidden_states(
+        self, hidden: HiddenStates, first: int, hidden_size: int, dtype: HiddenDtype
+    ) -> None:
         """Check hidden states as `check_answer` checks log-probabilities."""
         self._check_lengths(hidden.lengths)
+        got, expected = (hidden.states.shape[1], hidden.states.dtype), (hidden_size, getattr(torch, dtype))
+        if got != expected:
+            raise TeacherError(f"the answer has hidden states of size and dtype {got}, expected {expected}")
         for i, part in enumerate(hidden.split(), first):
             if not part.valid:
                 raise TeacherError(f"the answer has a hidden state that is not finite in sequence {i}")

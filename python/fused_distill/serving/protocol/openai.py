@@ -12,8 +12,15 @@ from .request import first_scored_index
 
 
 def first_model(response: httpx.Response) -> dict[str, Any]:
-    """Return the first entry of a response of /v1/models."""
-    return dict(response.json()["data"][0])
+    """Return the first entry of a response of /v1/models.
+
+    Raises:
+        ValueError: the first entry has no id.
+    """
+    model = dict(response.json()["data"][0])
+    if not isinstance(model.get("id"), str):
+        raise ValueError(f"/v1/models must give an id of the first model, got {model.get('id')!r:.100}")
+    return model
 
 
 def openai_request(model: str, sequences: list[list[int]], top_logprobs: int) -> dict[str, Any]:

@@ -95,7 +95,13 @@ class VllmEngine:
         return cls(llm, tokenizer, name)
 
     def score(self, batch: list[TokenSequence], options: ScoringOptions) -> list[TeacherLogprobs]:
-        """See TeacherEngine. vLLM schedules the sequences itself."""
+        """See TeacherEngine. vLLM schedules the sequences itself.
+
+        It gets no sequence without positions: it has no prompt log-probabilities of a single token.
+        """
+        scored = [sequence for sequence in batch if sequence.positions]
+        if not scored:
+            return [_empty(options.top_logprobs) for _ in batch]
         (SamplingParams,) = _import_vllm("SamplingParams")
         params = SamplingParams(
             max_tokens=1,
@@ -104,9 +110,12 @@ class VllmEngine:
             flat_logprobs=True,
             detokenize=False,
         )
-        prompts = [{"prompt_token_ids": list(sequence.tokens)} for sequence in batch]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [_convert(s, output.prompt_logprobs) for s, output in zip(batch, outputs, strict=True)]
+        prompts = [{"prompt_token_ids": list(sequence.tokens)} for sequence in scored]
+        outputs = iter(self.llm.generate(prompts, params, use_tqdm=False))
+        return [
+            _convert(s, next(outputs).prompt_logprobs) if s.positions else _empty(options.top_logprobs)
+            for s in batch
+        ]
 
     def close(self) -> None:
         """End vLLM's processes, which would outlive a server that is ended by SIGTERM."""
@@ -121,10 +130,15 @@ def _import_vllm(*names: str) -> list[Any]:
     return [getattr(vllm, name) for name in names]
 
 
+def _empty(top_logprobs: int) -> TeacherLogprobs:
+    """Return the answer for a sequence without positions."""
+    numbers, ids = np.empty((0, top_logprobs), np.float32), np.empty((0, top_logprobs), np.int32)
+    return TeacherLogprobs(np.zeros(1, np.int64), numbers, ids, np.empty(0, np.float32))
+
+
 def _convert(sequence: TokenSequence, flat: Any) -> TeacherLogprobs:
     """Convert vLLM's FlatLogprobs, which hold per token but the first the actual token, then the top K."""
-    n_positions = len(sequence.tokens) - 1
-    width = len(flat.logprobs) // n_positions if n_positions else 1
+    width = len(flat.logprobs) // (len(sequence.tokens) - 1)
     first = (sequence.start - 1) * width
     logprobs = np.array(flat.logprobs[first:], dtype=np.float32).reshape(-1, width)
     ids = np.array(flat.token_ids[first:], dtype=np.int32).reshape(-1, width)
