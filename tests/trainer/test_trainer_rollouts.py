@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fused_distill.rollouts.transformers import TransformersRollouts
+from fused_distill.rollouts.weights import TokenLogprobs, WeightsError, model_logprobs
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.loop import Trainer, train
@@ -25,6 +26,7 @@ class FakeEngine:
 
     syncs_at_generate: list[int]  # the number of syncs before each call of generate
     arguments: list[Any]
+    expected: TokenLogprobs
 
     def __init__(self, *arguments: Any, **options: Any):
         self.syncs = 0
@@ -34,9 +36,13 @@ class FakeEngine:
         FakeEngine.syncs_at_generate.append(self.syncs)
         return TransformersRollouts(self.model).generate(prompts, sampling)
 
-    def sync_from_disk(self, folder: Path) -> None:
+    def sync_from_disk(self, folder: Path, expected: TokenLogprobs) -> None:
         self.syncs += 1
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        self.verify_weights(expected)
+
+    def verify_weights(self, expected: TokenLogprobs) -> None:
+        FakeEngine.expected = expected
 
 
 class FakeInProcessEngine(FakeEngine):

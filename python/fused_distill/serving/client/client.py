@@ -18,11 +18,13 @@ from ...huggingface.lm_head import LMHeadParams
 from ..protocol.hidden_states import HiddenDtype, HiddenStates, decode_hidden
 from ..protocol.lm_head import file_sha256, load_head
 from ..protocol.logprobs import TeacherLogprobs, decode_binary
-from ..protocol.openai import first_model, openai_answer, openai_request
+from ..protocol.openai import first_model
 from ..protocol.packing import WireError
 from ..protocol.request import HEAD_PATH, SCORE_PATH
+from .identity import SameFingerprint
 from .request import Ids, ScoreIds, ScoringRequest, TeacherError
 from .retry import RetryingClient, RetryPolicy
+from .stock_vllm import StockVllm
 
 Protocol = Literal["auto", "fused-distill", "openai"]
 T = TypeVar("T")
@@ -73,12 +75,13 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             raise ValueError(f"protocol must be 'auto', 'fused-distill' or 'openai', got {protocol!r}")
         self.deadline_seconds, self.request_tokens = deadline_seconds, request_tokens
         self._protocol: Protocol = protocol
-        self._model = model
         self._head_sha256: str | None = None  # checksum of the head that head() returned
         self._hidden_info: dict[str, Any] | None = None  # /v1/teacher of a server with hidden states
         self._http = RetryingClient(
             url, token=token, timeout_seconds=timeout_seconds, retries=retries, transport=transport
         )
+        self._stock_vllm = StockVllm(self._http, model)
+        self._same_weights = SameFingerprint()
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-client")
 
     def __exit__(self, *_: object) -> None:
@@ -94,8 +97,32 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         """Return the server's description: /v1/teacher, or with "openai" the first entry of /v1/models."""
         deadline = time.monotonic() + self.deadline_seconds
         if self._detect_protocol(deadline) == "openai":
-            return self._http.send("GET", "/v1/models", deadline, first_model)
+            return self._stock_vllm.description(deadline)
         return self._http.send("GET", "/v1/teacher", deadline, lambda r: dict(r.json()))
+
+    def check_limits(self, *, top_logprobs: int, length: int) -> None:
+        """Check, before a run, that a server takes its requests.
+
+        Args:
+            top_logprobs: the largest K that will be asked for.
+            length: tokens of the longest sequence that will be sent.
+
+        Raises:
+            ValueError: the server takes no sequence of that length, or not so many tokens per position.
+            ServerError: as `get_sequence_logprobs`. With a stock vLLM server this is how a K above its
+                --max-logprobs is reported.
+        """
+        deadline = time.monotonic() + self.deadline_seconds
+        if self._detect_protocol(deadline) == "openai":
+            self._stock_vllm.check_limits(top_logprobs, length, deadline)
+            return
+        info = self.info()
+        for name, value, most in (
+            ("top_logprobs", top_logprobs, info["limits"]["top_logprobs"]),
+            ("length", length, info["max_length"]),
+        ):
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}, this server's limit, got {value}")
 
     def head(self, cache: Path | None = None) -> LMHeadParams:
         """Return the teacher's LM head on the CPU. It is downloaded once and cached by its checksum.
@@ -150,7 +177,8 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                 "response_format": "binary",
                 "dtype": dtype,
             }
-            hidden = self._http.send("POST", SCORE_PATH, deadline, lambda r: decode_hidden(r.content), body)
+            decode = self._same_weights.then(lambda r: decode_hidden(r.content))
+            hidden = self._http.send("POST", SCORE_PATH, deadline, decode, body)
             part.check_hidden_states(hidden, first)
             if self._head_sha256 not in (None, hidden.head_sha256):
                 raise TeacherError("the hidden states belong to another head than head() returned")
@@ -205,18 +233,16 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                 raise ValueError(f"score_ids must be None {server} scores its own top tokens only")
             if vocab_size is not None:
                 raise ValueError(f"vocab_size must be None {server} scores over its own vocabulary")
+            for i, tokens in enumerate(request.sequences):
+                self._stock_vllm.check_length(f"sequences[{i}]", len(tokens), deadline)
 
         def send(part: ScoringRequest, first: int) -> TeacherLogprobs:
-            fields = part.sequences, part.prompt_lengths, part.top_logprobs
-            path, body = SCORE_PATH, {**vars(part), "response_format": "binary"}
             if openai:
-                model = self._model or self._http.send("GET", "/v1/models", deadline, first_model)["id"]
-                path, body = "/v1/completions", openai_request(model, part.sequences, part.top_logprobs)
-
-            def decode(response: httpx.Response) -> TeacherLogprobs:
-                return openai_answer(response.json(), *fields) if openai else decode_binary(response.content)
-
-            answer = self._http.send("POST", path, deadline, decode, body)
+                answer = self._stock_vllm.score(part, deadline)
+            else:
+                body = {**vars(part), "response_format": "binary"}
+                decode = self._same_weights.then(lambda r: decode_binary(r.content))
+                answer = self._http.send("POST", SCORE_PATH, deadline, decode, body)
             part.check_answer(answer, first)
             return answer
 

@@ -147,7 +147,9 @@ class RetryingClient:
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("the deadline passed while the response arrived")
             headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
-            return httpx.Response(response.status_code, headers=headers, content=content.getvalue())
+            return httpx.Response(
+                response.status_code, headers=headers, content=content.getvalue(), request=response.request
+            )
 
 
 def _detail(response: httpx.Response) -> str:

@@ -21,6 +21,7 @@ from ..protocol.packing import VERSION
 from ..protocol.request import HEAD_PATH, SCORE_PATH
 from .batching import MAX_FAILURES, Batcher, BatchLimits
 from .engine import Result, TeacherEngine
+from .identity import WeightsHeaderMiddleware
 from .validation import RequestBody, RequestError, ServerLimits, parse_request
 
 
@@ -67,6 +68,7 @@ def create_app(
 
     app = FastAPI(title="fused-distill teacher", lifespan=lambda _: batcher)
     app.add_middleware(AuthAndLimitMiddleware, token=token, body_bytes=limits.body_bytes, answered=answered)
+    app.add_middleware(WeightsHeaderMiddleware, fingerprint=engine.info.weights_fingerprint)
 
     @app.exception_handler(RequestError)
     async def error_response(_: Request, error: RequestError) -> HttpResponse:
