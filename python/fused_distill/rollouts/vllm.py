@@ -9,17 +9,17 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..huggingface.fingerprint import checkpoint_fingerprint, local_checkpoint, tensor_shapes
+from ..huggingface.fingerprint import checkpoint_fingerprint
 from ..serving.client.retry import RetryingClient, RetryPolicy, ServerError
 from ..serving.protocol.openai import first_model, openai_answer, openai_request
 from .base import Completion, Sampling, checked_prompts
 from .weights import (
+    Checkpoint,
     Shapes,
     TokenLogprobs,
     WeightsCheck,
     WeightsError,
-    check_checkpoint,
-    checkpoint_vocab_size,
+    loaded_shapes,
     probe_tokens,
 )
 
@@ -142,9 +142,11 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
             WeightsError: a kind of ServerError; the server's log-probabilities are not the expected ones.
         """
         deadline = time.monotonic() + self.deadline_seconds
-        if self._shapes is None:
-            self._shapes = self._loaded_shapes(deadline)
-        path, shapes = check_checkpoint(folder, self._shapes)
+        checkpoint = Checkpoint.read(folder)
+        path = checkpoint.path
+        like = self._shapes or self._loaded_shapes(deadline)
+        if like is not None:
+            checkpoint.check_shapes(like)
 
         def loaded(response: httpx.Response) -> None:
             if response.status_code != 200:  # another attempt would end the same way
@@ -157,8 +159,8 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
         self._http.send("POST", "/reset_prefix_cache", deadline, check_reset)
         body = {"new_version": checkpoint_fingerprint(path)}
         self._http.send("POST", _NAME_WEIGHTS_PATH, deadline, lambda _: None, body, accepted=(200, 404))
-        self.verify_weights(expected or TokenLogprobs(probe_tokens(checkpoint_vocab_size(path)), []))
-        self._shapes = shapes
+        self.verify_weights(expected or TokenLogprobs(probe_tokens(checkpoint.vocab_size), []))
+        self._shapes = checkpoint.shapes
 
     def verify_weights(self, expected: TokenLogprobs) -> None:
         """Check that the server has a model's weights; later calls of `generate` check that it keeps them.
@@ -212,10 +214,8 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
 
     def _loaded_shapes(self, deadline: float) -> Shapes | None:
         """Return the shapes of the model that the server loaded at its start, if its files are here too."""
-        folder = local_checkpoint(
-            str(self._http.send("GET", "/v1/models", deadline, first_model).get("root", ""))
-        )
-        return (None if folder is None else tensor_shapes(folder)) or None
+        root = self._http.send("GET", "/v1/models", deadline, first_model).get("root")
+        return loaded_shapes(str(root))
 
 
 class VllmInProcessRollouts:
@@ -261,16 +261,16 @@ class VllmInProcessRollouts:
             ServerError: vLLM did not reset its cache; WeightsError if its log-probabilities are not the
                 expected ones.
         """
-        if self._shapes is None:
-            loaded = local_checkpoint(self.llm.model_config.model, self.llm.model_config.revision)
-            self._shapes = (None if loaded is None else tensor_shapes(loaded)) or None
-        path, shapes = check_checkpoint(folder, self._shapes)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+        checkpoint, config = Checkpoint.read(folder), self.llm.model_config
+        like = self._shapes or loaded_shapes(config.model, config.revision)
+        if like is not None:
+            checkpoint.check_shapes(like)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint.path)})
         if not self.llm.reset_prefix_cache():
             raise ServerError(_CACHE_KEPT)
         if expected is not None:
             self._weights.received(expected, self._logprobs(expected.tokens))
-        self._shapes = shapes
+        self._shapes = checkpoint.shapes
 
     def _logprobs(self, tokens: list[int]) -> TokenLogprobs:
         from vllm import SamplingParams  # pyright: ignore

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..huggingface.fingerprint import tensor_shapes
+from ..huggingface.fingerprint import local_checkpoint, tensor_shapes
 from ..serving.client.identity import mean_difference
 from ..serving.client.retry import ServerError
 
@@ -89,66 +89,72 @@ class WeightsCheck:
             )
 
 
-def check_checkpoint(folder: Path | str, like: Shapes | None) -> tuple[Path, Shapes]:
-    """Check a checkpoint before vLLM loads it, because one that does not fit ends vLLM's engine.
+class Checkpoint(NamedTuple):
+    """A checkpoint in the format of transformers, checked before vLLM loads it.
 
-    Args:
-        folder: checkpoint in the format of transformers.
-        like: shapes of the model that vLLM has. None: unknown.
-
-    Returns:
-        The folder's absolute path and the shapes of its tensors.
-
-    Raises:
-        FileNotFoundError: the folder does not exist, or lacks config.json or safetensors files.
-        ValueError: a file is damaged, or the tensors are not those of the config, the index or `like`.
+    One that does not fit ends vLLM's engine, or is accepted although a layer is missing.
     """
-    path = Path(folder).resolve()
-    if not path.is_dir():
-        raise FileNotFoundError(f"folder must hold a checkpoint, got {path}, which does not exist")
-    for pattern in ("config.json", "*.safetensors"):
-        if not any(path.glob(pattern)):
-            raise FileNotFoundError(f"folder must hold a checkpoint, got {path}, which has no {pattern}")
-    shapes = tensor_shapes(path)
-    index = path / "model.safetensors.index.json"
-    indexed: set[str] = set(json.loads(index.read_text())["weight_map"]) if index.exists() else set()
-    if missing := sorted(indexed - shapes.keys()):
-        raise ValueError(f"folder must hold the tensors of its index, got {path}, which lacks {missing[:3]}")
-    config = _text_config(path)
-    # The first number in a tensor's name is that of its layer.
-    numbers = {int(number) for name in shapes for number in re.findall(r"\.(\d+)\.", name)[:1]}
-    if lost := [i for i in range(config.get("num_hidden_layers", 0)) if numbers and i not in numbers]:
-        raise ValueError(f"folder must hold all layers of its config, got {path} without layer {lost[0]}")
-    if like is not None:
-        _check_shapes(path, shapes, like, tied=config.get("tie_word_embeddings", False))
-    return path, shapes
 
+    path: Path  # absolute
+    shapes: Shapes
+    config: dict[str, Any]  # of the language model
 
-def checkpoint_vocab_size(folder: Path) -> int:
-    """Return the vocabulary size in a checkpoint's config."""
-    return _text_config(folder)["vocab_size"]
+    @classmethod
+    def read(cls, folder: Path | str) -> Checkpoint:
+        """Read names and shapes, not the weights.
 
+        Raises:
+            FileNotFoundError: the folder does not exist, or lacks config.json or safetensors files.
+            ValueError: a file is damaged, or a tensor of the index or a layer of the config is missing.
+        """
+        path = Path(folder).resolve()
+        if not path.is_dir():
+            raise FileNotFoundError(f"folder must hold a checkpoint, got {path}, which does not exist")
+        for pattern in ("config.json", "*.safetensors"):
+            if not any(path.glob(pattern)):
+                raise FileNotFoundError(f"folder must hold a checkpoint, got {path}, which has no {pattern}")
+        shapes = tensor_shapes(path)
+        index = path / "model.safetensors.index.json"
+        indexed: set[str] = set(json.loads(index.read_text())["weight_map"]) if index.exists() else set()
+        if missing := sorted(indexed - shapes.keys()):
+            raise ValueError(f"folder must hold its index's tensors, got {path}, which lacks {missing[:3]}")
+        config = json.loads((path / "config.json").read_text())
+        config |= config.get("text_config", {})
+        # The first number in a tensor's name is that of its layer.
+        numbers = {int(number) for name in shapes for number in re.findall(r"\.(\d+)\.", name)[:1]}
+        lost = [i for i in range(config.get("num_hidden_layers", 0)) if numbers and i not in numbers]
+        if lost:
+            raise ValueError(f"folder must hold its config's layers, got {path}, which lacks layer {lost[0]}")
+        return cls(path, shapes, config)
 
-def _text_config(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "config.json").read_text())
-    return config | config.get("text_config", {})
+    @property
+    def vocab_size(self) -> int:
+        """The vocabulary size in the config."""
+        return self.config["vocab_size"]
 
+    def check_shapes(self, like: Shapes) -> None:
+        """Compare names and shapes with those of the model that vLLM has.
 
-def _check_shapes(path: Path, shapes: Shapes, like: Shapes, tied: bool) -> None:
-    """Compare names and shapes; tensors may be renamed, and a tied LM head may be left out."""
-    got, want = (
-        {name: shape for name, shape in s.items() if not (tied and name.endswith("lm_head.weight"))}
-        for s in (shapes, like)
-    )
-    for name in sorted(got.keys() & want.keys()):
-        if got[name] != want[name]:
-            raise ValueError(
-                f"folder must hold a checkpoint of the model that vLLM has, got {path}, "
-                f"whose {name} has shape {got[name]}, not {want[name]}"
-            )
-    missing, unknown = sorted(want.keys() - got.keys()), sorted(got.keys() - want.keys())
-    if Counter(want[name] for name in missing) != Counter(got[name] for name in unknown):
-        raise ValueError(
-            f"folder must hold a checkpoint of the model that vLLM has, got {path}, "
-            f"which lacks {missing[:3]} and has unknown {unknown[:3]}"
+        Tensors may be renamed, and a tied LM head may be left out.
+
+        Raises:
+            ValueError: they differ.
+        """
+        tied = self.config.get("tie_word_embeddings", False)
+        got, want = (
+            {name: shape for name, shape in s.items() if not (tied and name.endswith("lm_head.weight"))}
+            for s in (self.shapes, like)
         )
+        needed = f"folder must hold a checkpoint of the model that vLLM has, got {self.path},"
+        for name in sorted(got.keys() & want.keys()):
+            if got[name] != want[name]:
+                raise ValueError(f"{needed} whose {name} has shape {got[name]}, not {want[name]}")
+        missing, unknown = sorted(want.keys() - got.keys()), sorted(got.keys() - want.keys())
+        if Counter(want[name] for name in missing) != Counter(got[name] for name in unknown):
+            raise ValueError(f"{needed} which lacks {missing[:3]} and has unknown {unknown[:3]}")
+
+
+def loaded_shapes(name: str, revision: str | None = None) -> Shapes | None:
+    """Return the shapes of the model that vLLM loaded by its name, or None if its files are not here."""
+    folder = local_checkpoint(name, revision)
+    return (None if folder is None else tensor_shapes(folder)) or None
