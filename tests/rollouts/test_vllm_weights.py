@@ -165,8 +165,13 @@ def test_another_process_may_verify_what_the_first_sent(start: Path, trained: Pa
             generate(rollouts)
 
 
-def remove(pattern: str) -> Callable[[Path], None]:
-    return lambda folder: [path.unlink() for path in folder.glob(pattern)] and None
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
 
 
 def without_layer(folder: Path) -> None:
@@ -198,8 +203,8 @@ def incomplete_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove("*"), r"which has no config\.json"),
-        (remove("*.safetensors"), r"which has no \*\.safetensors"),
+        (empty, r"which has no config\.json"),
+        (without_weights, r"which has no \*\.safetensors"),
         (without_layer, "lacks layer 1"),
         (without_embedding, r"lacks \['model\.embed\.weight'\]"),
         (other_shapes, r"whose model\.embed\.weight has shape \(30, 6\), not \(30, 4\)"),
