@@ -11,6 +11,7 @@ from fused_distill.huggingface.fingerprint import (
     local_checkpoint,
     model_fingerprint,
     tensor_shapes,
+    weight_files,
 )
 from torch import nn
 
@@ -59,6 +60,13 @@ def test_a_saved_model_has_the_fingerprint_of_its_file(tiny_model: Path, tmp_pat
     assert len([*tmp_path.glob("*.safetensors")]) > 1
     assert checkpoint_fingerprint(tmp_path) == model_fingerprint(model)
     assert tensor_shapes(tmp_path) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_weights_that_are_saved_a_second_time_do_not_count(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "consolidated.safetensors"):
+        (tmp_path / name).write_bytes((tiny_model / "model.safetensors").read_bytes())
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    assert checkpoint_fingerprint(tmp_path) == checkpoint_fingerprint(tiny_model)
 
 
 def test_a_folder_without_weights_has_none(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def truncated(folder: Path) -> None:
 
 
 def incomplete_index(folder: Path) -> None:
-    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    index = {"weight_map": {"model.norm.weight": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 

@@ -35,7 +35,7 @@ def checkpoint_fingerprint(folder: Path) -> str | None:
 
     It equals `model_fingerprint` of the model if transformers neither renames nor ties its weights.
     """
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = weight_files(folder)
     return _fingerprint(_tensors(paths)) if paths else None
 
 
@@ -51,6 +51,18 @@ def local_checkpoint(name: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers loads from a folder.
+
+    A folder may hold the same weights a second time, e.g. in Mistral's own format.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    whole = folder / "model.safetensors"
+    return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
+
+
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in a folder's safetensors files, reading only their headers.
 
@@ -60,7 +72,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
