@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,24 @@ def test_other_names_and_shapes_change_it() -> None:
     renamed = nn.ParameterDict({"w": layer.weight, "bias": layer.bias})
     reshaped = nn.ParameterDict({"weight": layer.weight.reshape(200, 2, 150), "bias": layer.bias})
     assert len({model_fingerprint(m) for m in (layer, renamed, reshaped)}) == 3
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        torch.ones(20, 30).to(torch.float8_e4m3fn),
+        torch.ones(20, 30, dtype=torch.uint8),
+        torch.ones(20, 30, dtype=torch.int32),
+        torch.ones(2, 3, 4),
+        torch.ones(()),
+        torch.ones(0),
+        torch.ones(3, 0),
+    ],
+    ids=lambda parameter: f"{parameter.dtype} {[*parameter.shape]}",
+)
+def test_parameters_of_any_dtype_and_shape_have_one(parameter: torch.Tensor) -> None:
+    model = nn.ParameterDict({"w": nn.Parameter(parameter, requires_grad=False)})
+    assert re.fullmatch("[0-9a-f]{32}", model_fingerprint(model))
 
 
 def test_a_saved_model_has_the_fingerprint_of_its_file(tiny_model: Path, tmp_path: Path) -> None:

@@ -94,10 +94,11 @@ def _tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
 def _fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digests: list[tuple[str, str]] = []
     for name, tensor in tensors:
-        rows = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+        numbers = tensor.detach().view(torch.uint8) if tensor.element_size() == 1 else tensor.detach()
+        rows = numbers.reshape(-1, max(1, numbers.shape[-1]) if numbers.ndim else 1)
         index = torch.linspace(0, max(len(rows) - 1, 0), min(_ROWS, len(rows))).long()
         columns = rows[:, :: max(1, rows.shape[1] // _COLUMNS)]
         sample = columns[index.to(rows.device)].to("cpu", torch.bfloat16).contiguous()
-        numbers = hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()
-        digests.append((name, f"{[*tensor.shape]} {numbers}"))
+        digest = hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()
+        digests.append((name, f"{[*tensor.shape]} {digest}"))
     return hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()[:_DIGITS]
