@@ -22,14 +22,17 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def running(command: list[str], log: Path, **environment: str) -> Iterator[Server]:
-    """Run a server on an unused port of 127.0.0.1, yield when /health answers, and end it afterwards.
+def running(
+    command: list[str], log: Path, port: int | None = None, /, **environment: str
+) -> Iterator[Server]:
+    """Run a server on 127.0.0.1, yield when /health answers, and end it afterwards.
 
-    `--port PORT` is appended to the command.
+    The port is an unused one unless it is given. `--port PORT` is appended to the command.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -57,6 +57,14 @@ def tiny(hidden_size: int) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
+@torch.no_grad()
+def prompt_logprobs(model: Any, tokens: list[int]) -> list[Any]:
+    """Return vLLM's prompt_logprobs of the actual tokens."""
+    logprobs = model(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+    rows = zip(logprobs, tokens[1:], strict=False)
+    return [None, *({str(t): {"logprob": row[t].item(), "rank": 1}} for row, t in rows)]
+
+
 def stand_in_for_vllm(model: Any) -> FastAPI:
     """Serve the endpoints that `VllmRollouts` needs of a vLLM server, by transformers."""
     app = FastAPI()
@@ -68,6 +76,8 @@ def stand_in_for_vllm(model: Any) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
         body = await request.json()
+        if "prompt_logprobs" in body:
+            return {"choices": [{"index": 0, "prompt_logprobs": prompt_logprobs(model, *body["prompt"])}]}
         sampling = Sampling(n=body["n"], max_tokens=body["max_tokens"], seed=body["seed"])
         generated = TransformersRollouts(model).generate(body["prompt"], sampling)
         return {

@@ -26,8 +26,8 @@ from fused_distill.trainer.loop import train
 from limits import seconds
 from servers import START_SECONDS, running
 from serving_cases import serving
+from vllm_cases import PYTHON, SETTINGS, VOCAB, load
 
-PYTHON = os.environ.get("FUSED_DISTILL_VLLM_PYTHON")
 transformers = pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.vllm,
@@ -35,50 +35,6 @@ pytestmark = [
         PYTHON is None, reason="FUSED_DISTILL_VLLM_PYTHON names no Python with vLLM: make test-vllm"
     ),
 ]
-VOCAB = 98
-SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama, of a head size that vLLM has kernels for, with the tiny model's tokenizer."""
-    path = tmp_path_factory.mktemp("llama")
-    transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # distributions that are not nearly uniform
-    model.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def vllm(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A stock vLLM server."""
-    command = [
-        str(PYTHON),
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(folder),
-        "--dtype",
-        "float32",
-    ]
-    command += ["--enforce-eager", "--max-model-len", "512", "--max-logprobs", "64", "--host", "127.0.0.1"]
-    with running(command, tmp_path_factory.mktemp("vllm") / "log", **SETTINGS) as server:
-        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +138,6 @@ def test_a_stock_vllm_server_ignores_temperature_for_prompt_logprobs(vllm: str) 
     assert cold["choices"][0]["prompt_logprobs"] == warm["choices"][0]["prompt_logprobs"]
 
 
-def load(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
 def test_greedy_rollouts_equal_those_of_transformers(vllm: str, folder: Path) -> None:
     prompts, sampling = [[5, 9, 30], [7], [8, 8]], Sampling(temperature=0, max_tokens=12)
     with VllmRollouts(vllm) as rollouts:
@@ -221,17 +173,6 @@ if __name__ == "__main__":
     llm.llm_engine.engine_core.shutdown()
     print(json.dumps(completions))
 """
-
-
-@pytest.fixture(scope="module")
-def changed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with other weights."""
-    path = tmp_path_factory.mktemp("changed")
-    model = load(folder)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(model.lm_head.weight.roll(7, 0))
-    model.save_pretrained(path)
-    return path
 
 
 def test_in_process_rollouts_are_transformers_repeat_by_seed_and_follow_new_weights(

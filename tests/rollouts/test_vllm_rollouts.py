@@ -68,8 +68,10 @@ def test_a_server_is_told_to_sample_the_model_itself() -> None:
     assert neutral.items() <= bodies[-1].items()
 
 
-def test_a_prefix_cache_that_was_kept_is_an_error(tmp_path: Path) -> None:
+def test_a_prefix_cache_that_was_kept_is_an_error(tiny_model: Path) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "m"}]})
         return httpx.Response(200, json={"success": request.url.path != "/reset_prefix_cache"})
 
     retries = RetryPolicy(attempts=2, first_wait_seconds=0.01)
@@ -77,7 +79,7 @@ def test_a_prefix_cache_that_was_kept_is_an_error(tmp_path: Path) -> None:
         VllmRollouts("http://vllm", transport=httpx.MockTransport(answer), retries=retries) as rollouts,
         pytest.raises(ServerError, match="did not reset its prefix cache"),
     ):
-        rollouts.sync_from_disk(tmp_path)
+        rollouts.sync_from_disk(tiny_model)
 
 
 def test_completions_are_grouped_by_an_explicit_id() -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from fused_distill.rollouts.base import Sampling
 from fused_distill.rollouts.transformers import TransformersRollouts
+from fused_distill.rollouts.weights import TokenLogprobs, WeightsError, model_logprobs
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.loop import Trainer, train
@@ -25,6 +27,7 @@ class FakeEngine:
 
     syncs_at_generate: list[int]  # the number of syncs before each call of generate
     arguments: list[Any]
+    expected: TokenLogprobs
 
     def __init__(self, *arguments: Any, **options: Any):
         self.syncs = 0
@@ -34,9 +37,13 @@ class FakeEngine:
         FakeEngine.syncs_at_generate.append(self.syncs)
         return TransformersRollouts(self.model).generate(prompts, sampling)
 
-    def sync_from_disk(self, folder: Path) -> None:
+    def sync_from_disk(self, folder: Path, expected: TokenLogprobs) -> None:
         self.syncs += 1
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        self.verify_weights(expected)
+
+    def verify_weights(self, expected: TokenLogprobs) -> None:
+        FakeEngine.expected = expected
 
 
 class FakeInProcessEngine(FakeEngine):
@@ -200,3 +207,46 @@ def test_missing_vllm_is_reported_before_any_work(
     with pytest.raises(ConfigError) as error:
         Trainer(lab.config(tmp_path, *engine, "student=/nowhere"))
     assert str(error.value) == message
+
+
+def test_vllm_is_compared_with_the_students_log_probabilities(lab: Lab, tmp_path: Path) -> None:
+    for engine in (SERVER, IN_PROCESS, NCCL):
+        trainer = Trainer(lab.config(tmp_path, *engine))
+        with torch.no_grad():
+            next(trainer.model.parameters()).mul_(2)
+        trainer.rollouts.sync_weights(0)
+        vocab_size = trainer.model.config.get_text_config().vocab_size
+        assert FakeEngine.expected == model_logprobs(trainer.model, vocab_size, trainer.device)
+
+
+class RestartedEngine(FakeEngine):
+    """Stands for VllmRollouts on a server that was restarted before the third call of generate."""
+
+    calls = 0
+
+    def generate(self, prompts: Any, sampling: Any) -> Any:
+        self.calls += 1
+        if self.calls == 3:
+            raise WeightsError("vLLM does not have the weights that it received last")
+        return super().generate(prompts, sampling)
+
+
+def test_a_restarted_server_gets_the_weights_again_and_the_run_goes_on(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(lab.config(tmp_path / "uninterrupted", *RUN, *SERVER))
+    monkeypatch.setattr("fused_distill.trainer.rollouts.VllmRollouts", RestartedEngine)
+    train(lab.config(tmp_path / "restarted", *RUN, *SERVER))
+    assert losses(tmp_path / "restarted") == losses(tmp_path / "uninterrupted")
+    assert "vLLM gets the student's weights again: vLLM does not have" in caplog.text
+
+
+def test_a_restarted_server_ends_a_run_that_sends_weights_over_nccl(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fused_distill.trainer.rollouts.VllmRollouts", RestartedEngine)
+    trainer = Trainer(lab.config(tmp_path, *NCCL))
+    engine: Any = trainer.rollouts.engine
+    engine.calls = 2
+    with pytest.raises(WeightsError, match="does not have the weights"):
+        trainer.rollouts.generate([[5]], Sampling())

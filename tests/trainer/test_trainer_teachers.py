@@ -134,12 +134,15 @@ class StockVllm:
         from starlette.responses import JSONResponse
 
         request = Request(scope, receive)
-        answers = {"/v1/models": {"data": [{"id": "stock"}]}, "/v1/completions": None}
+        models = {"data": [{"id": "stock", "max_model_len": 64}]}
+        answers = {"/v1/models": models, "/v1/completions": None}
         status, answer = 200, answers.get(request.url.path, {"error": "Not Found"})
         if request.url.path == "/v1/completions":
             body = await request.json()
             rows = [self.prompt_logprobs(tokens, body["prompt_logprobs"]) for tokens in body["prompt"]]
             answer = {"choices": [{"index": i, "prompt_logprobs": row} for i, row in enumerate(rows)]}
+            if body["prompt_logprobs"] > 20:
+                status, answer = 400, {"error": {"message": "prompt logprobs: max allowed: 20"}}
         elif request.url.path not in answers:
             status = 404
         await JSONResponse(answer, status)(scope, receive, send)
@@ -185,6 +188,11 @@ def test_top_k_of_a_stock_vllm_server_gives_the_losses_of_a_local_teacher(
         ),
         ("teacher.targets=student_topk", "teacher.targets: must be topk with this server, .* score_ids"),
         ("temperature=2", r"temperature: must be 1 with this server, got 2\.0"),
+        ("teacher.k=21", r"teacher\.url: .*max allowed: 20\. Start vLLM with --max-logprobs 21 or more"),
+        (
+            "rollouts.max_completion_length=60",
+            r"teacher\.url: a sequence must have at most 63 tokens, .* Start vLLM with --max-model-len",
+        ),
     ],
 )
 def test_settings_that_a_stock_vllm_server_cannot_serve_are_refused(

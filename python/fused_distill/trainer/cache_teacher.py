@@ -19,7 +19,7 @@ from .data import Batch, Sample, load_data
 from .stored import DESCRIPTION, PART_ROWS
 from .student import load_pretrained
 from .targets import Teacher, TopKTargets
-from .teachers import load_teacher
+from .teachers import check_limits, load_teacher
 
 BATCH_ROWS = 16
 
@@ -59,6 +59,8 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     if json.loads(description.read_text()) != info:
         raise ConfigError(f"{folder} holds another store: {description.read_text()}")
     teacher = load_teacher(config, tokenizer, accelerator.device)
+    lengths = map(len, rows["prompt"]), map(len, rows["completion"])
+    check_limits(teacher, config, max(map(sum, zip(*lengths, strict=True)), default=0))
     tokens, number = pa.list_(pa.int32()), pa.float16() if dtype == "float16" else pa.float32()
     types = {"tokens": tokens, "prompt_length": pa.int32(), "ids": pa.list_(tokens)}
     schema = pa.schema(types | {"logprobs": pa.list_(pa.list_(number))})

@@ -29,7 +29,7 @@ from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib,
 from .rollouts import StudentRollouts
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
-from .teachers import load_teacher
+from .teachers import check_limits, load_teacher
 
 EVAL_BATCH_SIZE = 8
 N_SHOWN_SAMPLES = 3
@@ -55,6 +55,8 @@ class Trainer:
         self.accelerator.print(data)
         self.samples, self.held_out = split_data(data, config)
         self.teacher = load_teacher(config, self.tokenizer, self.device)
+        longest = max(map(len, data.samples["prompt"]), default=0)
+        check_limits(self.teacher, config, longest + config.rollouts.max_completion_length)
         torch.manual_seed(config.seed)
         model = load_student(config)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -94,7 +96,7 @@ class Trainer:
         )
         # Autocast casts the weights once for all tokens; FSDP casts its shards itself.
         with nullcontext() if self.sharded else self.accelerator.autocast():
-            completions = self.rollouts.engine.generate([sample.prompt for sample in samples], sampling)
+            completions = self.rollouts.generate([sample.prompt for sample in samples], sampling)
         return [
             [Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
             for part in split_on_groups(completions, slices)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from ..rollouts.base import Completion, Sampling
 from ..rollouts.nccl import NcclWeightSync
 from ..rollouts.transformers import TransformersRollouts
 from ..rollouts.vllm import VllmInProcessRollouts, VllmRollouts
+from ..rollouts.weights import WeightsError, model_logprobs
 from .config import TrainConfig
+
+_log = logging.getLogger(__name__)
 
 VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -29,6 +35,7 @@ class StudentRollouts:
         save: Callable[[Path], None],  # the student to a folder, called by all processes together
     ):
         self._accelerator, self._folder, self._save = accelerator, config.output / "weights", save
+        self._wrapped = wrapped
         self._nccl: NcclWeightSync | None = None
         self.weights_synced_step: int | None = None  # None: vLLM has no weights of this run
         settings, model = config.rollouts, accelerator.unwrap_model(wrapped)
@@ -54,18 +61,56 @@ class StudentRollouts:
                 register_fsdp_forward_method(wrapped, "generate")
             self.engine = TransformersRollouts(model, synced=accelerator.is_fsdp2, logprobs=False)
 
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+        """Return completions by the weights of the last `sync_weights`; all processes call it together.
+
+        If a vLLM server was restarted, it gets the student's weights again, and all processes generate again.
+
+        Raises:
+            WeightsError: the server has other weights again, or gets them over NCCL, whose group has ended.
+        """
+        if not isinstance(self.engine, VllmRollouts):
+            return self.engine.generate(prompts, sampling)
+        problem: WeightsError | None = None
+        completions: list[Completion] = []
+        try:
+            completions = self.engine.generate(prompts, sampling)
+        except WeightsError as error:
+            problem = error
+        failures = torch.tensor(int(problem is not None), device=self._accelerator.device)
+        if not self._accelerator.reduce(failures, "sum"):  # pyright: ignore[reportArgumentType]
+            return completions
+        if self._nccl is not None:
+            raise problem or WeightsError("another process found other weights than vLLM was sent")
+        _log.warning("vLLM gets the student's weights again: %s", problem or "another process found others")
+        self._send_weights()
+        return self.engine.generate(prompts, sampling)
+
     def sync_weights(self, step: int) -> None:
-        """Send the student's weights to vLLM, unless it has those of this step."""
+        """Send the student's weights to vLLM, unless it has those of this step.
+
+        Raises:
+            WeightsError: vLLM's log-probabilities of a few tokens are not the student's.
+        """
         if isinstance(self.engine, TransformersRollouts) or self.weights_synced_step == step:
             return
+        self._send_weights()
+        self.weights_synced_step = step
+
+    def _send_weights(self) -> None:
+        assert not isinstance(self.engine, TransformersRollouts)
+        vocab_size = self._accelerator.unwrap_model(self._wrapped).config.get_text_config().vocab_size
+        expected = model_logprobs(self._wrapped, vocab_size, self._accelerator.device)
+        sends = self._accelerator.is_main_process or isinstance(self.engine, VllmInProcessRollouts)
         if self._nccl is not None:
             self._nccl.sync()
         else:
             self._save(self._folder)
-            if self._accelerator.is_main_process or isinstance(self.engine, VllmInProcessRollouts):
-                self.engine.sync_from_disk(self._folder)
+            if sends:
+                self.engine.sync_from_disk(self._folder, expected)
         self._accelerator.wait_for_everyone()
-        self.weights_synced_step = step
+        if isinstance(self.engine, VllmRollouts) and (self._nccl is not None or not sends):
+            self.engine.verify_weights(expected)
 
     def close(self) -> None:
         """Leave the NCCL group, if there is one."""

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from ..huggingface.lm_head import LMHeadParams, checked_head, last_hidden_states
 from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..serving.client.client import TeacherClient
+from ..serving.client.retry import ServerError
 from .config import ConfigError, TrainConfig
 from .data import Batch
 from .stored import StoredTeacher
@@ -130,6 +131,17 @@ def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device
     if settings.targets != "full" and settings.k > teacher.vocab_size:
         raise ConfigError(f"teacher.k: {settings.k} is more than the {teacher.vocab_size} tokens there are")
     return teacher
+
+
+def check_limits(teacher: Teacher, config: TrainConfig, length: int) -> None:
+    """Raise a ConfigError if a teacher server does not take `length` tokens or the settings' k."""
+    if not isinstance(teacher, HiddenStateTeacher | ServedTeacher):
+        return
+    k = config.teacher.k if config.teacher.targets == "topk" else 0
+    try:
+        teacher.client.check_limits(top_logprobs=k, length=length)
+    except (ValueError, ServerError) as error:
+        raise ConfigError(f"teacher.url: {error}") from None
 
 
 def _check_tokenizer(key: str, student: str, teacher: str | None) -> None:

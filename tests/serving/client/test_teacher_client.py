@@ -82,7 +82,6 @@ def test_numpy_arguments_are_accepted(url: str) -> None:
 @pytest.mark.parametrize(
     ("response", "message"),
     [
-        (one_position(actual=-np.inf), "no number for sequence 0 at token 1"),
         (one_position(actual=np.nan), "no number for sequence 0 at token 1"),
         (one_position(logprob=np.nan), "no number for sequence 0 at token 1"),
         (one_position(logprob=-np.inf), "no number for sequence 0 at token 1"),

@@ -17,13 +17,15 @@ from ...huggingface.lm_head import LMHeadParams
 from ..protocol.hidden_states import HiddenDtype, HiddenStates, decode_hidden
 from ..protocol.lm_head import file_sha256, load_head
 from ..protocol.logprobs import TeacherLogprobs, decode_binary
-from ..protocol.openai import first_model, openai_answer, openai_request
+from ..protocol.openai import first_model
 from ..protocol.packing import WireError
 from ..protocol.request import HEAD_PATH, SCORE_PATH
 from .arguments import cache_folder, positive_number, whole_number
-from .description import check_head, head_bytes, teacher_description
+from .description import check_head, check_limits, head_bytes, teacher_description
+from .identity import SameFingerprint
 from .request import Ids, ScoreIds, ScoringRequest, TeacherError
 from .retry import RetryingClient, RetryPolicy
+from .stock_vllm import StockVllm
 
 Protocol = Literal["auto", "fused-distill", "openai"]
 T = TypeVar("T")
@@ -77,7 +79,6 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         self.deadline_seconds = positive_number("deadline_seconds", deadline_seconds)
         self.request_tokens = whole_number("request_tokens", request_tokens, at_least=1)
         self._protocol: Protocol = protocol
-        self._model = model
         self._head_sha256: str | None = None  # checksum of the head that head() returned
         self._description: dict[str, Any] | None = None  # /v1/teacher
         self._http = RetryingClient(
@@ -88,6 +89,8 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             transport=transport,
             concurrency=concurrency,
         )
+        self._stock_vllm = StockVllm(self._http, model)
+        self._same_weights = SameFingerprint()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -110,7 +113,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         self._info(time.monotonic() + seconds)
 
     def info(self) -> dict[str, Any]:
-        """Return the server's description: /v1/teacher, or with "openai" the first entry of /v1/models.
+        """Return the server's description: /v1/teacher, or with "openai" the model's entry in /v1/models.
 
         Raises:
             ServerError: no server gave a valid description before the deadline.
@@ -119,8 +122,26 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
 
     def _info(self, deadline: float) -> dict[str, Any]:
         if self._detect_protocol(deadline) == "openai":
-            return self._send_one("GET", "/v1/models", deadline, first_model)
+            return self._stock_vllm.description(deadline)
         return self._send_one("GET", "/v1/teacher", deadline, teacher_description)
+
+    def check_limits(self, *, top_logprobs: int, length: int) -> None:
+        """Check, before a run, that a server takes its requests.
+
+        Args:
+            top_logprobs: the largest K that will be asked for.
+            length: tokens of the longest sequence that will be sent.
+
+        Raises:
+            ValueError: the server takes no sequence of that length, or not so many tokens per position.
+            ServerError: as `get_sequence_logprobs`. With a stock vLLM server this is how a K above its
+                --max-logprobs is reported.
+        """
+        deadline = time.monotonic() + self.deadline_seconds
+        if self._detect_protocol(deadline) == "openai":
+            self._stock_vllm.check_limits(top_logprobs, length, deadline)
+            return
+        check_limits(self._describe(deadline), top_logprobs, length)
 
     def head(self, cache: Path | str | None = None) -> LMHeadParams:
         """Return the teacher's LM head on the CPU. It is downloaded once and cached by its checksum.
@@ -186,9 +207,8 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                 "dtype": dtype,
             }
             max_bytes = part.hidden_bytes(hidden_size, dtype)
-            hidden = self._http.send(
-                "POST", SCORE_PATH, deadline, lambda r: decode_hidden(r.content), body, max_bytes=max_bytes
-            )
+            decode = self._same_weights.then(lambda r: decode_hidden(r.content))
+            hidden = self._http.send("POST", SCORE_PATH, deadline, decode, body, max_bytes=max_bytes)
             part.check_hidden_states(hidden, first, hidden_size, dtype)
             if self._head_sha256 not in (None, hidden.head_sha256):
                 raise TeacherError("the hidden states belong to another head than head() returned")
@@ -243,20 +263,18 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                 raise ValueError(f"score_ids must be None {server} scores its own top tokens only")
             if vocab_size is not None:
                 raise ValueError(f"vocab_size must be None {server} scores over its own vocabulary")
+            for i, tokens in enumerate(request.sequences):
+                self._stock_vllm.check_length(f"sequences[{i}]", len(tokens), deadline)
         rows = None if openai else vocab_size or self._describe(deadline)["vocab_size"]
 
         def send(part: ScoringRequest, first: int) -> TeacherLogprobs:
-            fields = part.sequences, part.prompt_lengths, part.top_logprobs
-            path, body = SCORE_PATH, {**vars(part), "response_format": "binary"}
             if openai:
-                model = self._model or self._http.send("GET", "/v1/models", deadline, first_model)["id"]
-                path, body = "/v1/completions", openai_request(model, part.sequences, part.top_logprobs)
-
-            def decode(response: httpx.Response) -> TeacherLogprobs:
-                return openai_answer(response.json(), *fields) if openai else decode_binary(response.content)
-
-            max_bytes = part.openai_bytes if openai else part.binary_bytes
-            answer = self._http.send("POST", path, deadline, decode, body, max_bytes=max_bytes)
+                answer = self._stock_vllm.score(part, deadline)
+            else:
+                body = {**vars(part), "response_format": "binary"}
+                decode = self._same_weights.then(lambda r: decode_binary(r.content))
+                max_bytes = part.binary_bytes
+                answer = self._http.send("POST", SCORE_PATH, deadline, decode, body, max_bytes=max_bytes)
             part.check_answer(answer, first, rows)
             return answer
 

@@ -30,13 +30,24 @@ def teacher_description(response: httpx.Response) -> dict[str, Any]:
         raise ValueError(f"/v1/teacher must give capabilities, a list of strings, got {capabilities!r:.100}")
     if not isinstance(limits, dict):
         raise ValueError(f"/v1/teacher must give limits, an object, got {limits!r:.100}")
-    fields = {"vocab_size": description.get("vocab_size"), "limits.numbers": limits.get("numbers")}
+    fields = {name: description.get(name) for name in ("vocab_size", "max_length")}
+    fields |= {f"limits.{name}": limits.get(name) for name in ("numbers", "top_logprobs")}
     if "hidden_states" in capabilities:
         fields["hidden_size"] = description.get("hidden_size")
     for name, value in fields.items():
         if type(value) is not int or not 1 <= value < 2**31:
             raise ValueError(f"/v1/teacher must give {name}, a number from 1 to 2^31 - 1, got {value!r:.100}")
     return description
+
+
+def check_limits(description: dict[str, Any], top_logprobs: int, length: int) -> None:
+    """Raise a ValueError if a teacher takes no sequence of a length, or not so many tokens per position."""
+    for name, value, most in (
+        ("top_logprobs", top_logprobs, description["limits"]["top_logprobs"]),
+        ("length", length, description["max_length"]),
+    ):
+        if value > most:
+            raise ValueError(f"{name} must be at most {most}, this server's limit, got {value}")
 
 
 def head_bytes(description: dict[str, Any]) -> int:

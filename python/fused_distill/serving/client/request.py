@@ -157,7 +157,7 @@ class ScoringRequest:
                 f"the answer has (K, M) = {widths} log-probabilities per position, expected {expected}"
             )
         for i, (part, prompt_length) in enumerate(zip(answer.split(), self.prompt_lengths, strict=True)):
-            missing = ~np.isfinite(part.actual_logprobs) | np.isnan(part.logprobs).any(-1)
+            missing = np.isnan(part.actual_logprobs) | np.isnan(part.logprobs).any(-1)
             if self.top_logprobs:
                 missing |= part.logprobs[:, 0] == -np.inf
             if part.score_logprobs is not None:

@@ -6,9 +6,18 @@ from typing import Any
 
 import httpx
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from .logprobs import TeacherLogprobs
 from .request import first_scored_index
+
+_VLLM_MINUS_INFINITY = -9999.0  # vLLM's replacement in JSON
+
+
+def forbidden_as_infinite(logprobs: ArrayLike) -> NDArray[np.float32]:
+    """Return vLLM's log-probabilities with -inf where vLLM writes -9999.0, for tokens of probability 0."""
+    values = np.asarray(logprobs, dtype=np.float32)
+    return np.where(values == _VLLM_MINUS_INFINITY, -np.inf, values).astype(np.float32)
 
 
 def first_model(response: httpx.Response) -> dict[str, Any]:
@@ -41,7 +50,7 @@ def openai_answer(
     """Convert vLLM's response. A missing number becomes NaN, which the client reports with its position.
 
     vLLM gives each position as {token id: {"logprob", "rank", ...}}, with the top_logprobs most likely tokens
-    and the actual token, whatever its rank.
+    and the actual token, whatever its rank. It replaces -inf, see `forbidden_as_infinite`.
     """
     choices = sorted(content["choices"], key=lambda choice: choice["index"])
     lengths: list[int] = []
@@ -62,9 +71,9 @@ def openai_answer(
             actual.append(_logprob(entries.get(token, {})))
     return TeacherLogprobs(
         np.array(lengths, dtype=np.int64),
-        np.array(logprobs, dtype=np.float32).reshape(len(actual), top_logprobs),
+        forbidden_as_infinite(logprobs).reshape(len(actual), top_logprobs),
         np.array(ids, dtype=np.int32).reshape(len(actual), top_logprobs),
-        np.array(actual, dtype=np.float32),
+        forbidden_as_infinite(actual),
     )
 
 

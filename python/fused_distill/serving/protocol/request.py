@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 SCORE_PATH = "/get_sequence_logprobs/"
 HEAD_PATH = "/v1/teacher/head"
+WEIGHTS_HEADER = "x-teacher-weights"  # of every answer: the fingerprint of the teacher's weights
 
 Response = Literal["logprobs", "hidden_states"]
 

@@ -24,6 +24,7 @@ from ..protocol.request import HEAD_PATH, SCORE_PATH
 from .answers import encode_answer
 from .batching import MAX_FAILURES, Batcher, BatchLimits
 from .engine import TeacherEngine
+from .identity import WeightsHeaderMiddleware
 from .json_body import WHOLE_BYTES
 from .openapi import bearer, request_body, responses
 from .validation import RequestError, ServerLimits, parse_request
@@ -80,6 +81,7 @@ def create_app(
 
     app = FastAPI(title="fused-distill teacher", lifespan=lambda _: batcher)
     app.add_middleware(AuthAndLimitMiddleware, token=token, hosts=hosts, limits=limits, answered=answered)
+    app.add_middleware(WeightsHeaderMiddleware, fingerprint=engine.info.weights_fingerprint)
 
     @app.exception_handler(RequestError)
     async def error_response(_: Request, error: RequestError) -> HttpResponse:

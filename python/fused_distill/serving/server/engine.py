@@ -22,6 +22,7 @@ class TeacherInfo(NamedTuple):
     max_length: int
     tokenizer_fingerprint: str | None
     capabilities: tuple[Capability, ...] = ("temperature", "score_ids", "vocab_size")  # beyond top log-probs
+    weights_fingerprint: str | None = None  # the same on every server with the same weights
 
 
 class TeacherEngine(Protocol):

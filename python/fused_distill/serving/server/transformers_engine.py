@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ... import topk_logprobs
+from ...huggingface.fingerprint import model_fingerprint
 from ...huggingface.lm_head import lm_head_of
 from ...huggingface.loading import (
     load_causal_lm,
@@ -59,6 +60,7 @@ class TransformersEngine:
             vocab_size,
             longest_sequence(config, max_length),
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+            weights_fingerprint=model_fingerprint(model),
         )
         self.head_file = None
         if hidden_states:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...huggingface.fingerprint import checkpoint_fingerprint, local_checkpoint
 from ...huggingface.loading import load_tokenizer, require_model, tokenizer_fingerprint
 from ..protocol.logprobs import TeacherLogprobs
 from ..protocol.request import ScoringOptions, TokenSequence
@@ -36,12 +37,14 @@ class VllmEngine:
     def __init__(self, llm: Any, tokenizer: Any | None = None, name: str | None = None):
         self.llm = llm
         config = llm.model_config
+        folder = local_checkpoint(config.model, config.revision)
         self.info = TeacherInfo(
             name or config.model,
             config.get_vocab_size(),
             config.max_model_len - 1,  # vLLM always generates at least one token
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
             capabilities=(),
+            weights_fingerprint=None if folder is None else checkpoint_fingerprint(folder),
         )
         self.dtype = str(config.dtype).removeprefix("torch.")
         self.device = str(llm.llm_engine.vllm_config.device_config.device_type)
