@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from .arguments import JSDKeywords, TopKJSDKeywords, tensors_from
 from .chunked.teacher import FullTeacher, TopKTeacher
 from .chunked.tensors import LossTensors
-from .config import Backend, LossConfig, Reduction, Tail, TopKLossConfig, config_from
+from .config import Backend, LossConfig, Reduction, Surplus, Tail, TopKLossConfig, config_from
 from .stats import DistillStats
+from .validation import FORBIDDEN_LOGPROB, check_probabilities
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,6 +56,7 @@ def linear_jsd(
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     vocab_size: int | None = None,
+    surplus: Surplus = "ignore",
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     workspace_bytes: int | None = None,
@@ -100,6 +102,7 @@ def linear_topk_jsd(
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     vocab_size: int | None = None,
+    surplus: Surplus = "ignore",
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     workspace_bytes: int | None = None,
@@ -162,8 +165,9 @@ def _topk_outcomes(
     """
     log_t = torch.full_like(log_s, -math.inf, requires_grad=False)
     for k in reversed(range(ids.shape[-1])):  # the first of several entries with one id is written last
-        rows = (logprobs[:, k] != -math.inf).nonzero().squeeze(1)
+        rows = (~(logprobs[:, k] <= FORBIDDEN_LOGPROB)).nonzero().squeeze(1)
         log_t[rows, ids[rows, k].long()] = logprobs[rows, k].to(log_t.dtype)
+    check_probabilities(log_t, logprobs.dtype)
     named = log_t != -math.inf
     inside, tail = log_s.masked_fill(~named, -math.inf), log_s.masked_fill(named, -math.inf)
     student_mass, teacher_mass = inside.detach().exp().sum(-1), log_t.exp().sum(-1)
