@@ -22,7 +22,7 @@ WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 TEST_SETTINGS := OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1
 # Tests of a group share a fixture that takes long, so that one process runs them all.
 PARALLEL := -n 2 --dist loadgroup
-KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_golden.py \
+KERNEL_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_surplus.py tests/test_golden.py \
 	tests/rows/test_close_models.py tests/rows/test_logprob_kernel.py tests/chunked/test_triton_matmul.py \
 	tests/chunked/test_launches.py tests/chunked/test_indexed_lm_head.py tests/parallel
 

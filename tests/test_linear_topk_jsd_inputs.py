@@ -84,9 +84,7 @@ def test_ids_of_absent_entries_and_masked_tokens_do_not_matter() -> None:
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_logits_in_place_of_log_probabilities_are_named(backend: Backend) -> None:
     arguments = valid() | {"teacher_logprobs": torch.tensor([[2.0, -1.0]] * N)}
-    with pytest.raises(
-        ValueError, match=r"^teacher_logprobs must be logarithms.*log_softmax.*, got 7\.75694"
-    ):
+    with pytest.raises(ValueError, match=r"^teacher_logprobs must be logarithms.*log_softmax.*, got 2"):
         fused_linear_topk_jsd(**arguments, backend=backend)
 
 
@@ -96,7 +94,7 @@ def test_log_probabilities_of_masked_tokens_and_repeated_ids_may_be_anything() -
     mask = torch.tensor([True, True, False])
     expected = fused_linear_topk_jsd(**arguments, mask=mask)
     arguments["teacher_ids"] = torch.cat([ids, ids], -1)
-    arguments["teacher_logprobs"] = torch.cat([logprobs, logprobs + 3], -1)
+    arguments["teacher_logprobs"] = torch.cat([logprobs, logprobs * 0], -1)
     arguments["teacher_logprobs"][2] = 5.0
     assert torch.equal(fused_linear_topk_jsd(**arguments, mask=mask), expected)
 

@@ -63,7 +63,7 @@ def unique_entries_kernel(
     BLOCK: tl.constexpr,
     EARLIER: tl.constexpr,
 ):
-    """Write a block of columns, -1 where absent or elsewhere, and log-probabilities, -inf if repeated or absent.
+    """Write a block of columns, -1 where absent or elsewhere, and log-probabilities, -inf where not counted.
 
     Compares each entry with all before it. Reads and writes 16 bytes or less per entry.
     """

@@ -104,8 +104,7 @@ def fused_linear_jsd(
         soft_weight: >= 0, weight of the divergence.
         vocab_size: compare only the first vocab_size columns, in the cross entropy too. None: min(Vs, Vt).
         surplus: what becomes of the student's rows from vocab_size on. "ignore": they do not exist for the
-            loss. A student that gives them all its probability is not penalized, if it may sample them it
-            should be. "count": they take part in the student's softmax, and together they are one more
+            loss, and a student that gives them all its probability has loss 0. "count": they take part in the student's softmax, and together they are one more
             outcome, whose student probability P is their sum and whose teacher probability is 0. Forward KL
             grows by -log(1 - P) and a mixture likewise. In reverse KL, which would be infinite, the teacher's
             probability of the outcome is 1e-7, as for a tail in `fused_linear_topk_jsd`. See

@@ -123,9 +123,10 @@ def fused_linear_topk_jsd(
 
     Raises:
         ValueError, TypeError: an argument is invalid (the message names it). An id outside the vocabulary
-            whose entry is present, and probabilities that sum to more than 1, raise ValueError, except on a
-            CUDA GPU: there it is a device-side assertion with the same message, as for an embedding, because
-            reading it back would make the host wait.
+            whose entry is present, and a probability above 1, raise ValueError, except on a CUDA GPU: there
+            it is a device-side assertion with the same message, as for an embedding, because reading it back
+            would make the host wait. With the PyTorch backend so do probabilities that sum to more than 1.
+            The Triton backend does not sum them.
         ImportError: backend="triton" without Triton.
         RuntimeError: the loss is differentiated twice.
     """

@@ -16,6 +16,7 @@ from .arguments import JSDKeywords, TopKJSDKeywords, tensors_from
 from .chunked.teacher import FullTeacher, TopKTeacher
 from .chunked.tensors import LossTensors
 from .config import Backend, LossConfig, Reduction, Surplus, Tail, TopKLossConfig, config_from
+from .rows.base import MIN_TEACHER_TAIL_PROB
 from .stats import DistillStats
 from .validation import FORBIDDEN_LOGPROB, check_probabilities
 
@@ -126,19 +127,23 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
         hidden = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])[valid]
         y_t = _logits(hidden, teacher.weight, teacher.bias, "teacher_", config).detach()
         vocab_size = config.vocab_size or min(y_s.shape[1], y_t.shape[1])
-        y_s = y_s[:, :vocab_size]
+        y_s = y_s if config.surplus == "count" else y_s[:, :vocab_size]
         log_s = F.log_softmax(y_s / config.temperature, dim=-1)
         log_t = F.log_softmax(y_t[:, :vocab_size] / config.temperature, dim=-1)
-        stats = _stats(log_s.detach(), log_t)
+        top_s, top_t = (log == log.amax(-1, keepdim=True) for log in (log_s, log_t))
+        agreement = (top_s[:, :vocab_size] & top_t).any(-1)
+        log_s, log_t, log_q = _with_surplus(log_s, log_t)
+        stats = _stats(log_s.detach(), log_t, log_q)._replace(top1_agreement=agreement)
     else:
         assert isinstance(teacher, TopKTeacher)
         assert isinstance(config, TopKLossConfig)
-        y_s = y_s[:, : config.vocab_size]
+        y_s = y_s if config.surplus == "count" else y_s[:, : config.vocab_size]
         log_s = F.log_softmax(y_s / config.temperature, dim=-1)
         logprobs, ids = (t.reshape(-1, teacher.k)[valid] for t in (teacher.logprobs, teacher.ids))
         log_s, log_t, stats = _topk_outcomes(log_s, logprobs, ids, config)
+        log_q = log_t
 
-    loss = config.soft_weight * _jsd(log_s, log_t, config.beta)
+    loss = config.soft_weight * _jsd(log_s, log_t, log_q, config.beta)
     if tensors.labels is not None and config.hard_weight != 0:
         labels = tensors.labels[mask].long()
         loss = loss + config.hard_weight * F.cross_entropy(y_s, labels, reduction="none")
@@ -151,6 +156,32 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
     else:
         result = loss.sum()
     return (result, stats.map(lambda c: _scatter(mask, c))) if config.return_stats else result
+
+
+def _with_surplus(
+    log_s: Tensor,  # (n, Vs)
+    log_t: Tensor,  # (n, V)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both models' log-probabilities of V tokens and of the student's other rows together, (n, V + 1).
+
+    The teacher has no probability there. The third result is what reverse KL takes for it: 1e-7 there,
+    normalized, where the student has any probability. Without other rows there is no such outcome.
+    """
+    n_surplus = log_s.shape[1] - log_t.shape[1]
+    if not n_surplus:
+        return log_s, log_t, log_t
+    inside, surplus = log_s.split([log_t.shape[1], n_surplus], -1)
+    surplus = _log_sum(surplus)
+    floor = torch.full_like(surplus, math.log(MIN_TEACHER_TAIL_PROB), requires_grad=False)
+    floor = floor.masked_fill(surplus == -math.inf, -math.inf)
+    log_q = F.log_softmax(torch.cat([log_t, floor], -1), dim=-1)
+    return torch.cat([inside, surplus], -1), F.pad(log_t, (0, 1), value=-math.inf), log_q
+
+
+def _log_sum(log_p: Tensor) -> Tensor:
+    """Return the (n, 1) logarithm of the sum of probabilities, with zero gradient where all are 0."""
+    empty = (log_p == -math.inf).all(-1, keepdim=True)
+    return log_p.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
 
 
 def _topk_outcomes(
@@ -177,9 +208,8 @@ def _topk_outcomes(
     agreement = (named & (inside == max_s) & (log_t == log_t.amax(-1, keepdim=True))).any(-1)
 
     if config.tail == "bucket":
-        empty = (tail == -math.inf).all(-1, keepdim=True)
-        tail = tail.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
-        tail_t = (1 - teacher_mass).clamp_min(1e-7).log().unsqueeze(-1)
+        tail = _log_sum(tail)
+        tail_t = (1 - teacher_mass).clamp_min(MIN_TEACHER_TAIL_PROB).log().unsqueeze(-1)
         tail_t = tail_t.masked_fill(tail == -math.inf, -math.inf)
         inside = torch.cat([inside, tail], -1)
         log_t = F.log_softmax(torch.cat([log_t, tail_t], -1), dim=-1)
@@ -190,7 +220,7 @@ def _topk_outcomes(
         log_t = log_t.masked_fill(without, -math.inf)
         inside = F.log_softmax(inside.masked_fill(only_outcome, 0), dim=-1)
         log_t = F.log_softmax(log_t.masked_fill(only_outcome, 0), dim=-1)
-    stats = _stats(inside.detach(), log_t)._replace(
+    stats = _stats(inside.detach(), log_t, log_t)._replace(
         top1_agreement=agreement,
         student_mass=None if support_only else student_mass,
         teacher_mass=teacher_mass,
@@ -209,12 +239,15 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str, co
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _jsd(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
-    """Return the generalized JSD of https://arxiv.org/abs/2306.13649, with its limits at beta 0 and 1."""
+def _jsd(log_s: Tensor, log_t: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Return the generalized JSD of https://arxiv.org/abs/2306.13649, with its limits at beta 0 and 1.
+
+    log_q is log_t without zeros, for the limit at 1, which they would make infinite.
+    """
     if beta == 0:
         return _kl(log_t, log_s)
     if beta == 1:
-        return _kl(log_s, log_t)
+        return _kl(log_s, log_q)
     pair = torch.stack([log_t + math.log(beta), log_s + math.log1p(-beta)])
     log_m = torch.logsumexp(pair.masked_fill((pair == -math.inf).all(0), 0), 0)  # 0 where both are absent
     return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
@@ -226,10 +259,10 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * gap).sum(-1)
 
 
-def _stats(log_s: Tensor, log_t: Tensor) -> DistillStats:
-    match_s, match_t = (log == log.amax(-1, keepdim=True) for log in (log_s, log_t))
-    entropies_and_kls = _entropy(log_s), _entropy(log_t), _kl(log_t, log_s), _kl(log_s, log_t)
-    return DistillStats(*entropies_and_kls, (match_s & match_t).any(-1))
+def _stats(log_s: Tensor, log_t: Tensor, log_q: Tensor) -> DistillStats:
+    no_agreement = torch.zeros(len(log_s), dtype=torch.bool, device=log_s.device)
+    entropies_and_kls = _entropy(log_s), _entropy(log_t), _kl(log_t, log_s), _kl(log_s, log_q)
+    return DistillStats(*entropies_and_kls, no_agreement)
 
 
 def _entropy(log_p: Tensor) -> Tensor:

@@ -198,22 +198,32 @@ def check_id_range(
     _require_all(inside, f"{name} must be in [0, {vocab_size}) at every valid token", ids)
 
 
-def check_probabilities(logprobs: Tensor, dtype: torch.dtype) -> None:
-    """Require that the probabilities of each row of log-probabilities (n, K) sum to at most 1.
+_NO_PROBABILITIES = (
+    "teacher_logprobs must be logarithms of probabilities that sum to at most 1 at every valid token "
+    "(log_softmax turns logits into these)"
+)
 
-    A sum above 1 by more than rounding means that these are logits, or of another temperature. Where the
-    host need not wait is said in `check_id_range`.
+
+def check_logprobs(logprobs: Tensor, mask: Tensor | None) -> None:
+    """Require that no log-probability (..., K) of a valid token is above 0 by more than rounding.
+
+    Where the host need not wait is said in `check_id_range`.
+    """
+    possible = ~(logprobs > math.log1p(_ROUNDED_SUM.get(logprobs.dtype, _EXACT_SUM)))
+    if mask is not None:
+        possible |= ~mask.unsqueeze(-1)
+    _require_all(possible, _NO_PROBABILITIES, logprobs)
+
+
+def check_probabilities(logprobs: Tensor, dtype: torch.dtype) -> None:
+    """Require that the probabilities of each row sum to at most 1, but for rounding.
 
     Args:
         logprobs: (n, K) of valid tokens, -inf at absent and repeated entries.
         dtype: what the log-probabilities have been rounded to.
     """
-    total = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32)).exp().sum(-1)
-    message = (
-        "teacher_logprobs must be logarithms of probabilities that sum to at most 1 for each token "
-        "(log_softmax turns logits into these)"
-    )
-    _require_all(~(total > 1 + _ROUNDED_SUM.get(dtype, _EXACT_SUM)), message, total)
+    total = logprobs.exp().sum(-1)
+    _require_all(~(total > 1 + _ROUNDED_SUM.get(dtype, _EXACT_SUM)), _NO_PROBABILITIES, total)
 
 
 def _require_all(holds: Tensor, message: str, values: Tensor) -> None:

@@ -152,8 +152,9 @@ class ChunkLoop:
         """Return losses and statistics of the n valid tokens, and gradients of their sum with a factor."""
         student, inputs, dtype, shard = self.student, self.inputs, self.inputs.dtype, self.inputs.shard
         memory, plan = self.plan(memory_of(inputs.device))
-        head = memory.head.over(student.weight[: shard.size])
-        bias = None if student.bias is None else student.bias[: shard.size].to(dtype).contiguous()
+        columns = shard.student_size
+        head = memory.head.over(student.weight[:columns])
+        bias = None if student.bias is None else student.bias[:columns].to(dtype).contiguous()
         gradients = self._empty_gradients(head.rows_written_by_first_chunk)
         grad_scale = self._grad_scale(head.dtype, token_weight)
         if token_weight is None:

@@ -16,6 +16,7 @@ from ..validation import (
     FORBIDDEN_LOGPROB,
     check_hidden_and_head,
     check_id_range,
+    check_logprobs,
     check_probabilities,
     check_support,
 )
@@ -124,6 +125,7 @@ class TopKTeacher:
         """Check the range of the ids, and return the detached teacher with flattened tokens."""
         absent = self.logprobs <= FORBIDDEN_LOGPROB
         check_id_range("teacher_ids", self.ids, shard.total, unused=absent, mask=mask)
+        check_logprobs(self.logprobs, mask)
         return TopKTeacher(self.logprobs.detach().reshape(-1, self.k), self.ids.reshape(-1, self.k))
 
     def head(
@@ -182,7 +184,6 @@ class TopKTeacher:
         else:
             rows = (self.ids, self.logprobs, tokens)
         columns, logprobs = unique_entries(*rows, shard.start, shard.size)
-        check_probabilities(logprobs, logprobs.dtype)
         return TeacherRows(logprobs, ids=columns)
 
 

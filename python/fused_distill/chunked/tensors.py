@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,8 @@ class LossTensors(NamedTuple):
         self.teacher.check(hidden)
         student = {name: getattr(self, name) for name in self._fields[:3]}
         shard = shard_of_call(config, student, self.teacher.products, self.mask)
+        if config.surplus == "count":
+            shard = replace(shard, n_surplus=len(self.student_weight) - shard.total)
         check_labels(self.labels, config.hard_weight, shape, device, shard.total, self.mask)
         return shard
 
