@@ -11,6 +11,7 @@ from .chunked.loop import fused_loss
 from .chunked.teacher import FullTeacher
 from .config import Backend, LossConfig, Reduction, Surplus, config_from, keywords_of
 from .stats import DistillStats
+from .tracing import untraced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,6 +35,7 @@ def fused_linear_jsd(
     return_stats: bool = ..., **options: Unpack[JSDKeywords],
 ) -> Tensor | tuple[Tensor, DistillStats]: ...
 # fmt: on
+@untraced
 def fused_linear_jsd(
     student_hidden: Tensor,  # (..., Ds) float32 / bfloat16 / float16 / float64
     student_weight: Tensor,  # (Vs, Ds)
@@ -104,11 +106,11 @@ def fused_linear_jsd(
         soft_weight: >= 0, weight of the divergence.
         vocab_size: compare only the first vocab_size columns, in the cross entropy too. None: min(Vs, Vt).
         surplus: what becomes of the student's rows from vocab_size on. "ignore": they do not exist for the
-            loss, and a student that gives them all its probability has loss 0. "count": they take part in the student's softmax, and together they are one more
-            outcome, whose student probability P is their sum and whose teacher probability is 0. Forward KL
-            grows by -log(1 - P) and a mixture likewise. In reverse KL, which would be infinite, the teacher's
-            probability of the outcome is 1e-7, as for a tail in `fused_linear_topk_jsd`. See
-            docs/divergences.md. "count" goes without process_group.
+            loss, and a student that gives them all its probability has loss 0. "count": they take part in the
+            student's softmax, and together they are one more outcome, whose student probability P is their
+            sum and whose teacher probability is 0. Forward KL grows by -log(1 - P), and a mixture grows too. In
+            reverse KL, which would be infinite, the teacher's probability of the outcome is 1e-7, as for a
+            tail in `fused_linear_topk_jsd`. See docs/divergences.md. "count" goes without process_group.
         reduction: "mean" over valid tokens, "sum", or "none". "none" returns the shape (...), 0 where masked;
             its backward pass recomputes the forward pass, because the upstream gradient is per token.
         normalizer: > 0, number or 0-d tensor, divisor for reduction="mean" (default: number of valid tokens).
@@ -164,6 +166,7 @@ class FusedLinearJSDLoss(nn.Module):
         super().__init__()
         self.config = LossConfig(**options)
 
+    @untraced
     def forward(
         self,
         student_hidden: Tensor,  # (..., Ds)

@@ -11,6 +11,7 @@ from .chunked.loop import fused_loss
 from .chunked.teacher import TopKTeacher
 from .config import Backend, Reduction, Surplus, Tail, TopKLossConfig, config_from, keywords_of
 from .stats import DistillStats
+from .tracing import untraced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,6 +35,7 @@ def fused_linear_topk_jsd(
     return_stats: bool = ..., **options: Unpack[TopKJSDKeywords],
 ) -> Tensor | tuple[Tensor, DistillStats]: ...
 # fmt: on
+@untraced
 def fused_linear_topk_jsd(
     student_hidden: Tensor,  # (..., Ds) float32 / bfloat16 / float16 / float64
     student_weight: Tensor,  # (Vs, Ds)
@@ -152,6 +154,7 @@ class FusedLinearTopKJSDLoss(nn.Module):
         super().__init__()
         self.config = TopKLossConfig(**options)
 
+    @untraced
     def forward(
         self,
         student_hidden: Tensor,  # (..., Ds)

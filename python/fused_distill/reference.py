@@ -18,6 +18,7 @@ from .chunked.tensors import LossTensors
 from .config import Backend, LossConfig, Reduction, Surplus, Tail, TopKLossConfig, config_from
 from .rows.base import MIN_TEACHER_TAIL_PROB
 from .stats import DistillStats
+from .tracing import check_has_data, untraced
 from .validation import FORBIDDEN_LOGPROB, check_probabilities
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def linear_jsd(
     return_stats: Literal[True], **options: Unpack[JSDKeywords],
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
+@untraced
 def linear_jsd(
     student_hidden: Tensor,  # (..., Ds)
     student_weight: Tensor,  # (Vs, Ds)
@@ -85,6 +87,7 @@ def linear_topk_jsd(
     return_stats: Literal[True], **options: Unpack[TopKJSDKeywords],
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
+@untraced
 def linear_topk_jsd(
     student_hidden: Tensor,  # (..., Ds)
     student_weight: Tensor,  # (Vs, Ds)
@@ -119,6 +122,9 @@ def linear_topk_jsd(
 def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tensor, DistillStats]:
     """Compute either loss by definition, for checked tensors."""
     mask, student_hidden = tensors.mask, tensors.student_hidden
+    check_has_data("student_hidden", student_hidden, mask)
+    if torch.compiler.is_exporting():
+        raise ValueError('backend must not be "reference" under torch.export, which cannot trace it')
     if mask is None:
         mask = torch.ones(student_hidden.shape[:-1], dtype=torch.bool, device=student_hidden.device)
     y_s = _logits(student_hidden[mask], tensors.student_weight, tensors.student_bias, "student_", config)

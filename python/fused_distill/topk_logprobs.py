@@ -16,6 +16,7 @@ from .parallel.vocab_shard import compared_columns
 from .rows.backend import auto_backend
 from .rows.elementwise import exp_sub_max
 from .rows.support import student_transform
+from .tracing import check_has_data, untraced
 from .validation import check_float, check_hidden_and_head, check_id_range, check_ids, check_tokens
 
 
@@ -27,6 +28,7 @@ class TopKLogprobs(NamedTuple):
     actual_logprobs: Tensor | None  # float, in the shape of actual_ids; -inf where masked
 
 
+@untraced
 @torch.no_grad()
 def topk_logprobs(
     hidden: Tensor,  # (..., D) float32 / bfloat16 / float16 / float64
@@ -72,6 +74,7 @@ def topk_logprobs(
         ValueError, TypeError: an argument is invalid (the message names it). An actual id outside the
             vocabulary is reported as in `fused_linear_topk_jsd`.
     """
+    check_has_data("hidden", hidden, mask)
     device, shape = check_float("hidden", hidden).device, hidden.shape[:-1]
     check_hidden_and_head("", hidden, weight, bias, device)
     require_positive("logit_scale", logit_scale)

@@ -228,7 +228,8 @@ def check_probabilities(logprobs: Tensor, dtype: torch.dtype) -> None:
 
 def _require_all(holds: Tensor, message: str, values: Tensor) -> None:
     """Require a bool tensor to be True throughout; the message ends with a value where it is not."""
-    if holds.device.type == "cuda" and torch.version.hip is None:
+    asynchronous = holds.device.type == "cuda" and torch.version.hip is None
+    if asynchronous or torch.compiler.is_exporting():
         torch._assert_async(holds.all(), message)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
     elif not bool(holds.all()):
         raise ValueError(f"{message}, got {values[~holds][0].item():.6g}")
