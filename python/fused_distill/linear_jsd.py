@@ -108,7 +108,7 @@ def fused_linear_jsd(
         surplus: what becomes of the student's rows from vocab_size on. "ignore": they do not exist for the
             loss, and a student that gives them all its probability has loss 0. "count": they take part in the
             student's softmax, and together they are one more outcome, whose student probability P is their
-            sum and whose teacher probability is 0. Forward KL grows by -log(1 - P), and a mixture grows too. In
+            sum and whose teacher probability is 0. Forward KL grows by -log(1 - P), a mixture grows too. In
             reverse KL, which would be infinite, the teacher's probability of the outcome is 1e-7, as for a
             tail in `fused_linear_topk_jsd`. See docs/divergences.md. "count" goes without process_group.
         reduction: "mean" over valid tokens, "sum", or "none". "none" returns the shape (...), 0 where masked;
