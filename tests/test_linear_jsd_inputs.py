@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import INTERPRETED
@@ -38,6 +39,8 @@ INVALID = [
     ("teacher_weight", TypeError, {"teacher_weight": torch.ones(V, DT, dtype=torch.bool)}),
     ("student_weight", ValueError, {"student_weight": torch.randn(V, DS, 1)}),
     ("student_weight", ValueError, {"student_weight": torch.randn(0, DS)}),
+    ("student_hidden", ValueError, {"student_hidden": torch.ones(N, 0), "student_weight": torch.ones(V, 0)}),
+    ("teacher_hidden", ValueError, {"teacher_hidden": torch.ones(N, 0), "teacher_weight": torch.ones(V, 0)}),
     ("teacher_hidden", ValueError, {"teacher_hidden": torch.randn(N, DT, device="meta")}),
     ("student_bias", ValueError, {"student_bias": torch.randn(V + 1)}),
     ("teacher_bias", ValueError, {"teacher_bias": torch.randn(1, V)}),
@@ -66,10 +69,14 @@ INVALID = [
     ("vocab_size", ValueError, {"vocab_size": V + 1}),
     ("vocab_size", ValueError, {"vocab_size": 0}),
     ("vocab_size", TypeError, {"vocab_size": 3.0}),
+    ("vocab_size", TypeError, {"vocab_size": np.float32(3.0)}),
+    ("surplus", ValueError, {"surplus": "tail"}),
     ("reduction", ValueError, {"reduction": "batchmean"}),
     ("normalizer", ValueError, {"normalizer": 0.0}),
     ("normalizer", ValueError, {"normalizer": torch.ones(2)}),
     ("normalizer", ValueError, {"normalizer": torch.tensor(-3)}),
+    ("normalizer", ValueError, {"normalizer": torch.tensor(0)}),
+    ("normalizer", ValueError, {"normalizer": torch.tensor(0), "mask": torch.tensor([True, False, False])}),
     ("normalizer", ValueError, {"normalizer": torch.tensor(torch.nan)}),
     ("normalizer", ValueError, {"normalizer": 3.0, "reduction": "sum"}),
     ("workspace_bytes", ValueError, {"workspace_bytes": 1}),
@@ -187,6 +194,41 @@ def test_integers_equal_floats_and_int32_labels_equal_int64_ones() -> None:
     assert fused_linear_jsd(**tensors, labels=labels.int(), **options) == fused_linear_jsd(
         **tensors, labels=labels, **floats
     )
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, np.float32, np.float64, np.float16])
+def test_numpy_numbers_equal_pythons(number: Any) -> None:
+    tensors, labels = valid(), torch.tensor([1, -100, 6])
+    names = ("beta", "temperature", "student_logit_scale", "teacher_softcap", "hard_weight", "normalizer")
+    actual, expected = (
+        fused_linear_jsd(**tensors, labels=labels, **{name: cast(1) for name in names})
+        for cast in (number, float)
+    )
+    assert torch.equal(actual, expected)
+
+
+def test_numpy_integers_equal_pythons() -> None:
+    tensors = valid()
+    actual = fused_linear_jsd(**tensors, vocab_size=np.int64(5), workspace_bytes=np.int32(1 << 20))
+    assert torch.equal(actual, fused_linear_jsd(**tensors, vocab_size=5, workspace_bytes=1 << 20))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_labels_of_masked_tokens_are_ignored(backend: Backend) -> None:
+    tensors, mask = valid(), torch.tensor([True, False, False])
+    losses = [
+        fused_linear_jsd(
+            **tensors, mask=mask, labels=torch.tensor([1, *free]), hard_weight=0.5, backend=backend
+        )
+        for free in ([2, 3], [V, -1])
+    ]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("name", ["student_weight", "teacher_weight", "student_bias"])
+def test_head_that_zero_3_has_partitioned_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is empty.*DeepSpeed ZeRO-3.*GatheredParameters"):
+        fused_linear_jsd(**{**valid(), name: torch.empty(0)})
 
 
 @pytest.mark.parametrize("option", ["mask", "normalizer", "student_bias", "labels"])

@@ -12,7 +12,7 @@ import torch
 from cases import INTERPRETED
 from checks import TAILS
 from fused_distill import FusedLinearTopKJSDLoss, fused_linear_topk_jsd
-from fused_distill.config import Tail
+from fused_distill.config import Backend, Tail
 from test_contexts import Products
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +43,11 @@ INVALID = [
     ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.zeros(N + 1, K)}),
     ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.zeros(N, 0)}),
     ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.zeros(N, K, device="meta")}),
+    ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.full((N, K), 0.5)}),
+    ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.tensor([[-1.0, -2.0]] * 2 + [[3.0, -9.0]])}),
+    ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.full((N, K), 0.6).log()}),
+    ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.full((N, K), 0.6).log().bfloat16()}),
+    ("teacher_logprobs", ValueError, {"teacher_logprobs": torch.full((N, K), 1000.0)}),
     ("teacher_ids", ValueError, {"teacher_ids": torch.zeros(N, K + 1, dtype=torch.int64)}),
     ("teacher_ids", TypeError, {"teacher_ids": torch.zeros(N, K)}),
     ("teacher_ids", ValueError, {"teacher_ids": torch.full((N, K), V)}),
@@ -74,6 +79,48 @@ def test_ids_of_absent_entries_and_masked_tokens_do_not_matter() -> None:
     arguments["teacher_ids"][0, 1] = -100
     arguments["teacher_ids"][2] = 10**9
     assert fused_linear_topk_jsd(**arguments, mask=mask) == expected
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_logits_in_place_of_log_probabilities_are_named(backend: Backend) -> None:
+    arguments = valid() | {"teacher_logprobs": torch.tensor([[2.0, -1.0]] * N)}
+    with pytest.raises(ValueError, match=r"^teacher_logprobs must be logarithms.*log_softmax.*, got 2"):
+        fused_linear_topk_jsd(**arguments, backend=backend)
+
+
+def test_log_probabilities_of_masked_tokens_and_repeated_ids_may_be_anything() -> None:
+    arguments = valid()
+    ids, logprobs = arguments["teacher_ids"], arguments["teacher_logprobs"]
+    mask = torch.tensor([True, True, False])
+    expected = fused_linear_topk_jsd(**arguments, mask=mask)
+    arguments["teacher_ids"] = torch.cat([ids, ids], -1)
+    arguments["teacher_logprobs"] = torch.cat([logprobs, logprobs * 0], -1)
+    arguments["teacher_logprobs"][2] = 5.0
+    assert torch.equal(fused_linear_topk_jsd(**arguments, mask=mask), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_log_probabilities_of_a_whole_vocabulary_are_accepted(dtype: torch.dtype) -> None:
+    vocab = 20000
+    logprobs = torch.log_softmax(torch.randn(2, vocab), -1).to(dtype)
+    ids = torch.arange(vocab).expand(2, vocab)
+    fused_linear_topk_jsd(torch.randn(2, D), torch.randn(vocab, D), logprobs, ids)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_vllms_number_for_a_forbidden_token_is_minus_infinity(
+    tail: Tail, dtype: torch.dtype, backend: Backend
+) -> None:
+    arguments = valid()
+    losses: list[Tensor] = []
+    for forbidden in (-9999.0, -torch.inf):
+        logprobs = arguments["teacher_logprobs"].masked_fill(torch.tensor([True, False]), forbidden)
+        given = arguments | {"teacher_logprobs": logprobs.to(dtype)}
+        losses.append(fused_linear_topk_jsd(**given, beta=1.0, tail=tail, backend=backend))
+    assert torch.equal(*losses)
+    assert losses[0] < 10
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from cases import DEVICE, INTERPRETED
@@ -114,6 +115,9 @@ INVALID = [
     ("k", ValueError, {"k": 51}),
     ("k", ValueError, {"k": -1}),
     ("k", TypeError, {"k": 2.0}),
+    ("k", TypeError, {"k": True}),
+    ("hidden", ValueError, {"hidden": torch.ones(2, 7, 0), "weight": torch.ones(50, 0)}),
+    ("weight", ValueError, {"weight": torch.empty(0)}),
     ("hidden", ValueError, {"hidden": torch.randn(2, 7, 9)}),
     ("hidden", TypeError, {"hidden": torch.ones(2, 7, 8, dtype=torch.int64)}),
     ("weight", ValueError, {"weight": torch.randn(50, 8, 1)}),
@@ -138,6 +142,13 @@ def test_invalid_argument_is_named(name: str, error: type[Exception], change: di
     arguments: dict[str, Any] = {"hidden": hidden, "weight": weight, "k": 3, **change}
     with pytest.raises(error, match=f"^{name} "):
         topk_logprobs(**arguments)
+
+
+def test_numpy_numbers_equal_pythons() -> None:
+    numbers = {"temperature": 2, "logit_scale": 3, "softcap": 5, "vocab_size": 40, "workspace_bytes": 1 << 20}
+    actual = topk_logprobs(*inputs(), np.int64(3), **{name: np.int64(v) for name, v in numbers.items()})  # pyright: ignore[reportArgumentType]
+    expected = topk_logprobs(*inputs(), 3, **numbers)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(actual.logprobs, expected.logprobs)
 
 
 @settings(max_examples=20)

@@ -46,12 +46,12 @@ class JSDKernels:
             self.labels,
             parts,
             *self._transform,
-            self._factor,
-            self._label_factor,
+            self.factor,
+            self.label_factor,
             WANT_REVERSE=config.return_stats or config.divergence == REVERSE.value,
             WANT_FORWARD=config.return_stats or config.divergence == FORWARD.value,
             WANT_STATS=config.return_stats,
-            WANT_Y=self._wants_y,
+            WANT_Y=self.wants_y,
         )
         return self.merge(parts)
 
@@ -66,9 +66,9 @@ class JSDKernels:
                     self.labels,
                     merged,
                     parts.shape[-1],
-                    self._factor,
-                    self._label_factor,
-                    WANT_Y=self._wants_y,
+                    self.factor,
+                    self.label_factor,
+                    WANT_Y=self.wants_y,
                     MAX_PARTS=triton.next_power_of_2(parts.shape[-1]),
                     num_warps=1,
                     enable_fp_fusion=True,
@@ -84,7 +84,7 @@ class JSDKernels:
             merged,
             sums,
             *self._transform,
-            self._factor,
+            self.factor,
             *self._mixture,
             HALF=self.config.beta == 0.5,
         )
@@ -106,12 +106,12 @@ class JSDKernels:
             weight,
             self.labels,
             *self._transform,
-            self._factor,
-            self._label_factor,
+            self.factor,
+            self.label_factor,
             *self._mixture,
             soft_factor * (config.one_minus_beta if config.divergence == MIXTURE.value else 1.0),
             config.hard_weight * self._student_scale,
-            WANT_Y=self._wants_y,
+            WANT_Y=self.wants_y,
             DIVERGENCE=int(config.divergence),
             HALF=config.beta == 0.5,
         )
@@ -126,7 +126,7 @@ class JSDKernels:
         return LINEAR.value if config.student_softcap is None else SOFTCAP.value
 
     @property
-    def _label_factor(self) -> float:
+    def label_factor(self) -> float:
         """The factor that turns v into logits at temperature 1; see tile.py."""
         config, kind = self.config, self._transform_kind
         if kind == SEPARATE.value:
@@ -134,8 +134,9 @@ class JSDKernels:
         return float(config.student_logit_scale if kind == LINEAR.value else config.student_softcap or 1.0)
 
     @property
-    def _factor(self) -> float:
-        return self._label_factor * self.config.inv_temperature
+    def factor(self) -> float:
+        """The factor that turns v into logits over temperature; see tile.py."""
+        return self.label_factor * self.config.inv_temperature
 
     @property
     def _student_scale(self) -> float:
@@ -146,7 +147,8 @@ class JSDKernels:
         return float(self.config.beta), self.config.one_minus_beta
 
     @property
-    def _wants_y(self) -> bool:
+    def wants_y(self) -> bool:
+        """True if the statistics have another softmax at temperature 1."""
         return self.labels is not None and self.config.temperature != 1
 
     @property

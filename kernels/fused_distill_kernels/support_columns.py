@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # not imported at run time: any object with these attributes 
 
 _MAX_BLOCK = 128  # entries held in registers at once
 EARLIER = 32  # entries compared with a block at once
+# A log-probability up to here is that of an absent entry, as in fused_distill.validation.
+FORBIDDEN = tl.constexpr(-9984.0)
 
 
 def support_block(k: int) -> int:
@@ -61,7 +63,7 @@ def unique_entries_kernel(
     BLOCK: tl.constexpr,
     EARLIER: tl.constexpr,
 ):
-    """Write a block of columns, -1 where absent or on another rank, and log-probabilities, -inf if repeated.
+    """Write a block of columns, -1 where absent or elsewhere, and log-probabilities, -inf where not counted.
 
     Compares each entry with all before it. Reads and writes 16 bytes or less per entry.
     """
@@ -79,12 +81,13 @@ def unique_entries_kernel(
     for start in range(0, tl.minimum(k, (block + 1) * BLOCK), EARLIER):
         earlier = start + tl.arange(0, EARLIER)
         earlier_ids = tl.load(ids_ptr + earlier * ids_step, mask=earlier < k, other=0).to(tl.int32)
-        present = tl.load(
-            logprobs_ptr + earlier * logprobs_step, mask=earlier < k, other=float("-inf")
-        ) != float("-inf")
+        present = ~(
+            tl.load(logprobs_ptr + earlier * logprobs_step, mask=earlier < k, other=float("-inf"))
+            <= FORBIDDEN
+        )
         same = (ids.to(tl.int32)[:, None] == earlier_ids[None, :]) & (earlier[None, :] < index[:, None])
         repeats += tl.sum((same & present[None, :]).to(tl.int32), 1)
-    logprob = tl.where(repeats > 0, float("-inf"), logprob)
+    logprob = tl.where((repeats > 0) | (logprob <= FORBIDDEN), float("-inf"), logprob)
     column = ids.to(tl.int64) - first_column
     here = (logprob != float("-inf")) & (column >= 0) & (column < n_columns)
     tl.store(columns_ptr + row * k + index, tl.where(here, column, -1), mask=inside)

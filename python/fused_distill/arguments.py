@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .chunked.teacher import FullTeacher, TopKTeacher
 from .chunked.tensors import LossTensors
-from .config import Backend, Reduction, Tail
+from .config import Backend, Reduction, Surplus, Tail
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,6 +38,7 @@ class _Keywords(TypedDict, total=False):
     hard_weight: float
     soft_weight: float
     vocab_size: int | None
+    surplus: Surplus
     reduction: Reduction
     normalizer: float | Tensor | None
     workspace_bytes: int | None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast, get_args
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "triton", "torch", "reference"]
 Tail = Literal["bucket", "renormalize", "truncate"]
+Surplus = Literal["ignore", "count"]
 
 
 class Divergence(IntEnum):
@@ -58,6 +60,7 @@ class LossConfig:
     hard_weight: float = 0.0
     soft_weight: float = 1.0
     vocab_size: int | None = None
+    surplus: Surplus = "ignore"
     reduction: Reduction = "mean"
     workspace_bytes: int | None = None
     backend: Backend = "auto"
@@ -65,20 +68,18 @@ class LossConfig:
     process_group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        beta = require_number("beta", self.beta)
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta must be between 0 (forward KL) and 1 (reverse KL), got {beta}")
-        for name in ("temperature", "student_logit_scale", "teacher_logit_scale"):
-            require_positive(name, getattr(self, name))
-        for name in ("student_softcap", "teacher_softcap"):
-            require_positive_or_none(name, getattr(self, name))
-        for name in ("hard_weight", "soft_weight"):
-            require_non_negative(name, getattr(self, name))
-        for name in ("vocab_size", "workspace_bytes"):
-            require_count(name, getattr(self, name))
+        for require, names in _CHECKS.items():
+            for name in names:
+                # Stored as Python's own numbers, whatever was given: a NumPy scalar, an int for a float.
+                object.__setattr__(self, name, require(name, getattr(self, name)))
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must be between 0 (forward KL) and 1 (reverse KL), got {self.beta}")
+        require_choice("surplus", self.surplus, get_args(Surplus))
         require_choice("reduction", self.reduction, get_args(Reduction))
         require_choice("backend", self.backend, get_args(Backend))
         _require_process_group(self.process_group, self.backend)
+        if self.process_group is not None and self.surplus == "count":
+            raise ValueError('surplus must be "ignore" with process_group, got "count"')
 
     @property
     def divergence(self) -> Divergence:
@@ -116,7 +117,8 @@ class LossConfig:
     def scalars(self, dtype: torch.dtype) -> Tensor:
         """(9,) CPU tensor of the options that enter the row arithmetic, in the order of `Scalars`."""
         numbers = (getattr(self, name) for name in Scalars._fields)
-        return torch.tensor([1.0 if number is None else number for number in numbers], dtype=dtype)
+        values = [1.0 if number is None else number for number in numbers]
+        return torch.tensor(values, dtype=dtype, device="cpu")
 
     def changed_fields(self) -> str:
         """Return the options that differ from their defaults, e.g. `beta=1.0, temperature=0.9`."""
@@ -160,40 +162,61 @@ def keywords_of(
 
 
 def require_number(name: str, value: object) -> float:
-    """Require a finite int or float."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    """Require a finite number, of Python or NumPy, and return it as a float."""
+    # int and float come first because torch.compile traces only those.
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 
 
-def require_positive(name: str, value: object) -> None:
+def require_positive(name: str, value: object) -> float:
     """Require value > 0."""
-    if not require_number(name, value) > 0:
+    if not (number := require_number(name, value)) > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+    return number
 
 
-def require_positive_or_none(name: str, value: object) -> None:
+def require_positive_or_none(name: str, value: object) -> float | None:
     """Require None or value > 0."""
-    if value is not None and not require_number(name, value) > 0:
-        raise ValueError(f"{name} must be positive or None, got {value}")
-
-
-def require_non_negative(name: str, value: object) -> None:
-    """Require value >= 0."""
-    if not require_number(name, value) >= 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
-
-
-def require_count(name: str, value: object) -> None:
-    """Require None or an int >= 1."""
     if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        return None
+    if not (number := require_number(name, value)) > 0:
+        raise ValueError(f"{name} must be positive or None, got {value}")
+    return number
+
+
+def require_non_negative(name: str, value: object) -> float:
+    """Require value >= 0."""
+    if not (number := require_number(name, value)) >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return number
+
+
+def require_integer(name: str, value: object, expected: str = "an int") -> int:
+    """Require an integer, of Python or NumPy, and return it as an int."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    return int(value)
+
+
+def require_count(name: str, value: object) -> int | None:
+    """Require None or an integer >= 1."""
+    if value is None:
+        return None
+    if (number := require_integer(name, value, "an int or None")) < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
+_CHECKS: dict[Callable[[str, object], object], tuple[str, ...]] = {
+    require_number: ("beta",),
+    require_positive: ("temperature", "student_logit_scale", "teacher_logit_scale"),
+    require_positive_or_none: ("student_softcap", "teacher_softcap"),
+    require_non_negative: ("hard_weight", "soft_weight"),
+    require_count: ("vocab_size", "workspace_bytes"),
+}
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

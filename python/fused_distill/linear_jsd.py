@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from .arguments import JSDKeywords, tensors_from
 from .chunked.loop import fused_loss
 from .chunked.teacher import FullTeacher
-from .config import Backend, LossConfig, Reduction, config_from, keywords_of
+from .config import Backend, LossConfig, Reduction, Surplus, config_from, keywords_of
 from .stats import DistillStats
+from .tracing import untraced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,6 +35,7 @@ def fused_linear_jsd(
     return_stats: bool = ..., **options: Unpack[JSDKeywords],
 ) -> Tensor | tuple[Tensor, DistillStats]: ...
 # fmt: on
+@untraced
 def fused_linear_jsd(
     student_hidden: Tensor,  # (..., Ds) float32 / bfloat16 / float16 / float64
     student_weight: Tensor,  # (Vs, Ds)
@@ -54,6 +56,7 @@ def fused_linear_jsd(
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     vocab_size: int | None = None,
+    surplus: Surplus = "ignore",
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     workspace_bytes: int | None = None,
@@ -98,14 +101,22 @@ def fused_linear_jsd(
         teacher_softcap: > 0, the same for the teacher's logits.
         token_weight: (...) multiplies each token's loss; it receives no gradient.
         labels: (...) token ids below vocab_size for the cross entropy at temperature 1; -100 means no label.
+            Those of masked tokens are ignored.
         hard_weight: >= 0, weight of the cross entropy.
         soft_weight: >= 0, weight of the divergence.
         vocab_size: compare only the first vocab_size columns, in the cross entropy too. None: min(Vs, Vt).
+        surplus: what becomes of the student's rows from vocab_size on. "ignore": they do not exist for the
+            loss, and a student that gives them all its probability has loss 0. "count": they take part in the
+            student's softmax, and together they are one more outcome, whose student probability P is their
+            sum and whose teacher probability is 0. Forward KL grows by -log(1 - P), a mixture grows too. In
+            reverse KL, which would be infinite, the teacher's probability of the outcome is 1e-7, as for a
+            tail in `fused_linear_topk_jsd`. See docs/divergences.md. "count" goes without process_group.
         reduction: "mean" over valid tokens, "sum", or "none". "none" returns the shape (...), 0 where masked;
             its backward pass recomputes the forward pass, because the upstream gradient is per token.
         normalizer: > 0, number or 0-d tensor, divisor for reduction="mean" (default: number of valid tokens).
             Set it to the step's token count under gradient accumulation. A 0-d tensor may be 0 if no token is
-            valid.
+            valid. Its value is checked on a CPU only: on a GPU, where the host would wait for it, 0 with
+            valid tokens gives an infinite or NaN loss.
         workspace_bytes: bound on temporary memory in bytes. The gradients, accumulated in float32, are not
             included. None: on a GPU the float32 size of the student head, but from a fortieth to a sixteenth
             of the device's memory and at least 1 GiB, plus copies of heads that must be converted; on a CPU
@@ -156,6 +167,7 @@ class FusedLinearJSDLoss(nn.Module):
         super().__init__()
         self.config = LossConfig(**options)
 
+    @untraced
     def forward(
         self,
         student_hidden: Tensor,  # (..., Ds)

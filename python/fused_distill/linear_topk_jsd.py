@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from .arguments import TopKJSDKeywords, tensors_from
 from .chunked.loop import fused_loss
 from .chunked.teacher import TopKTeacher
-from .config import Backend, Reduction, Tail, TopKLossConfig, config_from, keywords_of
+from .config import Backend, Reduction, Surplus, Tail, TopKLossConfig, config_from, keywords_of
 from .stats import DistillStats
+from .tracing import untraced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,6 +35,7 @@ def fused_linear_topk_jsd(
     return_stats: bool = ..., **options: Unpack[TopKJSDKeywords],
 ) -> Tensor | tuple[Tensor, DistillStats]: ...
 # fmt: on
+@untraced
 def fused_linear_topk_jsd(
     student_hidden: Tensor,  # (..., Ds) float32 / bfloat16 / float16 / float64
     student_weight: Tensor,  # (Vs, Ds)
@@ -52,6 +54,7 @@ def fused_linear_topk_jsd(
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     vocab_size: int | None = None,
+    surplus: Surplus = "ignore",
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     workspace_bytes: int | None = None,
@@ -81,8 +84,10 @@ def fused_linear_topk_jsd(
         student_hidden: (..., Ds) last hidden states of the student, one per token. This and the other float
             tensors may be float32, bfloat16, float16 or float64.
         student_weight: (Vs, Ds) weight of the student's LM head.
-        teacher_logprobs: (..., K) natural logarithms of the teacher's probabilities at `temperature`; -inf
-            marks an absent entry. Probabilities may sum to slightly over 1 because of rounding.
+        teacher_logprobs: (..., K) natural logarithms of the teacher's probabilities at `temperature`. -inf
+            marks an absent entry, and so does every number up to -9984, because a stock vLLM server writes
+            -inf as -9999.0. The probabilities of a token sum to at most 1, but for rounding: 1.01, or 1.05
+            for bfloat16, is accepted.
         teacher_ids: (..., K) token ids of teacher_logprobs, in any order; ignored at absent entries. An id
             that occurs twice for a token counts once, with its first entry. K may exceed the vocabulary.
         tail: how probability outside the K ids is treated, see above.
@@ -95,10 +100,15 @@ def fused_linear_topk_jsd(
             softcap.
         token_weight: (...) multiplies each token's loss; it receives no gradient.
         labels: (...) token ids for the cross entropy at temperature 1 over all columns; -100 means no label.
+            Those of masked tokens are ignored.
         hard_weight: >= 0, weight of the cross entropy. If it is not 0, "renormalize" projects the whole
             vocabulary.
         soft_weight: >= 0, weight of the divergence.
         vocab_size: the vocabulary is the first vocab_size columns. None: Vs.
+        surplus: what becomes of the student's rows from vocab_size on. "ignore": they do not exist for the
+            loss. "count": they take part in the student's softmax. They belong to the tail, so that
+            "renormalize" ignores them, but not its cross entropy. teacher_ids and labels are still below
+            vocab_size. See `fused_linear_jsd`.
         reduction: "mean" over valid tokens, "sum", or "none"; see `fused_linear_jsd`.
         normalizer: divisor for reduction="mean" (default: number of valid tokens); see `fused_linear_jsd`.
         workspace_bytes: bound on temporary memory in bytes, see `fused_linear_jsd`. Not included are the
@@ -115,9 +125,10 @@ def fused_linear_topk_jsd(
 
     Raises:
         ValueError, TypeError: an argument is invalid (the message names it). An id outside the vocabulary
-            with a finite log-probability raises ValueError, except on a CUDA GPU: there it is a device-side
-            assertion with the same message, as for an embedding, because reading it back would make the host
-            wait.
+            whose entry is present, and a probability above 1, raise ValueError, except on a CUDA GPU: there
+            it is a device-side assertion with the same message, as for an embedding, because reading it back
+            would make the host wait. With the PyTorch backend so do probabilities that sum to more than 1.
+            The Triton backend does not sum them.
         ImportError: backend="triton" without Triton.
         RuntimeError: the loss is differentiated twice, or a backward pass that recomputes the forward pass
             finds a tensor that has been changed in place since.
@@ -144,6 +155,7 @@ class FusedLinearTopKJSDLoss(nn.Module):
         super().__init__()
         self.config = TopKLossConfig(**options)
 
+    @untraced
     def forward(
         self,
         student_hidden: Tensor,  # (..., Ds)

@@ -201,12 +201,12 @@ def _products(
 ) -> Iterator[Product]:
     """Yield the products of the student's and the teacher's heads, those of a smaller last chunk apart."""
     inputs, student = loop.inputs, loop.student
-    columns, width = inputs.shard.size, student.hidden.shape[-1]
+    columns, width = inputs.shard.student_size, student.hidden.shape[-1]
     teacher = inputs.teacher
     assert isinstance(teacher, FullTeacher)
     for count, n in _sizes(chunks.chunks()):
         yield Product("student logits", count, n, width, columns, dtype)
-        yield Product("teacher logits", count, n, teacher.hidden.shape[-1], columns, teacher_dtype)
+        yield Product("teacher logits", count, n, teacher.hidden.shape[-1], inputs.shard.size, teacher_dtype)
     hidden, weight, _ = loop.needs_grad
     for count, n in _sizes(chunks.grad_chunks()):
         if hidden:

@@ -15,8 +15,11 @@ from torch.nn import functional as F
 from .arguments import JSDKeywords, TopKJSDKeywords, tensors_from
 from .chunked.teacher import FullTeacher, TopKTeacher
 from .chunked.tensors import LossTensors
-from .config import Backend, LossConfig, Reduction, Tail, TopKLossConfig, config_from
+from .config import Backend, LossConfig, Reduction, Surplus, Tail, TopKLossConfig, config_from
+from .rows.base import MIN_TEACHER_TAIL_PROB
 from .stats import DistillStats
+from .tracing import check_has_data, untraced
+from .validation import FORBIDDEN_LOGPROB, check_probabilities
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,6 +38,7 @@ def linear_jsd(
     return_stats: Literal[True], **options: Unpack[JSDKeywords],
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
+@untraced
 def linear_jsd(
     student_hidden: Tensor,  # (..., Ds)
     student_weight: Tensor,  # (Vs, Ds)
@@ -55,6 +59,7 @@ def linear_jsd(
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     vocab_size: int | None = None,
+    surplus: Surplus = "ignore",
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     workspace_bytes: int | None = None,
@@ -82,6 +87,7 @@ def linear_topk_jsd(
     return_stats: Literal[True], **options: Unpack[TopKJSDKeywords],
 ) -> tuple[Tensor, DistillStats]: ...
 # fmt: on
+@untraced
 def linear_topk_jsd(
     student_hidden: Tensor,  # (..., Ds)
     student_weight: Tensor,  # (Vs, Ds)
@@ -100,6 +106,7 @@ def linear_topk_jsd(
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     vocab_size: int | None = None,
+    surplus: Surplus = "ignore",
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     workspace_bytes: int | None = None,
@@ -115,6 +122,9 @@ def linear_topk_jsd(
 def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tensor, DistillStats]:
     """Compute either loss by definition, for checked tensors."""
     mask, student_hidden = tensors.mask, tensors.student_hidden
+    check_has_data("student_hidden", student_hidden, mask)
+    if torch.compiler.is_exporting():
+        raise ValueError('backend must not be "reference" under torch.export, which cannot trace it')
     if mask is None:
         mask = torch.ones(student_hidden.shape[:-1], dtype=torch.bool, device=student_hidden.device)
     y_s = _logits(student_hidden[mask], tensors.student_weight, tensors.student_bias, "student_", config)
@@ -123,19 +133,23 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
         hidden = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])[valid]
         y_t = _logits(hidden, teacher.weight, teacher.bias, "teacher_", config).detach()
         vocab_size = config.vocab_size or min(y_s.shape[1], y_t.shape[1])
-        y_s = y_s[:, :vocab_size]
+        y_s = y_s if config.surplus == "count" else y_s[:, :vocab_size]
         log_s = F.log_softmax(y_s / config.temperature, dim=-1)
         log_t = F.log_softmax(y_t[:, :vocab_size] / config.temperature, dim=-1)
-        stats = _stats(log_s.detach(), log_t)
+        top_s, top_t = (log == log.amax(-1, keepdim=True) for log in (log_s, log_t))
+        agreement = (top_s[:, :vocab_size] & top_t).any(-1)
+        log_s, log_t, log_q = _with_surplus(log_s, log_t)
+        stats = _stats(log_s.detach(), log_t, log_q)._replace(top1_agreement=agreement)
     else:
         assert isinstance(teacher, TopKTeacher)
         assert isinstance(config, TopKLossConfig)
-        y_s = y_s[:, : config.vocab_size]
+        y_s = y_s if config.surplus == "count" else y_s[:, : config.vocab_size]
         log_s = F.log_softmax(y_s / config.temperature, dim=-1)
         logprobs, ids = (t.reshape(-1, teacher.k)[valid] for t in (teacher.logprobs, teacher.ids))
         log_s, log_t, stats = _topk_outcomes(log_s, logprobs, ids, config)
+        log_q = log_t
 
-    loss = config.soft_weight * _jsd(log_s, log_t, config.beta)
+    loss = config.soft_weight * _jsd(log_s, log_t, log_q, config.beta)
     if tensors.labels is not None and config.hard_weight != 0:
         labels = tensors.labels[mask].long()
         loss = loss + config.hard_weight * F.cross_entropy(y_s, labels, reduction="none")
@@ -150,6 +164,32 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
     return (result, stats.map(lambda c: _scatter(mask, c))) if config.return_stats else result
 
 
+def _with_surplus(
+    log_s: Tensor,  # (n, Vs)
+    log_t: Tensor,  # (n, V)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both models' log-probabilities of V tokens and of the student's other rows together, (n, V + 1).
+
+    The teacher has no probability there. The third result is what reverse KL takes for it: 1e-7 there,
+    normalized, where the student has any probability. Without other rows there is no such outcome.
+    """
+    n_surplus = log_s.shape[1] - log_t.shape[1]
+    if not n_surplus:
+        return log_s, log_t, log_t
+    inside, surplus = log_s.split([log_t.shape[1], n_surplus], -1)
+    surplus = _log_sum(surplus)
+    floor = torch.full_like(surplus, math.log(MIN_TEACHER_TAIL_PROB), requires_grad=False)
+    floor = floor.masked_fill(surplus == -math.inf, -math.inf)
+    log_q = F.log_softmax(torch.cat([log_t, floor], -1), dim=-1)
+    return torch.cat([inside, surplus], -1), F.pad(log_t, (0, 1), value=-math.inf), log_q
+
+
+def _log_sum(log_p: Tensor) -> Tensor:
+    """Return the (n, 1) logarithm of the sum of probabilities, with zero gradient where all are 0."""
+    empty = (log_p == -math.inf).all(-1, keepdim=True)
+    return log_p.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
+
+
 def _topk_outcomes(
     log_s: Tensor,  # (n, V)
     logprobs: Tensor,  # (n, K)
@@ -162,8 +202,9 @@ def _topk_outcomes(
     """
     log_t = torch.full_like(log_s, -math.inf, requires_grad=False)
     for k in reversed(range(ids.shape[-1])):  # the first of several entries with one id is written last
-        rows = (logprobs[:, k] != -math.inf).nonzero().squeeze(1)
+        rows = (~(logprobs[:, k] <= FORBIDDEN_LOGPROB)).nonzero().squeeze(1)
         log_t[rows, ids[rows, k].long()] = logprobs[rows, k].to(log_t.dtype)
+    check_probabilities(log_t, logprobs.dtype)
     named = log_t != -math.inf
     inside, tail = log_s.masked_fill(~named, -math.inf), log_s.masked_fill(named, -math.inf)
     student_mass, teacher_mass = inside.detach().exp().sum(-1), log_t.exp().sum(-1)
@@ -173,9 +214,8 @@ def _topk_outcomes(
     agreement = (named & (inside == max_s) & (log_t == log_t.amax(-1, keepdim=True))).any(-1)
 
     if config.tail == "bucket":
-        empty = (tail == -math.inf).all(-1, keepdim=True)
-        tail = tail.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
-        tail_t = (1 - teacher_mass).clamp_min(1e-7).log().unsqueeze(-1)
+        tail = _log_sum(tail)
+        tail_t = (1 - teacher_mass).clamp_min(MIN_TEACHER_TAIL_PROB).log().unsqueeze(-1)
         tail_t = tail_t.masked_fill(tail == -math.inf, -math.inf)
         inside = torch.cat([inside, tail], -1)
         log_t = F.log_softmax(torch.cat([log_t, tail_t], -1), dim=-1)
@@ -186,7 +226,7 @@ def _topk_outcomes(
         log_t = log_t.masked_fill(without, -math.inf)
         inside = F.log_softmax(inside.masked_fill(only_outcome, 0), dim=-1)
         log_t = F.log_softmax(log_t.masked_fill(only_outcome, 0), dim=-1)
-    stats = _stats(inside.detach(), log_t)._replace(
+    stats = _stats(inside.detach(), log_t, log_t)._replace(
         top1_agreement=agreement,
         student_mass=None if support_only else student_mass,
         teacher_mass=teacher_mass,
@@ -205,12 +245,15 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str, co
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _jsd(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
-    """Return the generalized JSD of https://arxiv.org/abs/2306.13649, with its limits at beta 0 and 1."""
+def _jsd(log_s: Tensor, log_t: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Return the generalized JSD of https://arxiv.org/abs/2306.13649, with its limits at beta 0 and 1.
+
+    log_q is log_t without zeros, for the limit at 1, which they would make infinite.
+    """
     if beta == 0:
         return _kl(log_t, log_s)
     if beta == 1:
-        return _kl(log_s, log_t)
+        return _kl(log_s, log_q)
     pair = torch.stack([log_t + math.log(beta), log_s + math.log1p(-beta)])
     log_m = torch.logsumexp(pair.masked_fill((pair == -math.inf).all(0), 0), 0)  # 0 where both are absent
     return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
@@ -222,10 +265,10 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * gap).sum(-1)
 
 
-def _stats(log_s: Tensor, log_t: Tensor) -> DistillStats:
-    match_s, match_t = (log == log.amax(-1, keepdim=True) for log in (log_s, log_t))
-    entropies_and_kls = _entropy(log_s), _entropy(log_t), _kl(log_t, log_s), _kl(log_s, log_t)
-    return DistillStats(*entropies_and_kls, (match_s & match_t).any(-1))
+def _stats(log_s: Tensor, log_t: Tensor, log_q: Tensor) -> DistillStats:
+    no_agreement = torch.zeros(len(log_s), dtype=torch.bool, device=log_s.device)
+    entropies_and_kls = _entropy(log_s), _entropy(log_t), _kl(log_t, log_s), _kl(log_s, log_q)
+    return DistillStats(*entropies_and_kls, no_agreement)
 
 
 def _entropy(log_p: Tensor) -> Tensor:

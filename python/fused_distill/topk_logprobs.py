@@ -10,12 +10,13 @@ from torch import Tensor
 from .chunked.gemm import accumulation_dtype, autocast_dtype, float64_if_supported
 from .chunked.lm_head import LMHead, logit_buffer
 from .chunked.workspace import Workspace, default_workspace_bytes, plan_chunks
-from .config import LossConfig, Scalars, require_count, require_positive, require_positive_or_none
+from .config import LossConfig, Scalars, require_integer, require_positive, require_positive_or_none
 from .parallel.dtensor import gather_dtensor
 from .parallel.vocab_shard import compared_columns
 from .rows.backend import auto_backend
 from .rows.elementwise import exp_sub_max
 from .rows.support import student_transform
+from .tracing import check_has_data, untraced
 from .validation import check_float, check_hidden_and_head, check_id_range, check_ids, check_tokens
 
 
@@ -27,6 +28,7 @@ class TopKLogprobs(NamedTuple):
     actual_logprobs: Tensor | None  # float, in the shape of actual_ids; -inf where masked
 
 
+@untraced
 @torch.no_grad()
 def topk_logprobs(
     hidden: Tensor,  # (..., D) float32 / bfloat16 / float16 / float64
@@ -72,16 +74,20 @@ def topk_logprobs(
         ValueError, TypeError: an argument is invalid (the message names it). An actual id outside the
             vocabulary is reported as in `fused_linear_topk_jsd`.
     """
+    check_has_data("hidden", hidden, mask)
     device, shape = check_float("hidden", hidden).device, hidden.shape[:-1]
     check_hidden_and_head("", hidden, weight, bias, device)
-    require_positive("temperature", temperature)
     require_positive("logit_scale", logit_scale)
     require_positive_or_none("softcap", softcap)
-    require_count("workspace_bytes", workspace_bytes)
-    require_count("vocab_size", vocab_size)
-    n_columns = compared_columns(vocab_size, {"weight": weight})
-    if type(k) is not int:
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    config = LossConfig(
+        temperature=temperature,
+        student_logit_scale=logit_scale,
+        student_softcap=softcap,
+        vocab_size=vocab_size,
+        workspace_bytes=workspace_bytes,
+    )
+    n_columns = compared_columns(config.vocab_size, {"weight": weight})
+    k = require_integer("k", k)
     if not 0 <= k <= n_columns:
         raise ValueError(f"k must be between 0 and the vocabulary size {n_columns}, got {k}")
     check_tokens(shape, device, mask, None)
@@ -96,7 +102,6 @@ def topk_logprobs(
         actual = actual_ids if actual_ids.dim() > len(shape) else actual_ids.unsqueeze(-1)
         check_id_range("actual_ids", actual, n_columns, mask=mask)
 
-    config = LossConfig(temperature=temperature, student_logit_scale=logit_scale, student_softcap=softcap)
     weight = gather_dtensor(weight)
     dtype = accumulation_dtype(hidden, weight)
     head = LMHead.for_inputs(hidden, weight[:n_columns], dtype, autocast_dtype(device))
@@ -111,7 +116,9 @@ def topk_logprobs(
     actual_logprobs = torch.full(actual.shape, -torch.inf, dtype=dtype, device=device)
     per_row = (2 * n_columns + hidden.shape[-1]) * dtype.itemsize + 512
     need = head.workspace() + Workspace(fixed=64 * len(hidden), per_row=per_row)
-    bound = workspace_bytes or default_workspace_bytes(device.type, head.weight.numel() * dtype.itemsize)
+    bound = config.workspace_bytes or default_workspace_bytes(
+        device.type, head.weight.numel() * dtype.itemsize
+    )
     plan = plan_chunks(n_tokens, bound, need)
     buffer = logit_buffer(min(plan.rows, n_tokens), n_columns, dtype, device)
     backend, _ = auto_backend(device, dtype)

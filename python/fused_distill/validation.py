@@ -13,9 +13,22 @@ from .config import require_number
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORED_LABEL = -100
 
+# A stock vLLM server writes -inf as -9999.0, which bfloat16 rounds to this.
+FORBIDDEN_LOGPROB = -9984.0
+# How far the probabilities of a top-k teacher may sum above 1: log-probabilities of size 10 that were rounded
+# to float16 or bfloat16 sum to 1.004 or 1.03.
+_ROUNDED_SUM = {torch.bfloat16: 0.05, torch.float16: 0.01}
+_EXACT_SUM = 0.01
 
-def check_normalizer(normalizer: float | Tensor | None, reduction: str) -> None:
-    """Require None, a positive number or a 0-d tensor, and only with reduction="mean"."""
+
+def check_normalizer(
+    normalizer: float | Tensor | None, reduction: str, mask: Tensor | None, n_tokens: int
+) -> None:
+    """Require None, a positive number or a 0-d tensor, and only with reduction="mean".
+
+    The value of a tensor is checked on a CPU alone, because reading it from a GPU would wait for it. It may
+    be 0 where no token is valid, as the count of a step without valid tokens is.
+    """
     if normalizer is None:
         return
     if reduction != "mean":
@@ -27,9 +40,13 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str) -> None:
             raise ValueError(
                 f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
             )
-        # Reading a tensor of a GPU would wait for it. 0 is the count of a step without valid tokens.
-        if normalizer.device.type == "cpu" and not 0 <= normalizer.item() < math.inf:
-            raise ValueError(f"normalizer must be positive and finite, got {normalizer.item()}")
+        if normalizer.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = normalizer.item()
+        if value == 0 and not (n_tokens if mask is None else bool(mask.any())):
+            return
+        if not 0 < value < math.inf:
+            raise ValueError(f"normalizer must be positive and finite, got {value}")
     elif not require_number("normalizer", normalizer) > 0:
         raise ValueError(f"normalizer must be positive, got {normalizer}")
 
@@ -42,8 +59,15 @@ def check_hidden_and_head(
         if tensor is None and tensor is bias:
             continue
         check_device(name, check_float(name, tensor), device)
-    if hidden.dim() < 1:
-        raise ValueError(f"{prefix}hidden must have shape (..., D), got a 0-d tensor")
+    if hidden.dim() < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"{prefix}hidden must have shape (..., D) with D >= 1, got {tuple(hidden.shape)}")
+    for name, tensor in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+        if tensor is not None and tensor.shape == (0,):
+            raise ValueError(
+                f"{name} is empty, shape (0,), as DeepSpeed ZeRO-3 leaves parameters outside their module. "
+                "Gather it for the call and its backward pass: "
+                "with deepspeed.zero.GatheredParameters([lm_head.weight]): ..."
+            )
     if weight.dim() != 2:
         raise ValueError(f"{prefix}weight must have shape (V, D), got {tuple(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
@@ -106,9 +130,14 @@ def check_per_token(name: str, tensor: object, shape: torch.Size, device: torch.
 
 
 def check_labels(
-    labels: Tensor | None, hard_weight: float, shape: torch.Size, device: torch.device, vocab_size: int
+    labels: Tensor | None,
+    hard_weight: float,
+    shape: torch.Size,
+    device: torch.device,
+    vocab_size: int,
+    mask: Tensor | None,
 ) -> None:
-    """Require token ids below vocab_size, or -100 for no label; the host waits for the device.
+    """Require token ids below vocab_size, or -100, at valid tokens; the host waits for the device.
 
     Without hard_weight the labels are not used, and their range is not checked.
     """
@@ -119,6 +148,8 @@ def check_labels(
     check_ids("labels", labels, device)
     check_per_token("labels", labels, shape, device)
     outside = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocab_size))
+    if mask is not None:
+        outside &= mask
     if hard_weight != 0 and bool(outside.any()):
         worst = int(labels[outside][0])
         raise ValueError(f"labels must be in [0, {vocab_size}) or {IGNORED_LABEL}, got {worst}")
@@ -164,8 +195,41 @@ def check_id_range(
         inside |= unused
     if mask is not None:
         inside |= ~mask.unsqueeze(-1)
-    message = f"{name} must be in [0, {vocab_size}) at every valid token"
-    if ids.device.type == "cuda" and torch.version.hip is None:
-        torch._assert_async(inside.all(), message)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
-    elif not bool(inside.all()):
-        raise ValueError(f"{message}, got {int(ids[~inside][0])}")
+    _require_all(inside, f"{name} must be in [0, {vocab_size}) at every valid token", ids)
+
+
+_NO_PROBABILITIES = (
+    "teacher_logprobs must be logarithms of probabilities that sum to at most 1 at every valid token "
+    "(log_softmax turns logits into these)"
+)
+
+
+def check_logprobs(logprobs: Tensor, mask: Tensor | None) -> None:
+    """Require that no log-probability (..., K) of a valid token is above 0 by more than rounding.
+
+    Where the host need not wait is said in `check_id_range`.
+    """
+    possible = ~(logprobs > math.log1p(_ROUNDED_SUM.get(logprobs.dtype, _EXACT_SUM)))
+    if mask is not None:
+        possible |= ~mask.unsqueeze(-1)
+    _require_all(possible, _NO_PROBABILITIES, logprobs)
+
+
+def check_probabilities(logprobs: Tensor, dtype: torch.dtype) -> None:
+    """Require that the probabilities of each row sum to at most 1, but for rounding.
+
+    Args:
+        logprobs: (n, K) of valid tokens, -inf at absent and repeated entries.
+        dtype: what the log-probabilities have been rounded to.
+    """
+    total = logprobs.exp().sum(-1)
+    _require_all(~(total > 1 + _ROUNDED_SUM.get(dtype, _EXACT_SUM)), _NO_PROBABILITIES, total)
+
+
+def _require_all(holds: Tensor, message: str, values: Tensor) -> None:
+    """Require a bool tensor to be True throughout; the message ends with a value where it is not."""
+    asynchronous = holds.device.type == "cuda" and torch.version.hip is None
+    if asynchronous or torch.compiler.is_exporting():
+        torch._assert_async(holds.all(), message)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+    elif not bool(holds.all()):
+        raise ValueError(f"{message}, got {values[~holds][0].item():.6g}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from ..rows.backend import choose_backend, make_row_loss
 from ..rows.base import RowLoss, StudentRows
 from ..rows.compiled import NeedsEagerPlanError
 from ..stats import DistillStats, RowResult
+from ..tracing import check_has_data
 from .autograd import FusedLoss, Gradients, LossOutput, Student
 from .gemm import accumulation_dtype, autocast_dtype
 from .grad_scale import excess_over_bound, float16_grad_scale
@@ -29,6 +30,7 @@ from .workspace import ChunkPlan
 
 def fused_loss(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tensor, DistillStats]:
     """Check the tensors and compute the loss, or with config.return_stats (loss, DistillStats)."""
+    check_has_data("student_hidden", tensors.student_hidden, tensors.mask)
     shard = tensors.check(config)
     weight, bias = gather_dtensor(tensors.student_weight), gather_dtensor(tensors.student_bias)
     tensors = tensors._replace(
@@ -36,20 +38,6 @@ def fused_loss(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tenso
     )
     if config.backend == "reference":
         return reference.loss_by_definition(tensors, config)
-    # torch.compile does not trace the loop: the call is a graph break.
-    run = _outside_the_compiler() if torch.compiler.is_compiling() else _eager_fused_loss
-    return run(tensors, config, shard)
-
-
-@lru_cache
-def _outside_the_compiler() -> Any:
-    """Return `_eager_fused_loss` with compilation disabled, which imports dynamo when first used."""
-    return torch.compiler.disable(_eager_fused_loss)
-
-
-def _eager_fused_loss(
-    tensors: LossTensors, config: LossConfig, shard: VocabShard
-) -> Tensor | tuple[Tensor, DistillStats]:
     shape, mask = tensors.student_hidden.shape[:-1], tensors.mask
     valid_token_ids = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
     call = prepare(tensors, config, shard, device_of(tensors.student_hidden), valid_token_ids)
@@ -178,8 +166,9 @@ class ChunkLoop:
     def _run_as_planned(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
         student, inputs, dtype, shard = self.student, self.inputs, self.inputs.dtype, self.inputs.shard
         memory, plan = self.plan(memory_of(inputs.device))
-        head = memory.head.over(student.weight[: shard.size])
-        bias = None if student.bias is None else student.bias[: shard.size].to(dtype).contiguous()
+        columns = shard.student_size
+        head = memory.head.over(student.weight[:columns])
+        bias = None if student.bias is None else student.bias[:columns].to(dtype).contiguous()
         gradients = self._empty_gradients(head.rows_written_by_first_chunk)
         grad_scale = self._grad_scale(head.dtype, token_weight)
         if token_weight is None:

@@ -75,7 +75,7 @@ def call_memory(
     copies = sum(h.copy_bytes for h in (head, teacher_head) if isinstance(h, LMHead))
     if config.workspace_bytes is None:
         for_heads = copies if device_memory is None else min(copies, device_memory // 8)
-        head_bytes = n_columns * student.weight.shape[1] * dtype.itemsize
+        head_bytes = inputs.shard.max_student_size * student.weight.shape[1] * dtype.itemsize
         bound = default_workspace_bytes(device.type, head_bytes, device_memory) + for_heads
     else:
         bound = config.workspace_bytes
@@ -92,7 +92,7 @@ def _rounded_tokens(n_tokens: int, device: torch.device) -> int:
 
 
 def _student_head(student: Student, inputs: LossInputs, config: LossConfig) -> LMHead | IndexedLMHead:
-    weight = student.weight[:1].expand(inputs.shard.max_local_size, -1)
+    weight = student.weight[:1].expand(inputs.shard.max_student_size, -1)
     k = inputs.teacher.k
     if k is not None and config.projects_support_only:
         ids = weight.new_empty((0, k), dtype=torch.int64)

@@ -12,7 +12,14 @@ from torch import Tensor
 from ..parallel.dtensor import gather_dtensor
 from ..parallel.vocab_shard import VocabShard
 from ..rows.base import TeacherRows
-from ..validation import check_hidden_and_head, check_id_range, check_support
+from ..validation import (
+    FORBIDDEN_LOGPROB,
+    check_hidden_and_head,
+    check_id_range,
+    check_logprobs,
+    check_probabilities,
+    check_support,
+)
 from .gemm import float64_if_supported
 from .lm_head import LMHead, logit_buffer, row_bytes
 from .workspace import Workspace
@@ -102,7 +109,7 @@ class FullTeacher:
 class TopKTeacher:
     """Log-probabilities at K ids per token; an id that occurs twice counts once."""
 
-    logprobs: Tensor  # (..., K), -inf where absent; (N, K) once prepared
+    logprobs: Tensor  # (..., K), FORBIDDEN_LOGPROB or less where absent; (N, K) once prepared
     ids: Tensor  # (..., K) int
 
     @property
@@ -126,8 +133,9 @@ class TopKTeacher:
 
     def prepare(self, shard: VocabShard, mask: Tensor | None) -> TopKTeacher:
         """Check the range of the ids, and return the detached teacher with flattened tokens."""
-        absent = self.logprobs == -torch.inf
+        absent = self.logprobs <= FORBIDDEN_LOGPROB
         check_id_range("teacher_ids", self.ids, shard.total, unused=absent, mask=mask)
+        check_logprobs(self.logprobs, mask)
         return TopKTeacher(self.logprobs.detach().reshape(-1, self.k), self.ids.reshape(-1, self.k))
 
     def head(
@@ -161,12 +169,13 @@ class TopKTeacher:
 
         def read(tokens: slice | Tensor) -> TeacherRows:
             logprobs, ids = self.logprobs[tokens], self.ids[tokens].long()
-            absent = logprobs == -torch.inf
+            absent = logprobs <= FORBIDDEN_LOGPROB
             ids, order = ids.masked_fill(absent, _NO_ID).sort(dim=-1, stable=True)
             logprobs = logprobs.gather(-1, order).to(float64_if_supported(logprobs.device))
             repeated = torch.zeros_like(absent)
             repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
-            logprobs.masked_fill_(repeated, -torch.inf)
+            logprobs.masked_fill_(repeated | (ids == _NO_ID), -torch.inf)
+            check_probabilities(logprobs, self.logprobs.dtype)
             first = ids[:, :1]
             first = torch.where(first == _NO_ID, 0, first)  # a row without any entry
             ids = torch.where(logprobs == -torch.inf, first, ids)

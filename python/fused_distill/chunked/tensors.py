@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -32,13 +32,15 @@ class LossTensors(NamedTuple):
         """Check every tensor, and return this rank's shard of the vocabulary."""
         hidden = check_float("student_hidden", self.student_hidden)
         device, shape = hidden.device, hidden.shape[:-1]
-        check_normalizer(self.normalizer, config.reduction)
         check_hidden_and_head("student_", hidden, self.student_weight, self.student_bias, device)
         check_tokens(shape, device, self.mask, self.token_weight)
+        check_normalizer(self.normalizer, config.reduction, self.mask, shape.numel())
         self.teacher.check(hidden)
         student = {name: getattr(self, name) for name in self._fields[:3]}
         shard = shard_of_call(config, student, self.teacher.products, self.mask)
-        check_labels(self.labels, config.hard_weight, shape, device, shard.total)
+        if config.surplus == "count":
+            shard = replace(shard, n_surplus=len(self.student_weight) - shard.total)
+        check_labels(self.labels, config.hard_weight, shape, device, shard.total, self.mask)
         return shard
 
 

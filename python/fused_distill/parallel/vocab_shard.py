@@ -81,6 +81,7 @@ class VocabShard:
     size: int  # local columns
     max_local_size: int  # the largest `size` of any rank
     group: ShardGroup = ShardGroup()
+    n_surplus: int = 0  # further rows of the student's head that take part in its softmax
 
     @classmethod
     def from_heads(
@@ -142,6 +143,16 @@ class VocabShard:
     def is_sharded(self) -> bool:
         """True if several ranks share the vocabulary."""
         return self.group.process_group is not None
+
+    @property
+    def student_size(self) -> int:
+        """Columns of the student's logits on this rank."""
+        return self.size + self.n_surplus
+
+    @property
+    def max_student_size(self) -> int:
+        """The largest `student_size` of any rank."""
+        return self.max_local_size + self.n_surplus
 
     def to_local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return local columns of ids (0 for ids of other ranks), and a bool tensor of which are local."""

@@ -12,11 +12,15 @@ from ..config import LossConfig
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import RowResult
 
+# The teacher's smallest probability of a tail or of surplus rows. Below float32 resolution; it keeps reverse
+# KL finite (the same clamp as TRL's).
+MIN_TEACHER_TAIL_PROB = 1e-7
+
 
 class StudentRows(NamedTuple):
     """The student's side of a chunk of n tokens."""
 
-    logits: Tensor  # (n, V) float32 / float64, as projected; a row loss may overwrite them
+    logits: Tensor  # (n, V) float32 / float64, as projected, or with surplus rows (n, Vs); may be overwritten
     weight: Tensor  # (n,) in the same dtype, contiguous: the factor of each row's loss
     bias: Tensor | None = None  # (V,)
     labels: Tensor | None = None  # (n,) int64; -100: no label; V or more: a column of another rank
@@ -26,6 +30,15 @@ class StudentRows(NamedTuple):
     def grad_weight(self) -> Tensor:
         """Return the (n,) factor of each row's logit gradient."""
         return self.weight if self.scaled_weight is None else self.scaled_weight
+
+    def split(self, n_columns: int) -> tuple[StudentRows, StudentRows]:
+        """Return the rows' first n_columns columns, and the surplus ones."""
+
+        def part(columns: slice) -> StudentRows:
+            bias = None if self.bias is None else self.bias[columns]
+            return self._replace(logits=self.logits[:, columns], bias=bias)
+
+        return part(slice(n_columns)), part(slice(n_columns, None))
 
 
 class TeacherRows(NamedTuple):

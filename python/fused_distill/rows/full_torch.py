@@ -21,7 +21,7 @@ from ..chunked.workspace import Workspace
 from ..config import Divergence, LossConfig, Scalars
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
-from .base import StudentRows, TeacherRows
+from .base import StudentRows, TailStatistics, TeacherRows
 from .compiled import EAGER, StageRunner
 from .elementwise import (
     gap_beyond,
@@ -32,6 +32,8 @@ from .elementwise import (
     stable_prob_diff,
     transform_logits,
 )
+from .surplus import Surplus
+from .tail_torch import TorchTail
 
 _EAGER_TEMPORARIES = 26  # tensors of a block's size that the largest eager stage holds at once
 
@@ -65,15 +67,17 @@ class TorchJSD:
         scalars = config.scalars(torch.float64)
         run = partial(self.stages.run, n=len(student.logits), block_rows=block_rows)
 
-        biases = (student.bias, teacher.bias)
+        compared, surplus_rows = student, None
+        if student.logits.shape[1] > teacher.values.shape[1]:
+            compared, surplus_rows = student.split(teacher.values.shape[1])
+        biases = (compared.bias, teacher.bias)
         rounds_logits = config.transforms_logits or any(bias is not None for bias in biases)
 
         def rows(block: slice) -> _Rows:
             return _Rows(
-                student.logits[block],
+                compared.logits[block],
                 teacher.values[block],
-                student.bias,
-                teacher.bias,
+                *biases,
                 None if student.labels is None else student.labels[block],
                 scalars,
                 config.student_softcap is not None,
@@ -88,22 +92,34 @@ class TorchJSD:
         max_s, max_t, max_y = maxima
         lse_diff = log_ratio(sum_s, sum_t, diff_sum)
         softmax = _SoftmaxParts(max_s, max_t, sum_s, sum_t, lse_diff, max_y, sum_y)
+        surplus, passes = None, TorchTail(self.stages)
+        if surplus_rows is not None:
+            tail = passes.statistics(surplus_rows.logits, surplus_rows.bias, config, block_rows=block_rows)
+            softmax, surplus = softmax.with_surplus(tail)
         loss, kl_student, *stats = group.all_reduce_sum(
             *run(
                 _losses,
                 lambda block: (rows(block), softmax.block(block), config.divergence, config.return_stats),
             )
         )
+        if surplus is not None:
+            loss, kl_student, stats = surplus.added_to(loss, kl_student, stats, config)
         if grad is not None:
 
             def gradient_arguments(block: slice) -> tuple[Any, ...]:
                 block_of_rows = rows(block)
                 kl = None if kl_student is None else kl_student[block]
-                out = block_of_rows.student if grad is student.logits else grad[block]
+                in_place = grad is student.logits
+                out = block_of_rows.student if in_place else grad[block, : block_of_rows.student.shape[1]]
                 weight = student.grad_weight[block]
                 return block_of_rows, softmax.block(block), config.divergence, kl, weight, out
 
             run(_gradient, gradient_arguments)
+            if surplus is not None and surplus_rows is not None:
+                x, bias, weight = surplus_rows.logits, surplus_rows.bias, student.grad_weight
+                out = x if grad is student.logits else grad[:, teacher.values.shape[1] :]
+                factors = surplus.gradient_factors(config, kl_student, weight, student.labels)
+                passes.gradient(x, bias, config, surplus.tail, *factors, out, block_rows=block_rows)
         return RowResult(loss * student.weight, DistillStats(*stats) if config.return_stats else None)
 
 
@@ -139,6 +155,27 @@ class _SoftmaxParts(NamedTuple):
     def block(self, block: slice) -> _SoftmaxParts:
         """Return the parts of a block of rows."""
         return _SoftmaxParts(*(None if column is None else column[block] for column in self))  # pyright: ignore[reportArgumentType]
+
+    def with_surplus(self, tail: TailStatistics) -> tuple[_SoftmaxParts, Surplus]:
+        """Return the parts of the student's softmax over the surplus rows too, and their outcome."""
+        wide, dtype = tail.sum_z.dtype, self.sum_s.dtype
+        max_s, max_y = self.max_s.squeeze(-1).to(wide), self.max_y.squeeze(-1).to(wide)
+        lse = max_s + self.sum_s.squeeze(-1).to(wide).log()
+        lse_y = lse if self.sum_y is None else max_y + self.sum_y.squeeze(-1).to(wide).log()
+        surplus = Surplus.beside(lse, lse_y, tail)
+        top_s, top_y = torch.maximum(max_s, tail.max_z), torch.maximum(max_y, tail.max_y)
+
+        def column(values: Tensor) -> Tensor:
+            return values.to(dtype).unsqueeze(-1)
+
+        parts = self._replace(
+            max_s=column(top_s),
+            sum_s=column((surplus.lse - top_s).exp()),
+            lse_diff=self.lse_diff + column(surplus.log_rest + (top_s - max_s)),
+            max_y=column(top_y),
+            sum_y=None if self.sum_y is None else column((surplus.lse_y - top_y).exp()),
+        )
+        return parts, surplus
 
 
 def _maxima(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:

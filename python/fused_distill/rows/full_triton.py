@@ -11,6 +11,7 @@ from ..config import Divergence, LossConfig
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
 from .base import StudentRows, TeacherRows
+from .surplus_triton import TritonSurplus
 
 
 class TritonJSD:
@@ -34,12 +35,17 @@ class TritonJSD:
         """Return losses and statistics; see `RowLoss`."""
         del block_rows
         group = group or ShardGroup()
+        n_columns, surplus_rows, surplus = teacher.values.shape[1], None, None
+        if student.logits.shape[1] > n_columns:
+            student, surplus_rows = student.split(n_columns)
         kernels = JSDKernels(
             student.logits, teacher.values, student.bias, teacher.bias, student.labels, config
         )
         statistics = kernels.statistics()
         if group.process_group is not None:
             statistics = kernels.merge(group.all_gather(statistics))
+        if surplus_rows is not None:
+            surplus = TritonSurplus.added_to(statistics, surplus_rows, kernels)
         mixture_kls = None
         if config.divergence is Divergence.FORWARD_KL:
             soft = statistics[:, row_statistics.FORWARD_KL.value]
@@ -47,9 +53,14 @@ class TritonJSD:
             soft = statistics[:, row_statistics.REVERSE_KL.value]
         else:
             (mixture_kls,) = group.all_reduce_sum(kernels.mixture_sums(statistics))
+            if surplus is not None:
+                surplus.add_mixture(mixture_kls)
             soft = torch.add(config.one_minus_beta * mixture_kls[:, 0], mixture_kls[:, 1], alpha=config.beta)
         if grad is not None:
-            kernels.gradient(statistics, mixture_kls, student.grad_weight, grad)
+            for_gradient = statistics
+            if surplus is not None:
+                for_gradient = surplus.gradient(statistics, mixture_kls, grad[:, n_columns:])
+            kernels.gradient(for_gradient, mixture_kls, student.grad_weight, grad[:, :n_columns])
         loss = config.soft_weight * soft
         if student.labels is not None:
             loss = torch.add(loss, statistics[:, row_statistics.NLL.value], alpha=config.hard_weight)

@@ -10,15 +10,12 @@ from torch import Tensor
 from ..chunked.workspace import Workspace
 from ..config import Divergence, LossConfig, Scalars
 from ..stats import DistillStats
-from .base import StudentRows, TailStatistics, TeacherRows
+from .base import MIN_TEACHER_TAIL_PROB, StudentRows, TailStatistics, TeacherRows
 from .elementwise import log_gap, mixture_log_ratios, mul_zero_safe, transform_logits
 from .full_torch import TorchJSD
 
 # float64 temporaries per named outcome that a row needs at once.
 _SUPPORT_TEMPORARIES = 40
-
-# Below float32 resolution. Keeps reverse KL finite (same clamp as TRL).
-MIN_TEACHER_TAIL_PROB = 1e-7
 
 
 class Support(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
-from ..config import Tail
+from ..config import Surplus, Tail
 from ..serving.protocol.urls import without_credentials
 
 Targets = Literal["full", "topk", "student_topk"]
@@ -135,6 +135,9 @@ class TrainConfig(_Section):
     lmbda: float = Field(1.0, ge=0, le=1, description="fraction of on-policy data")
     beta: float = Field(0.5, ge=0, le=1, description="0: forward KL, 1: reverse KL, in between: JSD")
     temperature: float = Field(1.0, gt=0, description="divides both models' logits in the loss")
+    surplus: Surplus = Field(
+        "ignore", description="count: penalize a student that uses rows of its LM head that the teacher lacks"
+    )
     learning_rate: float = Field(1e-5, gt=0)
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warmup")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"

@@ -67,7 +67,8 @@ def distillation_loss(
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
     options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": vocab_size}
-    options |= {"beta": config.beta, "temperature": config.temperature} | head.options("student_")
+    options |= {"beta": config.beta, "temperature": config.temperature, "surplus": config.surplus}
+    options |= head.options("student_")
     if isinstance(targets, TopKTargets):
         tail = config.teacher.tail
         return fused_linear_topk_jsd(hidden, head.weight, *targets, tail=tail, return_stats=True, **options)

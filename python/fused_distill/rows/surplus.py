@@ -1,0 +1,119 @@
+"""The student's surplus rows, those from vocab_size on, as one outcome beside the compared tokens.
+
+The sums over the compared tokens have the terms of `elementwise`, with the student's softmax over all rows. P
+is the student's probability of all surplus rows together, and e = 1e-7. The outcome adds
+
+    P                                to forward KL and, times (1 - beta), to KL(p_t || m), because p_t is 0
+    P (-beta - log(1 - beta))        to KL(p_s || m), because m = (1 - beta) p_s
+    P log(P / e) - P + log(1 + e)    to reverse KL, where the teacher has (p_t, e) / (1 + e)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import Divergence, LossConfig
+from .base import MIN_TEACHER_TAIL_PROB, TailStatistics
+from .elementwise import mul_zero_safe
+
+
+class Surplus(NamedTuple):
+    """The outcome in each of n rows, (n,) each, in float64 where the device has it."""
+
+    tail: TailStatistics  # of the surplus rows
+    lse: Tensor  # log-sum-exp of the student's whole row
+    lse_y: Tensor  # the same at temperature 1
+    mass: Tensor  # the student's probability of the surplus rows, P above
+    log_rest: Tensor  # log(1 - mass)
+    log_rest_y: Tensor  # the same at temperature 1
+
+    @classmethod
+    def beside(cls, lse: Tensor, lse_y: Tensor, tail: TailStatistics) -> Surplus:
+        """Return the outcome beside the compared tokens, whose log-sum-exps are given, (n,) each."""
+        log_odds = tail.max_z + tail.sum_z.log() - lse
+        log_odds_y = tail.max_y + tail.sum_y.log() - lse_y
+        log_rest, log_rest_y = F.logsigmoid(-log_odds), F.logsigmoid(-log_odds_y)
+        return cls(tail, lse - log_rest, lse_y - log_rest_y, log_odds.sigmoid(), log_rest, log_rest_y)
+
+    @property
+    def entropy(self) -> Tensor:
+        """Return the outcome's term of the student's entropy."""
+        return mul_zero_safe(self.mass, -self.mass.log())
+
+    @property
+    def log_teacher_sum(self) -> Tensor:
+        """Return log(1 + e), or 0 where the student has no probability of the surplus rows."""
+        return (self.mass != 0) * math.log1p(MIN_TEACHER_TAIL_PROB)
+
+    @property
+    def reverse_kl(self) -> Tensor:
+        """Return the outcome's term of reverse KL. That of forward KL is `mass`."""
+        return mul_zero_safe(self.mass, self._log_ratio) - self.mass + self.log_teacher_sum
+
+    def mixture_kls(self, config: LossConfig) -> tuple[Tensor, Tensor]:
+        """Return the outcome's terms of KL(p_s || m) and KL(p_t || m)."""
+        beta = config.beta
+        return self.mass * (-beta - math.log1p(-beta)), self.mass * config.one_minus_beta
+
+    def added_to(
+        self,
+        loss: Tensor,  # (n,)
+        kl_student: Tensor | None,  # (n,) KL(p_s || m) or reverse KL; None for forward KL
+        stats: list[Tensor],  # the first five columns of `DistillStats`, or none
+        config: LossConfig,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Return sums over the compared tokens with this outcome's terms.
+
+        The result for kl_student is what the gradient takes, which is reverse KL less log(1 + e).
+        """
+
+        def plus(column: Tensor, term: Tensor) -> Tensor:
+            return (column.to(term.dtype) + term).clamp_min(0.0).to(column.dtype)
+
+        if config.divergence is Divergence.FORWARD_KL or kl_student is None:
+            soft = self.mass
+        elif config.divergence is Divergence.REVERSE_KL:
+            soft = self.reverse_kl
+            kl_student = kl_student + (soft - self.log_teacher_sum).to(kl_student.dtype)
+        else:
+            of_student, of_teacher = self.mixture_kls(config)
+            soft = config.beta * of_teacher + config.one_minus_beta * of_student
+            kl_student = plus(kl_student, of_student)
+        if stats:
+            entropy, teacher_entropy, forward_kl, reverse_kl, agreement = stats
+            forward_kl, reverse_kl = plus(forward_kl, self.mass), plus(reverse_kl, self.reverse_kl)
+            stats = [plus(entropy, self.entropy), teacher_entropy, forward_kl, reverse_kl, agreement]
+        return plus(loss, config.soft_weight * soft), kl_student, stats
+
+    def gradient_factors(
+        self,
+        config: LossConfig,
+        kl_student: Tensor | None,  # (n,) what the gradient of the compared columns is computed with
+        weight: Tensor,  # (n,) factor of each row's gradient
+        labels: Tensor | None,  # (n,) int64
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the factors of e^(z - max_z) and e^(y - max_y) in the gradient by the surplus logits, (n,).
+
+        kl_student is KL(p_s || m) for a mixture, and for reverse KL the divergence less log(1 + e).
+        """
+        if config.divergence is Divergence.FORWARD_KL or kl_student is None:
+            by_outcome = self.mass
+        elif config.divergence is Divergence.REVERSE_KL:
+            by_outcome = mul_zero_safe(self.mass, self._log_ratio - kl_student)
+        else:
+            log_ratio = -math.log1p(-config.beta)
+            by_outcome = config.one_minus_beta * self.mass * (log_ratio - kl_student)
+        by_outcome = by_outcome * weight * (config.soft_weight / config.temperature)
+        factor_z = torch.where(self.tail.sum_z == 0, 0.0, by_outcome / self.tail.sum_z)
+        if labels is None:
+            return factor_z, None
+        return factor_z, weight * (labels >= 0) * config.hard_weight * (self.tail.max_y - self.lse_y).exp()
+
+    @property
+    def _log_ratio(self) -> Tensor:
+        return (self.mass / MIN_TEACHER_TAIL_PROB).log()

@@ -1,0 +1,46 @@
+"""What torch.compile and torch.export do with the public functions, and tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public function that torch.compile must not trace: the call is a graph break."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_dynamo_compiling():
+            return _disabled(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@lru_cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with compilation disabled, which imports dynamo when first used."""
+    name = getattr(function, "__qualname__", "")
+    reason = f"fused_distill's {name} is not traced: use fullgraph=False, or torch.export with strict=False"
+    return torch.compiler.disable(function, reason=reason)
+
+
+def check_has_data(name: str, tensor: object, mask: object) -> None:
+    """Require a tensor with data, and under torch.export no mask, whose tokens could not be counted."""
+    if isinstance(tensor, Tensor) and tensor.is_meta:
+        raise ValueError(
+            f"{name} must be on a device with data, got meta; fused_distill.plan takes tensors on meta"
+        )
+    if mask is not None and torch.compiler.is_exporting():
+        raise ValueError(
+            "mask must be None under torch.export, which cannot count valid tokens: "
+            "use token_weight, or select the tokens before the call"
+        )
