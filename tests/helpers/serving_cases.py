@@ -92,6 +92,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.info = TeacherInfo("fake", 1000, 1000, None)
+        self.dtype, self.device = "float32", "cpu"
         self.head_file = None
         self.gate = threading.Event()
         self.gate.set()

@@ -123,7 +123,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
     def _info(self, deadline: float) -> dict[str, Any]:
         if self._detect_protocol(deadline) == "openai":
             return self._stock_vllm.description(deadline)
-        return self._send_one("GET", "/v1/teacher", deadline, teacher_description)
+        return self._http.send_one("GET", "/v1/teacher", deadline, teacher_description)
 
     def check_limits(self, *, top_logprobs: int, length: int) -> None:
         """Check, before a run, that a server takes its requests.
@@ -157,7 +157,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         folder = cache_folder(cache)
         deadline = time.monotonic() + self.deadline_seconds
         description = self._require_hidden_states(deadline)
-        sha256 = self._send_one("HEAD", HEAD_PATH, deadline, _etag)
+        sha256 = self._http.send_one("HEAD", HEAD_PATH, deadline, _etag)
         path = folder / f"head-{sha256}.safetensors"
         if not path.exists() or file_sha256(path) != sha256:  # missing or damaged
             self._download_head(path, sha256, deadline, head_bytes(description))
@@ -290,10 +290,6 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         parts = request.parts(min(self.request_tokens, max_tokens))
         return self._http.run([partial(send, part, first) for first, part in parts])
 
-    def _send_one(self, *arguments: Any, **options: Any) -> Any:
-        """Send one request in a thread, so that `close` ends it at once."""
-        return self._http.run([partial(self._http.send, *arguments, **options)])[0]
-
     def _download_head(self, path: Path, sha256: str, deadline: float, max_bytes: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -305,7 +301,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                     raise ValueError("the downloaded head does not match its checksum")
 
             try:
-                self._send_one("GET", HEAD_PATH, deadline, check, file=file.file, max_bytes=max_bytes)
+                self._http.send_one("GET", HEAD_PATH, deadline, check, file=file.file, max_bytes=max_bytes)
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -313,7 +309,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
     def _detect_protocol(self, deadline: float) -> Protocol:
         """Detect the servers' protocol on first use."""
         if self._protocol == "auto":
-            description = self._send_one(
+            description = self._http.send_one(
                 "GET",
                 "/v1/teacher",
                 deadline,
@@ -321,7 +317,9 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                 accepted=(200, 404),
             )
             if description is None:
-                self._send_one("GET", "/v1/models", deadline, first_model)  # a 404 alone may be a gateway's
+                self._http.send_one(
+                    "GET", "/v1/models", deadline, first_model
+                )  # a 404 alone may be a gateway's
             self._description = description
             self._protocol = "openai" if description is None else "fused-distill"
         return self._protocol
@@ -330,7 +328,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         """Return the description of a server of our protocol, requested once."""
         description = self._description
         if description is None:
-            description = self._send_one("GET", "/v1/teacher", deadline, teacher_description)
+            description = self._http.send_one("GET", "/v1/teacher", deadline, teacher_description)
             self._description = description
         return description
 

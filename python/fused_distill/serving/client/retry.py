@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any, TypeVar
 from weakref import WeakSet
 
@@ -143,6 +144,10 @@ class RetryingClient:
             ServerError: the client is closed.
         """
         return self._connections().run(calls)
+
+    def send_one(self, *arguments: Any, **options: Any) -> Any:
+        """Call `send` in a thread, so that `close` ends it at once."""
+        return self.run([partial(self.send, *arguments, **options)])[0]
 
     def send(
         self,

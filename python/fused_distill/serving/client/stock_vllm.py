@@ -35,8 +35,7 @@ class StockVllm:
             TeacherError: the server has no model of this name.
         """
         if self._description is None:
-            ask = partial(self._http.send, "GET", "/v1/models", deadline, self._entry)
-            [self._description] = self._http.run([ask])
+            self._description = self._http.send_one("GET", "/v1/models", deadline, self._entry)
         return self._description
 
     def check_length(self, name: str, tokens: int, deadline: float) -> None:
