@@ -34,9 +34,11 @@ class StockVllm:
         Raises:
             TeacherError: the server has no model of this name.
         """
-        if self._description is None:
-            self._description = self._http.send_one("GET", "/v1/models", deadline, self._entry)
-        return self._description
+        description = self._description
+        if description is None:
+            description = self._http.send_one("GET", "/v1/models", deadline, self._entry)
+            self._description = description
+        return description
 
     def check_length(self, name: str, tokens: int, deadline: float) -> None:
         """Raise a ValueError if a sequence is too long for the server, which always generates one token."""
