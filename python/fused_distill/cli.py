@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import env
+from .child_processes import end_with_server
+
+# Processes that an engine spawns import this module again before they do anything else.
+end_with_server()
 
 _INTERRUPTED = 130  # exit status, as shells report SIGINT
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -128,6 +129,15 @@ class FakeEngine:
 def in_background(count: int, call: Callable[[int], Any]) -> Iterator[list[Future[Any]]]:
     with ThreadPoolExecutor(count) as pool:
         yield [pool.submit(call, i) for i in range(count)]
+
+
+def process_ended(pid: int) -> bool:
+    """Return True if a process has ended, whether or not its parent knows."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
 
 
 def wait_until(condition: Callable[[], bool], max_seconds: float = 30.0) -> None:

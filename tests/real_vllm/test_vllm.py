@@ -25,7 +25,7 @@ from fused_distill.trainer.config import TrainConfig
 from fused_distill.trainer.loop import train
 from limits import seconds
 from servers import START_SECONDS, running
-from serving_cases import serving
+from serving_cases import process_ended, serving, wait_until
 from vllm_cases import PYTHON, SETTINGS, VOCAB, load
 
 transformers = pytest.importorskip("transformers")
@@ -37,22 +37,17 @@ pytestmark = [
 ]
 
 
+def our_command(folder: Path) -> list[str]:
+    """Return the command of our server with vLLM in its process."""
+    command = [str(PYTHON), "-m", "fused_distill.cli", "serve-teacher", str(folder), "--engine", "vllm"]
+    options = ["--dtype", "float32", "--engine-options", '{"enforce_eager": true}', "--max-length", "511"]
+    return command + options
+
+
 @pytest.fixture(scope="module")
 def ours_vllm(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Our server with vLLM in its process."""
-    command = [
-        str(PYTHON),
-        "-m",
-        "fused_distill.cli",
-        "serve-teacher",
-        str(folder),
-        "--engine",
-        "vllm",
-        "--dtype",
-        "float32",
-    ]
-    command += ["--engine-options", '{"enforce_eager": true}', "--max-length", "511"]
-    with running(command, tmp_path_factory.mktemp("ours") / "log", **SETTINGS) as server:
+    with running(our_command(folder), tmp_path_factory.mktemp("ours") / "log", **SETTINGS) as server:
         yield server.url
 
 
@@ -99,6 +94,15 @@ def test_stock_vllm_our_server_with_vllm_and_with_transformers_agree(
         np.testing.assert_allclose(other.actual_logprobs, reference.actual_logprobs, atol=1e-4)
         np.testing.assert_allclose(other.logprobs, reference.logprobs, atol=1e-4)
         assert (other.ids == reference.ids).mean() > 0.99  # near ties may fall either way
+
+
+def test_a_killed_server_leaves_no_engine_behind(folder: Path, tmp_path: Path) -> None:
+    with running(our_command(folder), tmp_path / "log", **SETTINGS) as server:
+        pid = server.process.pid
+        children = list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+        assert children
+        server.process.kill()
+        wait_until(lambda: all(map(process_ended, children)), seconds(60))
 
 
 def test_our_server_with_vllm_describes_its_capabilities(ours_vllm: str, folder: Path) -> None:

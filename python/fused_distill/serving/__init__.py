@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 _CLIENT_PACKAGES = ("httpx", "numpy", "safetensors", "tenacity")
-_SERVER_PACKAGES = (*_CLIENT_PACKAGES, "pydantic", "fastapi", "uvicorn", "prometheus_client")
+_SERVER_PACKAGES = (*_CLIENT_PACKAGES, "pydantic", "fastapi", "uvicorn", "prometheus_client", "msgspec")
 
 
 def require_packages(extra: Literal["client", "server"]) -> None:

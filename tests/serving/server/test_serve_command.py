@@ -17,7 +17,7 @@ from fused_distill.serving.client.client import TeacherClient
 from fused_distill.serving.server import start
 from limits import seconds
 from servers import Server, running
-from serving_cases import wait_until
+from serving_cases import process_ended, wait_until
 
 COMMAND = [sys.executable, "-m", "fused_distill.cli", "serve-teacher"]
 
@@ -159,25 +159,31 @@ def test_an_address_that_others_can_reach_needs_a_token(
     assert "cuda:99 is not available" in error
 
 
-def test_children_of_the_server_end_with_it(tmp_path: Path) -> None:
-    script = (
-        "import os, time; from fused_distill.serving.server.child_processes import *;"
-        "end_forked_children_with_this_process(); child = os.fork();"
-        "child and print(child, flush=True); time.sleep(1000)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+CHILD = """
+import multiprocessing, os, sys, time
+from fused_distill import cli  # as the command does
+from fused_distill.child_processes import end_children_with_this_process
+
+def work():
+    print(os.getpid(), flush=True)
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    end_children_with_this_process()
+    multiprocessing.get_context(sys.argv[1]).Process(target=work).start()
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_children_of_the_server_end_with_it(tmp_path: Path, method: str) -> None:
+    script = tmp_path / "server.py"
+    script.write_text(CHILD)
+    with subprocess.Popen([sys.executable, script, method], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
         process.kill()
-
-        def gone() -> bool:
-            try:
-                state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
-            except FileNotFoundError:
-                return True
-            return state == "Z"  # dead, but not yet reaped
-
-        wait_until(gone, seconds(60))
+        wait_until(lambda: process_ended(child), seconds(60))
         process.stdout.close()
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ...child_processes import end_children_with_this_process
 from ...huggingface.fingerprint import checkpoint_fingerprint, local_checkpoint
 from ...huggingface.loading import load_tokenizer, require_model, tokenizer_fingerprint
 from ..protocol.logprobs import TeacherLogprobs
 from ..protocol.request import ScoringOptions, TokenSequence
-from .child_processes import end_forked_children_with_this_process
 from .engine import TeacherInfo, try_engine
 
 
@@ -90,7 +90,7 @@ class VllmEngine:
             "skip_tokenizer_init": tokenizer is None,
             **(options or {}),
         }
-        end_forked_children_with_this_process()
+        end_children_with_this_process()
         try:
             llm = LLM(name, **settings)
         except (RuntimeError, TypeError, ValueError) as error:
