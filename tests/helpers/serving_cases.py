@@ -49,11 +49,11 @@ FAST_RETRIES = RetryPolicy(attempts=FAST_ATTEMPTS, first_wait_seconds=0.02, long
 
 
 class Served:
-    """A server in a thread, on a port of the system's choice."""
+    """A server in a thread, on a port of the system's choice unless one is given."""
 
-    def __init__(self, app: Any, connections: ConnectionLimits | None = None):
+    def __init__(self, app: Any, connections: ConnectionLimits | None = None, port: int = 0):
         options = (connections or ConnectionLimits()).uvicorn_options()
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", **options)
+        config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", **options)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
