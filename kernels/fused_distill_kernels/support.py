@@ -93,8 +93,6 @@ def support_loss_kernel(
     scale, softcap = from_parts(scale, scale_low), from_parts(softcap, softcap_low)
     beta = from_parts(beta, beta_low)
     one_minus_beta = 1.0 - beta
-    weight = tl.load(weight_ptr + row).to(tl.float64)
-    grad_weight = tl.load(grad_weight_ptr + row).to(tl.float64)
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.float64)
 
@@ -175,12 +173,14 @@ def support_loss_kernel(
     if DIVERGENCE == MIXTURE:
         soft = beta * kl_t + one_minus_beta * kl_s
     loss = soft_weight * soft
+    grad_weight = tl.load(grad_weight_ptr + row).to(tl.float64)
     hard_scale = 0.0 * grad_weight
     if HAS_LABELS:
         label, label_y = tl.load(labels_ptr + row), tl.load(label_y_ptr + row)
         label_log_p = label_y - whole_y
         loss += tl.where(label >= 0, -hard_weight * label_log_p, 0.0)
         hard_scale = tl.where(label >= 0, grad_weight * hard_weight, 0.0)
+    weight = tl.load(weight_ptr + row).to(tl.float64)
     tl.store(loss_ptr + row, (weight * loss).to(tl.float32))
 
     if WANT_STATS:

@@ -12,6 +12,7 @@ from itertools import repeat
 
 from serving_cases import DESCRIPTION
 
+_DESCRIPTIONS = {"/v1/teacher": DESCRIPTION, "/v1/models": {"data": [{"id": "m"}]}}
 _TOO_MUCH = 64 << 20  # an endless response ends here, to spare the machine
 
 
@@ -30,7 +31,7 @@ class Received:
 class RawServer(AbstractContextManager["RawServer"]):
     """Call `handle` with every request; what it returns is written to the connection.
 
-    The description at /v1/teacher is answered first, unless `handle` is to answer it too.
+    Descriptions, at /v1/teacher and /v1/models, are answered first, unless `handle` is to answer them too.
     """
 
     def __init__(self, handle: Callable[[Received], bytes], describes: bool = True):
@@ -62,8 +63,8 @@ class RawServer(AbstractContextManager["RawServer"]):
                 headers = {k.lower(): v.strip() for k, _, v in (f.decode().partition(":") for f in fields)}
                 body = stream.read(int(headers.get("content-length", "0")))
                 request = Received(method, path, headers, body, connection)
-                if path == "/v1/teacher" and self.describes:
-                    connection.sendall(http_response(json.dumps(DESCRIPTION).encode()))
+                if path in _DESCRIPTIONS and self.describes:
+                    connection.sendall(http_response(json.dumps(_DESCRIPTIONS[path]).encode()))
                     continue
                 self.received.append(request)
                 connection.sendall(self.handle(request))

@@ -114,8 +114,8 @@ class FakeEngine:
         return [
             TeacherLogprobs(
                 np.array([s.positions]),
-                np.zeros((s.positions, options.top_logprobs), np.float32),
-                np.zeros((s.positions, options.top_logprobs), np.int32),
+                np.full((s.positions, options.top_logprobs), -9.0, np.float32),
+                np.tile(np.arange(options.top_logprobs, dtype=np.int32), (s.positions, 1)),
                 -np.array(s.tokens[s.start :], np.float32),
             )
             for s in batch

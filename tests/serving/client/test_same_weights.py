@@ -10,14 +10,16 @@ from fused_distill.serving.client.client import TeacherClient
 from fused_distill.serving.client.request import TeacherError
 from fused_distill.serving.protocol.request import WEIGHTS_HEADER
 from fused_distill.serving.server.transformers_engine import TransformersEngine
-from serving_cases import FAST_RETRIES, FakeEngine, one_position, post, serving
+from serving_cases import DESCRIPTION, FAST_RETRIES, FakeEngine, one_position, post, serving
 
 
 def client_of(*fingerprints: str | None) -> TeacherClient:
     """Return a client whose server's answers have these fingerprints, one after the other."""
     remaining = iter(fingerprints)
 
-    def handle(_: httpx.Request) -> httpx.Response:
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/teacher":
+            return httpx.Response(200, json=DESCRIPTION)
         fingerprint, answer = next(remaining), one_position()
         headers = {} if fingerprint is None else {WEIGHTS_HEADER: fingerprint}
         return httpx.Response(200, headers=headers, content=answer.content)
@@ -90,7 +92,7 @@ def test_a_server_restarted_with_other_weights_is_noticed(model: Any, what: str)
         call(client)
         call(client)
         served.stop()
-        served = Served(create_app(TransformersEngine(other)), served.port)
+        served = Served(create_app(TransformersEngine(other)), port=served.port)
         with pytest.raises(TeacherError, match=f"{served.url} answers with other weights"):
             call(client)
     served.stop()

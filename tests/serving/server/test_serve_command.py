@@ -68,7 +68,7 @@ def test_a_second_ctrl_c_does_not_wait_for_requests(tiny_model: Path, tmp_path: 
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as half_sent:
             half_sent.sendall(
-                b"POST /get_sequence_logprobs/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+                b"POST /get_sequence_logprobs/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
             )
             httpx.get(f"{url}/health")
             process.send_signal(signal.SIGINT)

@@ -16,9 +16,12 @@ class FakeLLM:
     """Answer with the log-probability -t of token t; fail on a single token."""
 
     model_config = SimpleNamespace(
-        model="fake", revision=None, max_model_len=LENGTH + 1, get_vocab_size=lambda: VOCAB
+        model="fake", revision=None, max_model_len=LENGTH + 1, get_vocab_size=lambda: VOCAB, dtype="float32"
     )
-    llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+    llm_engine = SimpleNamespace(
+        engine_core=SimpleNamespace(shutdown=lambda: None),
+        vllm_config=SimpleNamespace(device_config=SimpleNamespace(device_type="cpu")),
+    )
 
     def generate(self, prompts: list[dict[str, list[int]]], params: Any, use_tqdm: bool) -> list[Any]:
         outputs: list[Any] = []

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import httpx
 
+from ..protocol.urls import without_credentials
+
 _LARGEST_ID = 2**31 - 1
 
 
@@ -72,7 +74,7 @@ def server_urls(url: Any) -> list[str]:
         raise ValueError("url must name at least one server, got none")
     for server in urls:
         if not isinstance(server, str) or not server.startswith(("http://", "https://")):
-            shown = short(server).rpartition("@")[2]  # without credentials
+            shown = short(without_credentials(server) if isinstance(server, str) else server)
             raise ValueError(f"url must begin with http:// or https://, got {shown}")
         try:
             parts = httpx.URL(server)
