@@ -136,11 +136,11 @@ def test_a_missing_file_exits_with_status_2_and_one_line(
     [
         ("student=/nowhere", "student: /nowhere cannot be loaded"),
         ("teacher.model=/nowhere", "teacher.model: /nowhere cannot be loaded"),
-        ("data.path=/nowhere.jsonl", "data.path: /nowhere.jsonl cannot be read"),
+        ("data.path=/nowhere.jsonl", "data.path: there is no file /nowhere.jsonl"),
         ("gradient_accumulation_steps=3", "prompts_per_step: 8 must be a multiple of 3"),
         (
             "prompts_per_step=80",
-            "prompts_per_step: 80 is more than the 40 prompts left for training",
+            "prompts_per_step: 80 is too many: 40 samples are left for training",
         ),
         ("teacher={model: TEACHER, targets: topk, k: 99}", "teacher.k: 99 is more than the 98 tokens"),
         ("lora={target_modules: [nothing]}", "lora.target_modules: "),
