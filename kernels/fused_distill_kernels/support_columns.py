@@ -81,15 +81,16 @@ def unique_entries_kernel(
     for start in range(0, tl.minimum(k, (block + 1) * BLOCK), EARLIER):
         earlier = start + tl.arange(0, EARLIER)
         earlier_ids = tl.load(ids_ptr + earlier * ids_step, mask=earlier < k, other=0).to(tl.int32)
-        present = ~(
-            tl.load(logprobs_ptr + earlier * logprobs_step, mask=earlier < k, other=float("-inf"))
-            <= FORBIDDEN
+        earlier_logprob = tl.load(
+            logprobs_ptr + earlier * logprobs_step, mask=earlier < k, other=float("-inf")
         )
+        present = ~(earlier_logprob.to(tl.float32) <= FORBIDDEN)
         same = (ids.to(tl.int32)[:, None] == earlier_ids[None, :]) & (earlier[None, :] < index[:, None])
         repeats += tl.sum((same & present[None, :]).to(tl.int32), 1)
-    logprob = tl.where((repeats > 0) | (logprob <= FORBIDDEN), float("-inf"), logprob)
+    absent = (repeats > 0) | (logprob.to(tl.float32) <= FORBIDDEN)
+    logprob = tl.where(absent, float("-inf"), logprob)
     column = ids.to(tl.int64) - first_column
-    here = (logprob != float("-inf")) & (column >= 0) & (column < n_columns)
+    here = ~absent & (column >= 0) & (column < n_columns)
     tl.store(columns_ptr + row * k + index, tl.where(here, column, -1), mask=inside)
     tl.store(unique_ptr + row * k + index, logprob, mask=inside)
 
