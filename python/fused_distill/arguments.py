@@ -25,7 +25,7 @@ def tensors_from(teacher: type[FullTeacher | TopKTeacher], arguments: Mapping[st
 
 
 class _Keywords(TypedDict, total=False):
-    """What the losses share. return_stats is not among them, because the result's type depends on it."""
+    """Options that the losses share, except return_stats, on which the type of the result depends."""
 
     mask: Tensor | None
     student_bias: Tensor | None

@@ -1,4 +1,4 @@
-"""What a call of `fused_linear_jsd` would allocate, multiply and launch, without making it."""
+"""Predict what a call of `fused_linear_jsd` would allocate, multiply and launch, without making it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch.compile and torch.export do with the public functions, and tensors without data."""
+"""Keep torch.compile and torch.export out of the public functions, and refuse tensors without data."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def use_onednn(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Fp32Output(Enum):
-    """What multiplies half-precision matrices into a float32 result on a device."""
+    """The library that multiplies half-precision matrices into a float32 result on a device."""
 
     VENDOR = "the vendor's library"
     TRITON = "a Triton kernel"

@@ -18,7 +18,7 @@ from .workspace import ChunkPlan, Workspace, default_workspace_bytes, plan_chunk
 
 @dataclass(frozen=True)
 class CallMemory:
-    """What a call allocates besides gradients; heads have the columns of the rank that has most of them."""
+    """Memory of a call besides gradients; heads have the columns of the rank that has most of them."""
 
     head: LMHead | IndexedLMHead  # of the student
     teacher_head: LMHead | None

@@ -1,4 +1,4 @@
-"""What a transformers model computes before and after its LM head, found by running it on a few tokens."""
+"""Run a transformers model on a few tokens to find what it computes before and after its LM head."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from raw_server import RawServer, Received, endless, http_response
 from serving_cases import DESCRIPTION, VOCAB, client_of_responses
 
 HEAD_SHA = "0" * 64
-GOES_ON = r"must have at most .* bytes, it goes on"
+TOO_LONG = r"must have at most .* bytes, got more"
 TWICE = RetryPolicy(attempts=2, first_wait_seconds=0.001, longest_wait_seconds=0.001)
 # What the kernel's buffers of both sockets may take besides what the client has read.
 UNREAD = 16 << 20
@@ -50,14 +50,14 @@ def assert_not_read_on(server: RawServer) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_an_answer_is_read_no_further_than_it_should_be_long(name: str) -> None:
     with RawServer(endless()) as server, client_of(server) as client:
-        with pytest.raises(ServerError, match=GOES_ON):
+        with pytest.raises(ServerError, match=TOO_LONG):
             CALLS[name](client)
         assert_not_read_on(server)
 
 
 def test_a_stock_vllm_answer_is_read_no_further_than_it_should_be_long() -> None:
     with RawServer(endless()) as server, client_of(server, "openai") as client:
-        with pytest.raises(ServerError, match=GOES_ON):
+        with pytest.raises(ServerError, match=TOO_LONG):
             client.get_sequence_logprobs([[1, 2]], [1])
         assert_not_read_on(server)
 
@@ -66,7 +66,7 @@ def test_completions_are_read_no_further_than_they_should_be_long() -> None:
     with (
         RawServer(endless()) as server,
         VllmRollouts(server.url, model="m", retries=TWICE) as rollouts,
-        pytest.raises(ServerError, match=GOES_ON),
+        pytest.raises(ServerError, match=TOO_LONG),
     ):
         rollouts.generate([[1]], Sampling(max_tokens=4))
 
@@ -75,7 +75,7 @@ def test_a_description_is_read_no_further_than_it_should_be_long() -> None:
     with (
         RawServer(endless(), describes=False) as server,
         client_of(server) as client,
-        pytest.raises(ServerError, match=GOES_ON),
+        pytest.raises(ServerError, match=TOO_LONG),
     ):
         client.info()
 
@@ -334,7 +334,7 @@ def test_a_head_is_downloaded_no_further_than_it_should_be_long(tmp_path: Path) 
         return endless()(request)
 
     with RawServer(handle) as server, client_of(server) as client:
-        with pytest.raises(ServerError, match=GOES_ON):
+        with pytest.raises(ServerError, match=TOO_LONG):
             client.head(tmp_path)
         assert not list(tmp_path.iterdir())
         assert_not_read_on(server)

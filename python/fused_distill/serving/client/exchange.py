@@ -65,7 +65,7 @@ class Request:
         for chunk in response.iter_bytes():
             size += len(chunk)
             if size > self.max_bytes:
-                raise ValueError(f"the response must have at most {self.max_bytes} bytes, it goes on")
+                raise ValueError(f"the response must have at most {self.max_bytes} bytes, got more")
             sink.write(chunk)
             if time.monotonic() > self.deadline:
                 raise httpx.ReadTimeout("the deadline passed while the response arrived")

@@ -1,4 +1,4 @@
-"""What no teacher's log-probabilities can be."""
+"""Find log-probabilities that no teacher can give, e.g. probabilities whose sum is above 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FastAPI cannot see of the endpoints: bodies that are read by hand, responses and their statuses."""
+"""OpenAPI descriptions that FastAPI cannot derive: bodies that are read by hand, and all statuses."""
 
 from __future__ import annotations
 
