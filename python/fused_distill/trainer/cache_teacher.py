@@ -59,8 +59,12 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     if json.loads(description.read_text()) != info:
         raise ConfigError(f"{folder} holds another store: {description.read_text()}")
     teacher = load_teacher(config, tokenizer, accelerator.device)
-    lengths = map(len, rows["prompt"]), map(len, rows["completion"])
-    check_limits(teacher, config, max(map(sum, zip(*lengths, strict=True)), default=0))
+
+    def longest() -> int:
+        lengths = map(len, rows["prompt"]), map(len, rows["completion"])
+        return max(map(sum, zip(*lengths, strict=True)), default=0)
+
+    check_limits(teacher, config, longest)
     tokens, number = pa.list_(pa.int32()), pa.float16() if dtype == "float16" else pa.float32()
     types = {"tokens": tokens, "prompt_length": pa.int32(), "ids": pa.list_(tokens)}
     schema = pa.schema(types | {"logprobs": pa.list_(pa.list_(number))})

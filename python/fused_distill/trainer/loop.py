@@ -55,8 +55,10 @@ class Trainer:
         self.accelerator.print(data)
         self.samples, self.held_out = split_data(data, config)
         self.teacher = load_teacher(config, self.tokenizer, self.device)
-        longest = max(map(len, data.samples["prompt"]), default=0)
-        check_limits(self.teacher, config, longest + config.rollouts.max_completion_length)
+        completion = config.rollouts.max_completion_length
+        check_limits(
+            self.teacher, config, lambda: max(map(len, data.samples["prompt"]), default=0) + completion
+        )
         torch.manual_seed(config.seed)
         model = load_student(config)
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -133,13 +134,13 @@ def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device
     return teacher
 
 
-def check_limits(teacher: Teacher, config: TrainConfig, length: int) -> None:
-    """Raise a ConfigError if a teacher server does not take `length` tokens or the settings' k."""
+def check_limits(teacher: Teacher, config: TrainConfig, length: Callable[[], int]) -> None:
+    """Raise a ConfigError if a teacher server does not take `length()` tokens or the settings' k."""
     if not isinstance(teacher, HiddenStateTeacher | ServedTeacher):
         return
     k = config.teacher.k if config.teacher.targets == "topk" else 0
     try:
-        teacher.client.check_limits(top_logprobs=k, length=length)
+        teacher.client.check_limits(top_logprobs=k, length=length())
     except (ValueError, ServerError) as error:
         raise ConfigError(f"teacher.url: {error}") from None
 
