@@ -27,6 +27,11 @@ def pytest_configure() -> None:
     os.environ.setdefault("FUSED_DISTILL_CPU_PRODUCT", "torch")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: they may hold a time, and parallel processes must collect equal names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip on a GPU what concerns the CPU only."""
     for item in items:
