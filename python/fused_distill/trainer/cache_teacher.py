@@ -15,11 +15,11 @@ from transformers import AutoTokenizer
 
 from ..huggingface.loading import tokenizer_fingerprint
 from .config import ConfigError, TrainConfig
-from .data import Batch, Sample, load_data
+from .data import Batch, Sample, load_data, longest_for_teacher
 from .stored import DESCRIPTION, PART_ROWS
 from .student import load_pretrained
 from .targets import Teacher, TopKTargets
-from .teachers import check_limits, load_teacher
+from .teachers import check_limits, load_teachers
 
 BATCH_ROWS = 16
 
@@ -33,6 +33,8 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     Raises:
         ConfigError: a setting is invalid (the message names its key), or the folder holds another store.
     """
+    if config.teacher is None:
+        raise ConfigError("teachers: a store holds one teacher: set teacher instead")
     if config.teacher.targets != "topk":
         raise ConfigError(f"teacher.targets: must be topk for a store, got {config.teacher.targets}")
     accelerator = Accelerator()
@@ -58,13 +60,8 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     accelerator.wait_for_everyone()
     if json.loads(description.read_text()) != info:
         raise ConfigError(f"{folder} holds another store: {description.read_text()}")
-    teacher = load_teacher(config, tokenizer, accelerator.device)
-
-    def longest() -> int:
-        lengths = map(len, rows["prompt"]), map(len, rows["completion"])
-        return max(map(sum, zip(*lengths, strict=True)), default=0)
-
-    check_limits(teacher, config, longest)
+    teachers = load_teachers(config, tokenizer, accelerator.device)
+    check_limits(teachers, lambda: longest_for_teacher(rows))
     tokens, number = pa.list_(pa.int32()), pa.float16() if dtype == "float16" else pa.float32()
     types = {"tokens": tokens, "prompt_length": pa.int32(), "ids": pa.list_(tokens)}
     schema = pa.schema(types | {"logprobs": pa.list_(pa.list_(number))})
@@ -73,7 +70,7 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
         part = folder / f"part-{start // PART_ROWS:06}.parquet"
         if not part.exists():
             samples = [Sample(**rows[i]) for i in range(start, min(start + PART_ROWS, len(rows)))]
-            scored = score(samples, teacher, getattr(torch, dtype), accelerator.device)
+            scored = score(samples, teachers[""], getattr(torch, dtype), accelerator.device)
             scratch = part.with_suffix(".tmp")
             pq.write_table(pa.Table.from_pylist(scored, schema), scratch, compression="zstd")
             scratch.replace(part)
@@ -86,7 +83,7 @@ def score(
     """Return the rows of a store for some samples."""
     rows: list[dict[str, Any]] = []
     for first in range(0, len(samples), BATCH_ROWS):
-        batch = Batch.collate(samples[first : first + BATCH_ROWS], device)
+        batch = Batch.collate(samples[first : first + BATCH_ROWS], device).for_teacher()
         targets = teacher.targets(batch, None)
         assert isinstance(targets, TopKTargets)
         finite = targets.logprobs.clamp(min=torch.finfo(dtype).min)  # -inf marks an absent token

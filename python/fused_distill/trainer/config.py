@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
@@ -48,6 +48,9 @@ class DataConfig(_Section):
     chat_template_options: dict[str, Any] = Field(
         {}, description="arguments of the chat template, e.g. {enable_thinking: false}"
     )
+    teacher_column: str = Field(
+        "teacher", description="column with the name of a row's teacher in `teachers`"
+    )
     evaluation_prompts: int = Field(16, ge=0, description="number of samples held out from the end")
     max_prompt_length: int = Field(512, ge=1, description="tokens; samples with longer prompts are dropped")
 
@@ -63,6 +66,12 @@ class TeacherConfig(_Section):
     )
     k: int = Field(64, ge=1, description="tokens per position of topk and student_topk")
     tail: Tail = Field("bucket", description="see fused_linear_topk_jsd")
+    chat_template: Literal["student", "own"] = Field(
+        "student", description="whose chat template renders messages for the teacher"
+    )
+    tokenizer: str | None = Field(
+        None, description="local path or hub name of its tokenizer, if not of teacher.model"
+    )
     dtype: Dtype = Field("auto", description="of teacher.model; auto: bfloat16 on a GPU, float32 on a CPU")
     deadline_seconds: float = Field(
         1200.0,
@@ -77,7 +86,14 @@ class TeacherConfig(_Section):
             raise ValueError("must have one of model, url and stored")
         if self.stored is not None and self.targets != "topk":
             raise ValueError(f"targets must be topk with stored, got {self.targets}")
+        if self.chat_template == "own" and self.tokenizer_name is None:
+            raise ValueError("chat_template own needs tokenizer with url and stored")
         return self
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """Return the path or name of the teacher's tokenizer, None if it is unknown."""
+        return self.tokenizer or self.model
 
 
 class RolloutConfig(_Section):
@@ -123,7 +139,10 @@ class TrainConfig(_Section):
     """On-policy distillation of a student."""
 
     student: str = Field(description="local path or hub name")
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None
+    teachers: dict[str, TeacherConfig] = Field(
+        {}, description="instead of teacher: several by name, e.g. {math: {...}, code: {...}}"
+    )
     data: DataConfig
     rollouts: RolloutConfig = RolloutConfig.model_validate({})
     lora: LoraConfig | None = Field(None, description="null: train all weights")
@@ -156,20 +175,34 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _check_combination(self) -> TrainConfig:
-        if self.teacher.stored is not None and self.lmbda > 0:
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("one of teacher and teachers must be set")
+        if self.uses_store and self.lmbda > 0:
             raise ValueError("lmbda must be 0 with teacher.stored, which knows the data's completions only")
         engine = self.rollouts.engine
         if self.lora is not None and engine != "transformers":
             raise ValueError(f"lora must not be given with rollouts.engine {engine}: vLLM gets no adapters")
         return self
 
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """Return the teachers by name; a single one has the name ""."""
+        return self.teachers if self.teacher is None else {"": self.teacher}
 
+    @property
+    def uses_store(self) -> bool:
+        """Return whether a teacher knows the data's completions only."""
+        return any(teacher.stored is not None for teacher in self.all_teachers.values())
+
+
+_FREE_OF_TEACHER = {"model", "url", "stored", "deadline_seconds", "tokenizer"}
 # Settings that may change on resume: the length of the run, its files and its machines.
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
     **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints"), True),
     "data": {"path"},
-    "teacher": {"model", "url", "stored", "deadline_seconds"},
+    "teacher": _FREE_OF_TEACHER,
+    "teachers": {"__all__": _FREE_OF_TEACHER},
     "rollouts": {"engine", "url", "engine_options", "sync", "nccl_address", "nccl_port"},
 }
 
@@ -218,7 +251,8 @@ def _parse_yaml(source: str, text: str) -> Any:
 def help_lines(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[str]:
     """Yield one line of help per key."""
     for name, field in model.model_fields.items():
-        types = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        by_name = get_origin(field.annotation) is dict  # of a section that was listed already
+        types = [field.annotation, *(() if by_name else get_args(field.annotation))]
         section = next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
         if section is not None:
             yield f"{prefix}{name}: {' '.join((section.__doc__ or '').split())}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError, DataConfig, TrainConfig
 from .conversations import RowError, tokenize_row
-from .files import read_rows, unreadable
+from .files import read_rows, shortened, unreadable
+from .tokenizers import chat_tokenizer
 
 
 class Sample(NamedTuple):
@@ -26,11 +27,17 @@ class Sample(NamedTuple):
     prompt: list[int]
     completion: list[int]
     truncated: bool = False  # by max_completion_length
+    teacher: str = ""  # its name in the settings
+    teacher_prompt: list[int] | None = None  # that the teacher sees instead of the prompt
 
     @property
     def tokens(self) -> list[int]:
         """Prompt followed by completion."""
         return [*self.prompt, *self.completion]
+
+    def for_teacher(self) -> Sample:
+        """Return the sample that the teacher sees: the completion after the teacher's own prompt, if any."""
+        return self if self.teacher_prompt is None else self._replace(prompt=self.teacher_prompt)
 
 
 _TOKENS = ListFeature(Value("int32"))
@@ -39,6 +46,8 @@ _FEATURES = Features(
     prompt=_TOKENS,
     completion=_TOKENS,
     truncated=Value("bool"),
+    teacher=Value("string"),
+    teacher_prompt=_TOKENS,
     dropped=Value("string"),
 )
 
@@ -71,6 +80,12 @@ class Batch:
     def pack(self, states: Tensor) -> Tensor:
         """Return the states (n, D) that predict completion tokens among those of all tokens (B, T, D)."""
         return states.flatten(0, 1).index_select(0, self.valid)
+
+    def for_teacher(self) -> Batch:
+        """Return the batch that the teacher sees: the completions after the teacher's own prompts, if any."""
+        if all(s.teacher_prompt is None for s in self.samples):
+            return self
+        return Batch.collate([sample.for_teacher() for sample in self.samples], self.valid.device)
 
     def sequences(self) -> tuple[list[list[int]], list[int]]:
         """Return the tokens and the prompt lengths of the samples."""
@@ -105,6 +120,10 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completio
         "config": config.data,
         "length": config.rollouts.max_completion_length,
         "completions": completions,
+        "templates": {
+            name: chat_tokenizer(f"teachers.{name}" if name else "teacher", teacher)
+            for name, teacher in config.all_teachers.items()
+        },
         "locate": rows.locate,
     }
     try:
@@ -152,6 +171,7 @@ def _tokenize_rows(
     config: DataConfig,
     length: int,
     completions: bool,
+    templates: Mapping[str, PreTrainedTokenizerBase | None],
     locate: Callable[[int], str],
 ) -> dict[str, list[Any]]:
     """Return the samples of some rows, with the reason why one is dropped."""
@@ -159,23 +179,49 @@ def _tokenize_rows(
     for i, index in enumerate(indices):
         row = {name: values[i] for name, values in columns.items()}
         try:
-            turns = tokenize_row(row, tokenizer, config)
+            teacher = _teacher_name(row, config.teacher_column, templates)
+            turns = tokenize_row(row, tokenizer, config, templates[teacher])
             if completions:
                 turns = [turn for turn in turns if turn.completion is not None]
                 if not turns:
                     raise RowError("must have a completion (lmbda below 1, or a stored teacher)")
         except RowError as error:
             raise ConfigError(f"data.path: {locate(index)}: {error}") from error
-        for prompt, completion in turns:
+        for prompt, completion, teacher_prompt in turns:
             tokens = completion or []
-            sample = Sample(index, prompt, tokens[:length], len(tokens) > length)
-            dropped = "empty prompt" if not prompt else None
+            truncated = len(tokens) > length
+            sample = Sample(index, prompt, tokens[:length], truncated, teacher, teacher_prompt)
+            dropped = "empty prompt" if not prompt or teacher_prompt == [] else None
             if len(prompt) > config.max_prompt_length:
                 dropped = f"prompt longer than {config.max_prompt_length} tokens (data.max_prompt_length)"
             elif completions and not tokens:
                 dropped = "empty completion"
             samples.append(sample._asdict() | {"dropped": dropped})
     return {name: [sample[name] for sample in samples] for name in _FEATURES}
+
+
+def _teacher_name(row: Mapping[str, Any], column: str, known: Collection[str]) -> str:
+    """Return the name of a row's teacher, "" if there is only one, which has no name."""
+    if "" in known:
+        return ""
+    name = row.get(column)
+    if not isinstance(name, str) or name not in known:
+        raise RowError(f"column {column}: must be one of {', '.join(known)}, got {shortened(name)}")
+    return name
+
+
+def longest_for_teacher(samples: Dataset, completion: int | None = None) -> int:
+    """Return the number of tokens of the longest sequence that a teacher sees.
+
+    Args:
+        samples: of `Data`.
+        completion: tokens to count for every completion. None: those of the data's completion.
+    """
+    columns = zip(*(samples[name] for name in ("prompt", "teacher_prompt", "completion")), strict=True)
+    lengths = (
+        len(own or prompt) + (len(c) if completion is None else completion) for prompt, own, c in columns
+    )
+    return max(lengths, default=0)
 
 
 def sample_stream(samples: Dataset | Sequence[Mapping[str, Any]], seed: int, start: int) -> Iterator[Sample]:

@@ -24,12 +24,12 @@ from ..rollouts.grouping import split_on_groups
 from ..stats import DistillStats
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
-from .data import Batch, Sample, load_data, sample_stream, split_data
+from .data import Batch, Sample, load_data, longest_for_teacher, sample_stream, split_data
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
 from .rollouts import StudentRollouts
 from .student import load_pretrained, load_student, run_in_student_forward
-from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
-from .teachers import check_limits, load_teacher
+from .targets import Part, Scored, Targets, describe_non_finite, distillation_loss, sum_losses, topk_targets
+from .teachers import check_limits, load_teachers
 
 EVAL_BATCH_SIZE = 8
 N_SHOWN_SAMPLES = 3
@@ -54,11 +54,9 @@ class Trainer:
             data = load_data(config, self.tokenizer, completions=config.lmbda < 1)
         self.accelerator.print(data)
         self.samples, self.held_out = split_data(data, config)
-        self.teacher = load_teacher(config, self.tokenizer, self.device)
+        self.teachers = load_teachers(config, self.tokenizer, self.device)
         completion = config.rollouts.max_completion_length
-        check_limits(
-            self.teacher, config, lambda: max(map(len, data.samples["prompt"]), default=0) + completion
-        )
+        check_limits(self.teachers, lambda: longest_for_teacher(data.samples, completion))
         torch.manual_seed(config.seed)
         model = load_student(config)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -100,25 +98,32 @@ class Trainer:
         with nullcontext() if self.sharded else self.accelerator.autocast():
             completions = self.rollouts.generate([sample.prompt for sample in samples], sampling)
         return [
-            [Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
+            [
+                samples[c.group]._replace(completion=c.tokens, truncated=c.finish_reason == "length")
+                for c in part
+            ]
             for part in split_on_groups(completions, slices)
         ]
 
-    def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, DistillStats, Targets]:
-        """Return a batch's summed loss divided by `normalizer`, its per-token statistics and its targets."""
-        config, vocab_size = self.config, self.teacher.vocab_size
+    def loss(self, batch: Batch, normalizer: float) -> list[Scored]:
+        """Return, for each teacher of a batch, its tokens' summed loss divided by `normalizer`."""
+        parts = Part.split(batch)
 
-        def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats, Targets]:
-            ids = None
-            if config.teacher.targets == "student_topk":
-                ids = topk_targets(hidden, head, config, vocab_size).ids
-            with self.timer.measure("teacher_seconds"):
-                targets = self.teacher.targets(batch, ids)
-            loss = distillation_loss(hidden, head, targets, normalizer, config, vocab_size)
-            return *loss, targets
+        def compute(states: Tensor, head: LMHeadParams) -> list[tuple[Tensor, DistillStats, Targets]]:
+            results: list[tuple[Tensor, DistillStats, Targets]] = []
+            for part in parts:
+                teacher, hidden, ids = self.teachers[part.name], part.select(states), None
+                if teacher.settings.targets == "student_topk":
+                    ids = topk_targets(hidden, head, self.config, teacher).ids
+                with self.timer.measure("teacher_seconds"):
+                    targets = teacher.targets(part.batch, ids)
+                loss = distillation_loss(hidden, head, targets, normalizer, self.config, teacher)
+                results.append((*loss, targets))
+            return results
 
         with self.accelerator.autocast():
-            return run_in_student_forward(self.wrapped, self.model, batch, compute)
+            results = run_in_student_forward(self.wrapped, self.model, batch, compute)
+        return [Scored(part, *result) for part, result in zip(parts, results, strict=True)]
 
     def update(self, buffer: list[list[Sample]]) -> dict[str, float]:
         """Do one optimizer step; the loss is the mean over the tokens of the buffers of all processes.
@@ -134,10 +139,10 @@ class Trainer:
             # Without reducing gradients per slice FSDP would keep unsharded gradients on every device.
             reduce_now = self.sharded or i == len(batches) - 1
             with nullcontext() if reduce_now else self.accelerator.no_sync(self.wrapped):
-                loss, stats = self.loss(batch, n_tokens)[:2]
+                scored = self.loss(batch, n_tokens)
                 # DDP and FSDP average over processes, but n_tokens counts the tokens of all of them.
-                self.accelerator.backward(loss * self.processes)
-            sums.append(batch_sums(loss * n_tokens, stats))
+                self.accelerator.backward(sum_losses(scored) * self.processes)
+            sums.append(batch_sums(scored, n_tokens, [*self.teachers]))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         metrics = self.read_metrics(sums, batches, grad_norm=norm)
@@ -153,22 +158,23 @@ class Trainer:
     def evaluate(self) -> tuple[dict[str, float], list[str]]:
         """Return the mean metrics on held-out prompts and a few decoded samples."""
         samples = self.held_out[self.rank :: self.processes]
-        if self.config.teacher.stored is None:
+        if not self.config.uses_store:
             self.rollouts.sync_weights(self.step)
             [samples] = self.generate(samples, self.config.seed + self.rank, 1)
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
         batches = [Batch.collate(samples[i : i + EVAL_BATCH_SIZE], self.device) for i in starts]
-        sums = [batch_sums(*self.loss(batch, 1.0)[:2]) for batch in batches]
+        sums = [batch_sums(self.loss(batch, 1.0), 1.0, [*self.teachers]) for batch in batches]
         shown = [str(self.tokenizer.decode(s.tokens)) for s in samples[:N_SHOWN_SAMPLES]]
         return self.read_metrics(sums, batches), shown
 
     def read_metrics(self, sums: list[Tensor], batches: list[Batch], **others: Tensor) -> dict[str, float]:
         """Read metrics of all processes and others at once; raise NonFiniteLoss unless the loss is finite."""
-        counts = sums[0].new_tensor(sample_counts(batches))
-        totals: Any = self.accelerator.reduce(torch.cat([counts, sum(sums[1:], sums[0])]), "sum")
-        numbers = torch.cat([totals, *(value.to(totals).reshape(1) for value in others.values())]).tolist()
-        n = len(totals)
-        metrics = mean_metrics(numbers[:n]) | dict(zip(others, numbers[n:], strict=True))
+        counts = sums[0].new_tensor(sample_counts(batches, [*self.teachers]))
+        totals: Any = self.accelerator.reduce(torch.cat([counts, sum(sums[1:], sums[0])], 1), "sum")
+        extra = [value.to(totals).reshape(1) for value in others.values()]
+        numbers = torch.cat([totals.flatten(), *extra]).tolist()
+        n = totals.numel()
+        metrics = mean_metrics(numbers[:n], [*self.teachers]) | dict(zip(others, numbers[n:], strict=True))
         if not isfinite(metrics["loss"]):
             raise NonFiniteLoss(self.diagnose(batches))
         return metrics
@@ -177,7 +183,8 @@ class Trainer:
     def diagnose(self, batches: list[Batch]) -> str:
         """Compute the batches once more and describe the first of them whose loss is not finite."""
         # The list holds all of them, as FSDP's processes compute together.
-        diagnoses = [describe_non_finite(b, *self.loss(b, 1.0)[1:], self.tokenizer) for b in batches]
+        scored = [part for batch in batches for part in self.loss(batch, 1.0)]
+        diagnoses = [describe_non_finite(part, self.tokenizer) for part in scored]
         return next(filter(None, diagnoses), "the loss is not finite, but every token's is in this process")
 
     def save(self, folder: Path) -> None:
@@ -256,7 +263,8 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     """Return accelerate's Accelerator for a run, and the settings with a precision for its device."""
     cpu = not torch.accelerator.is_available()  # else processes on a CPU would not form a group
     # Longer than a client retries its server while the other processes wait.
-    timeout = timedelta(hours=2, seconds=config.teacher.deadline_seconds)
+    deadline = max(teacher.deadline_seconds for teacher in config.all_teachers.values())
+    timeout = timedelta(hours=2, seconds=deadline)
     device: Any = PartialState(cpu, timeout=timeout).device
     config = choose_precision(config, device)
     accelerator = Accelerator(

@@ -2,7 +2,7 @@
 
 The folder holds teacher.json, with the settings of the store, and part-*.parquet. A row is a completion:
 
-    tokens         list<int32>              prompt followed by completion
+    tokens         list<int32>              the teacher's prompt followed by the completion
     prompt_length  int32
     ids            list<list<int32>>        the teacher's k most likely tokens at each completion token
     logprobs       list<list<float>>        their log-probabilities, float32 or float16
@@ -21,7 +21,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .config import ConfigError
+from .config import ConfigError, TeacherConfig
 from .data import Batch
 from .targets import TopKTargets
 
@@ -32,8 +32,8 @@ PART_ROWS = 256
 class StoredTeacher:
     """Targets at k tokens per position from a store, whose numbers stay in memory-mapped files."""
 
-    def __init__(self, folder: Path, k: int, temperature: float, vocab_size: int):
-        description = folder / DESCRIPTION
+    def __init__(self, folder: Path, settings: TeacherConfig, temperature: float, vocab_size: int):
+        description, k = folder / DESCRIPTION, settings.k
         if not description.exists():
             raise ConfigError(f"teacher.stored: {folder} holds no {DESCRIPTION}")
         self.info: dict[str, Any] = json.loads(description.read_text())
@@ -44,7 +44,7 @@ class StoredTeacher:
         parts: Any = sorted(map(str, folder.glob("part-*.parquet")))
         if len(parts) != -(-self.info["rows"] // PART_ROWS):
             raise ConfigError(f"teacher.stored: {folder} is not complete: run cache-teacher again")
-        self.k, self.vocab_size = k, vocab_size
+        self.settings, self.vocab_size = settings, vocab_size
         self._columns: Any = Dataset.from_parquet(parts).data
         tokens, lengths = (self._columns.column(name) for name in ("tokens", "prompt_length"))
         self._rows = {
@@ -68,7 +68,7 @@ class StoredTeacher:
     def _matrix(self, column: str, row: int) -> NDArray[Any]:
         """Return the (positions, k) values of a row."""
         positions = self._columns.column(column)[row].values
-        return positions.flatten().to_numpy().reshape(len(positions), self.info["k"])[:, : self.k]
+        return positions.flatten().to_numpy().reshape(len(positions), self.info["k"])[:, : self.settings.k]
 
 
 def _hash(tokens: NDArray[np.int32], prompt_length: int) -> bytes:

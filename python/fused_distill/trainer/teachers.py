@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from ..huggingface.lm_head import LMHeadParams, checked_head, last_hidden_states
 from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..serving.client.client import TeacherClient
 from ..serving.client.retry import ServerError
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, TeacherConfig, TrainConfig
 from .data import Batch
 from .stored import StoredTeacher
 from .student import check_lm_head, load_pretrained
@@ -30,6 +31,7 @@ class LocalTeacher:
 
     model: PreTrainedModel
     config: TrainConfig
+    settings: TeacherConfig
     vocab_size: int
 
     @torch.no_grad()
@@ -38,9 +40,9 @@ class LocalTeacher:
         head, _ = checked_head(self.model)
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.attention, "use_cache": False}
         hidden = batch.pack(last_hidden_states(self.model, **inputs))
-        if self.config.teacher.targets == "full":
+        if self.settings.targets == "full":
             return FullTargets(hidden, head)
-        return topk_targets(hidden, head, self.config, self.vocab_size, student_ids)
+        return topk_targets(hidden, head, self.config, self, student_ids)
 
 
 @dataclass
@@ -49,6 +51,7 @@ class HiddenStateTeacher:
 
     client: TeacherClient
     head: LMHeadParams
+    settings: TeacherConfig
     vocab_size: int
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets:
@@ -64,12 +67,13 @@ class ServedTeacher:
 
     client: TeacherClient
     config: TrainConfig
+    settings: TeacherConfig
     vocab_size: int
     normalizes: bool  # over vocab_size tokens; else over all rows of its own LM head
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
         """See Teacher."""
-        k, score_ids = self.config.teacher.k, None
+        k, score_ids = self.settings.k, None
         if student_ids is not None:
             k, score_ids = 0, [ids.numpy() for ids in student_ids.cpu().split(batch.lengths)]
         answer = self.client.get_sequence_logprobs(
@@ -87,9 +91,28 @@ class ServedTeacher:
         return TopKTargets(logprobs.masked_fill(ids >= self.vocab_size, -torch.inf), ids)
 
 
-def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:
-    """Load the teacher that the settings name, for a student with the given tokenizer."""
-    settings, fingerprint = config.teacher, tokenizer_fingerprint(tokenizer)
+def load_teachers(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> dict[str, Teacher]:
+    """Load the teachers that the settings name, for a student with the given tokenizer."""
+    teachers: dict[str, Teacher] = {}
+    for name, settings in config.all_teachers.items():
+        try:
+            teachers[name] = _load_teacher(config, settings, tokenizer, device)
+        except ConfigError as error:
+            raise _renamed(error, name) from error
+    return teachers
+
+
+def _renamed(error: ConfigError, name: str) -> ConfigError:
+    """Return the error with the key of a teacher that has a name."""
+    return ConfigError(re.sub(r"^teacher\b", f"teachers.{name}", str(error))) if name else error
+
+
+def _load_teacher(
+    config: TrainConfig, settings: TeacherConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Teacher:
+    fingerprint = tokenizer_fingerprint(tokenizer)
     vocab_size = load_pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
     if settings.model is not None:
         teacher_tokenizer = load_tokenizer(settings.model)
@@ -101,9 +124,9 @@ def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device
             model = load_pretrained(AutoModelForCausalLM, "teacher.model", settings.model, dtype=dtype)
         model.to(device).eval().requires_grad_(False)
         check_lm_head(model, "teacher.model")
-        teacher = LocalTeacher(model, config, min(vocab_size, len(checked_head(model)[0].weight)))
+        teacher = LocalTeacher(model, config, settings, min(vocab_size, len(checked_head(model)[0].weight)))
     elif settings.stored is not None:
-        teacher = StoredTeacher(settings.stored, settings.k, config.temperature, vocab_size)
+        teacher = StoredTeacher(settings.stored, settings, config.temperature, vocab_size)
         _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer_fingerprint"])
     else:
         assert settings.url is not None
@@ -126,23 +149,24 @@ def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device
             head = client.head()
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)
-            teacher = HiddenStateTeacher(client, head, vocab_size)
+            teacher = HiddenStateTeacher(client, head, settings, vocab_size)
         else:
-            teacher = ServedTeacher(client, config, vocab_size, "vocab_size" in capabilities)
+            teacher = ServedTeacher(client, config, settings, vocab_size, "vocab_size" in capabilities)
     if settings.targets != "full" and settings.k > teacher.vocab_size:
         raise ConfigError(f"teacher.k: {settings.k} is more than the {teacher.vocab_size} tokens there are")
     return teacher
 
 
-def check_limits(teacher: Teacher, config: TrainConfig, length: Callable[[], int]) -> None:
+def check_limits(teachers: dict[str, Teacher], length: Callable[[], int]) -> None:
     """Raise a ConfigError if a teacher server does not take `length()` tokens or the settings' k."""
-    if not isinstance(teacher, HiddenStateTeacher | ServedTeacher):
-        return
-    k = config.teacher.k if config.teacher.targets == "topk" else 0
-    try:
-        teacher.client.check_limits(top_logprobs=k, length=length())
-    except (ValueError, ServerError) as error:
-        raise ConfigError(f"teacher.url: {error}") from None
+    for name, teacher in teachers.items():
+        if not isinstance(teacher, HiddenStateTeacher | ServedTeacher):
+            continue
+        k = teacher.settings.k if teacher.settings.targets == "topk" else 0
+        try:
+            teacher.client.check_limits(top_logprobs=k, length=length())
+        except (ValueError, ServerError) as error:
+            raise _renamed(ConfigError(f"teacher.url: {error}"), name) from None
 
 
 def _check_tokenizer(key: str, student: str, teacher: str | None) -> None:
