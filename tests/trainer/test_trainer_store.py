@@ -106,7 +106,7 @@ def test_a_float16_store_holds_rounded_logprobs_of_the_same_ids(lab: Lab, tmp_pa
 
 def test_finite_logprobs_stay_finite_in_float16() -> None:
     class FarApart:
-        settings = TeacherConfig(model="teacher")
+        settings = TeacherConfig.model_validate({"model": "teacher"})
         vocab_size = 98
 
         def targets(self, batch: Batch, student_ids: torch.Tensor | None) -> TopKTargets:

@@ -61,7 +61,7 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     if json.loads(description.read_text()) != info:
         raise ConfigError(f"{folder} holds another store: {description.read_text()}")
     teachers = load_teachers(config, tokenizer, accelerator.device)
-    check_limits(teachers, lambda: longest_for_teacher(rows))
+    check_limits(teachers, config, lambda: longest_for_teacher(rows))
     tokens, number = pa.list_(pa.int32()), pa.float16() if dtype == "float16" else pa.float32()
     types = {"tokens": tokens, "prompt_length": pa.int32(), "ids": pa.list_(tokens)}
     schema = pa.schema(types | {"logprobs": pa.list_(pa.list_(number))})

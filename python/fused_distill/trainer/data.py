@@ -192,8 +192,11 @@ def _tokenize_rows(
             truncated = len(tokens) > length
             sample = Sample(index, prompt, tokens[:length], truncated, teacher, teacher_prompt)
             dropped = "empty prompt" if not prompt or teacher_prompt == [] else None
-            if len(prompt) > config.max_prompt_length:
-                dropped = f"prompt longer than {config.max_prompt_length} tokens (data.max_prompt_length)"
+            limit = config.max_prompt_length
+            if len(prompt) > limit:
+                dropped = f"prompt longer than {limit} tokens (data.max_prompt_length)"
+            elif len(teacher_prompt or []) > limit:
+                dropped = f"teacher's prompt longer than {limit} tokens (data.max_prompt_length)"
             elif completions and not tokens:
                 dropped = "empty completion"
             samples.append(sample._asdict() | {"dropped": dropped})

@@ -21,14 +21,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..huggingface.lm_head import LMHeadParams
 from ..rollouts.base import Sampling
 from ..rollouts.grouping import split_on_groups
-from ..stats import DistillStats
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, longest_for_teacher, sample_stream, split_data
+from .long_sequences import check_positions, split_by_tokens
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
 from .rollouts import StudentRollouts
 from .student import load_pretrained, load_student, run_in_student_forward
-from .targets import Part, Scored, Targets, describe_non_finite, distillation_loss, sum_losses, topk_targets
+from .targets import Part, Scored, describe_non_finite, distillation_loss, topk_targets
 from .teachers import check_limits, load_teachers
 
 EVAL_BATCH_SIZE = 8
@@ -56,9 +56,12 @@ class Trainer:
         self.samples, self.held_out = split_data(data, config)
         self.teachers = load_teachers(config, self.tokenizer, self.device)
         completion = config.rollouts.max_completion_length
-        check_limits(self.teachers, lambda: longest_for_teacher(data.samples, completion))
+        check_limits(self.teachers, config, lambda: longest_for_teacher(data.samples, completion))
         torch.manual_seed(config.seed)
         model = load_student(config)
+        check_positions(
+            "student", model.config, config, lambda: max(map(len, data.samples["prompt"])) + completion
+        )
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -105,12 +108,18 @@ class Trainer:
             for part in split_on_groups(completions, slices)
         ]
 
-    def loss(self, batch: Batch, normalizer: float) -> list[Scored]:
-        """Return, for each teacher of a batch, its tokens' summed loss divided by `normalizer`."""
+    def collate(self, slices: list[list[Sample]]) -> list[Batch]:
+        """Return batches for one forward pass each, as many as in every other process."""
+        if self.config.tokens_per_forward is not None:
+            slices = split_by_tokens(slices, self.config.tokens_per_forward, self.accelerator)
+        return [Batch.collate(samples, self.device) for samples in slices]
+
+    def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, list[Scored]]:
+        """Return a batch's summed loss divided by `normalizer`, and the part of each of its teachers."""
         parts = Part.split(batch)
 
-        def compute(states: Tensor, head: LMHeadParams) -> list[tuple[Tensor, DistillStats, Targets]]:
-            results: list[tuple[Tensor, DistillStats, Targets]] = []
+        def compute(states: Tensor, head: LMHeadParams) -> tuple[Tensor, list[Scored]]:
+            scored: list[Scored] = []
             for part in parts:
                 teacher, hidden, ids = self.teachers[part.name], part.select(states), None
                 if teacher.settings.targets == "student_topk":
@@ -118,12 +127,11 @@ class Trainer:
                 with self.timer.measure("teacher_seconds"):
                     targets = teacher.targets(part.batch, ids)
                 loss = distillation_loss(hidden, head, targets, normalizer, self.config, teacher)
-                results.append((*loss, targets))
-            return results
+                scored.append(Scored(part, *loss, targets))
+            return sum((part.loss for part in scored[1:]), scored[0].loss), scored
 
         with self.accelerator.autocast():
-            results = run_in_student_forward(self.wrapped, self.model, batch, compute)
-        return [Scored(part, *result) for part, result in zip(parts, results, strict=True)]
+            return run_in_student_forward(self.wrapped, self.model, batch, compute)
 
     def update(self, buffer: list[list[Sample]]) -> dict[str, float]:
         """Do one optimizer step; the loss is the mean over the tokens of the buffers of all processes.
@@ -131,7 +139,7 @@ class Trainer:
         Raises:
             NonFiniteLoss: the loss or its gradient is not finite; no weight has changed.
         """
-        batches = [Batch.collate(samples, self.device) for samples in buffer]
+        batches = self.collate(buffer)
         n_local = torch.tensor(sum(len(batch.valid) for batch in batches), device=self.device)
         n_tokens = max(1.0, float(self.accelerator.reduce(n_local, "sum")))  # pyright: ignore[reportArgumentType]
         sums: list[Tensor] = []
@@ -139,9 +147,9 @@ class Trainer:
             # Without reducing gradients per slice FSDP would keep unsharded gradients on every device.
             reduce_now = self.sharded or i == len(batches) - 1
             with nullcontext() if reduce_now else self.accelerator.no_sync(self.wrapped):
-                scored = self.loss(batch, n_tokens)
+                loss, scored = self.loss(batch, n_tokens)
                 # DDP and FSDP average over processes, but n_tokens counts the tokens of all of them.
-                self.accelerator.backward(sum_losses(scored) * self.processes)
+                self.accelerator.backward(loss * self.processes)
             sums.append(batch_sums(scored, n_tokens, [*self.teachers]))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -162,8 +170,8 @@ class Trainer:
             self.rollouts.sync_weights(self.step)
             [samples] = self.generate(samples, self.config.seed + self.rank, 1)
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
-        batches = [Batch.collate(samples[i : i + EVAL_BATCH_SIZE], self.device) for i in starts]
-        sums = [batch_sums(self.loss(batch, 1.0), 1.0, [*self.teachers]) for batch in batches]
+        batches = self.collate([samples[i : i + EVAL_BATCH_SIZE] for i in starts])
+        sums = [batch_sums(self.loss(batch, 1.0)[1], 1.0, [*self.teachers]) for batch in batches]
         shown = [str(self.tokenizer.decode(s.tokens)) for s in samples[:N_SHOWN_SAMPLES]]
         return self.read_metrics(sums, batches), shown
 
@@ -183,7 +191,7 @@ class Trainer:
     def diagnose(self, batches: list[Batch]) -> str:
         """Compute the batches once more and describe the first of them whose loss is not finite."""
         # The list holds all of them, as FSDP's processes compute together.
-        scored = [part for batch in batches for part in self.loss(batch, 1.0)]
+        scored = [part for batch in batches for part in self.loss(batch, 1.0)[1]]
         diagnoses = [describe_non_finite(part, self.tokenizer) for part in scored]
         return next(filter(None, diagnoses), "the loss is not finite, but every token's is in this process")
 
@@ -293,6 +301,7 @@ def check_packages(config: TrainConfig) -> None:
         (config.lora is not None, "lora", "peft"),
         (rollouts.engine == "vllm", "rollouts.engine: vllm", "vllm"),
         (rollouts.sync == "nccl", "rollouts.sync: nccl", "vllm"),
+        (config.attention == "flash_attention_2", "attention: flash_attention_2", "flash_attn"),
         *((True, f"trackers: {name}", name) for name in config.trackers),
     ):
         if needed and find_spec(package) is None:

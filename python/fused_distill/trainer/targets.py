@@ -118,11 +118,6 @@ def distillation_loss(
     return fused_linear_jsd(hidden, head.weight, *of_teacher, return_stats=True, **options)
 
 
-def sum_losses(scored: list[Scored]) -> Tensor:
-    """Return the sum of the losses of at least one part."""
-    return sum((part.loss for part in scored[1:]), scored[0].loss)
-
-
 def describe_non_finite(scored: Scored, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Describe which tokens have no finite loss and whether the teacher is the cause; None if all do."""
     stats, targets = scored.stats, scored.targets
