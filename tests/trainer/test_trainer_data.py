@@ -157,7 +157,7 @@ def test_too_few_samples_are_explained(lab: Lab, tmp_path: Path, tokenizer: Any)
         (
             ("data.max_prompt_length=1",),
             r"^data\.max_prompt_length: 1 leaves 0 samples, fewer than the 4 of a step \(prompts_per_step\), "
-            r"because 10 are dropped as longer: raise it\. .*: 10 rows",
+            r"because 10 are longer: raise it\. .*: 10 rows",
         ),
         (
             ("data.evaluation_prompts=16",),

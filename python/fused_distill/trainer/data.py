@@ -150,7 +150,7 @@ def _too_few(data: Data, config: TrainConfig, n_training: int) -> str:
     if too_long and (n == 0 or n < needed <= n + too_long):
         return (
             f"data.max_prompt_length: {config.data.max_prompt_length} leaves {n} samples, fewer than the "
-            f"{needed} of a step (prompts_per_step), because {too_long} are dropped as longer: raise it. {data}"
+            f"{needed} of a step (prompts_per_step), because {too_long} are longer: raise it. {data}"
         )
     if n < needed:
         held = f"{min(n, held_out)} held out (data.evaluation_prompts)"

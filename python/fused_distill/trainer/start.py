@@ -73,6 +73,7 @@ def check_packages(config: TrainConfig) -> None:
         (config.lora is not None, "lora", "peft"),
         (rollouts.engine == "vllm", "rollouts.engine: vllm", "vllm"),
         (rollouts.sync == "nccl", "rollouts.sync: nccl", "vllm"),
+        (config.attention == "flash_attention_2", "attention: flash_attention_2", "flash_attn"),
         *((True, f"trackers: {name}", name) for name in config.trackers),
     ):
         if needed and find_spec(package) is None:
