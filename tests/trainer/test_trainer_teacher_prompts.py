@@ -210,7 +210,7 @@ def test_a_prompt_of_the_teacher_that_is_too_long_is_dropped_with_the_reason(
     data = write(tmp_path / "data.jsonl", rows)
     config = lab.config(tmp_path, f"data.path={data}", "data.max_prompt_length=3")
     read = load_data(config, transformers.AutoTokenizer.from_pretrained(lab.student), completions=False)
-    assert read.dropped == {"teacher's prompt longer than 3 tokens (data.max_prompt_length)": 1}
+    assert read.dropped == {"prompt longer than 3 tokens (data.max_prompt_length)": 1}
     assert len(read.samples) == 1
 
 
