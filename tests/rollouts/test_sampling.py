@@ -27,7 +27,9 @@ def test_tokens_are_drawn_by_their_probabilities(vocab_size: int, temperature: f
     assert (got - torch.softmax(logits / temperature, -1)).abs().max() < 2 / N
 
 
-@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.6}, {"top_p": 0.99}])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.6}, {"top_p": 0.99}]
+)
 @pytest.mark.parametrize("spread", [3.0, 1e-3])  # with the small one, top_p needs more than the first 1024
 def test_top_k_and_top_p_cut_as_transformers_does(options: dict[str, float], spread: float) -> None:
     transformers = pytest.importorskip("transformers")

@@ -31,7 +31,7 @@ _TOKEN_BYTES, _COMPLETION_BYTES = (
     1024,
     16 << 10,
 )  # an answer's bytes are at most so many per token and completion
-_MOST_FORBIDDEN = 1024  # tokens that a request excludes one by one
+MOST_FORBIDDEN = 1024  # tokens that a request excludes one by one
 _CACHE_KEPT = "vLLM did not reset its prefix cache; it refuses while requests run"
 _NAME_WEIGHTS_PATH, _VERSION_PATH = "/update_weight_version", "/weight_info"  # since vLLM 0.32
 _LOADING_ADVICE = (
@@ -304,19 +304,21 @@ def check_reset(response: httpx.Response) -> None:
 
 def _vllm_options(sampling: Sampling, prompt: int, vocab_size: int | None) -> dict[str, Any]:
     """Return the options under vLLM's names, which are ours; the seed depends on the prompt's position."""
-    options = vars(sampling) | {"stop_token_ids": [*sampling.stop_token_ids], "logprobs": 0}
+    options: dict[str, Any] = vars(sampling) | {"stop_token_ids": [*sampling.stop_token_ids], "logprobs": 0}
     if sampling.seed is not None:
         options["seed"] = sampling.seed + prompt * sampling.n
-    if (common := options.pop("vocab_size")) is not None:
+    del options["vocab_size"]
+    common = sampling.vocab_size
+    if common is not None:
         if vocab_size is None:
             raise ValueError("vocab_size of the model must be given to the engine if Sampling.vocab_size is")
-        if vocab_size - common > _MOST_FORBIDDEN:
+        if vocab_size - common > MOST_FORBIDDEN:
             raise ValueError(
-                f"Sampling.vocab_size must be at most {_MOST_FORBIDDEN} below the model's {vocab_size} with "
+                f"Sampling.vocab_size must be at most {MOST_FORBIDDEN} below the model's {vocab_size} with "
                 f"vLLM, which excludes tokens one by one, got {common}"
             )
         if common < vocab_size:
-            options["logit_bias"] = {token: -100.0 for token in range(common, vocab_size)}
+            options["logit_bias"] = dict.fromkeys(range(common, vocab_size), -100.0)
     return options
 
 
