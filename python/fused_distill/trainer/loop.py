@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..stats import DistillStats
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, sample_stream, split_data
+from .header import header
 from .long_sequences import check_positions, split_by_tokens
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
 from .rollouts import StudentRollouts
@@ -49,11 +51,14 @@ class Trainer:
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.sharded = self.accelerator.device, self.accelerator.is_fsdp2
         check_shares(config, self.processes)
+        say = partial(self.accelerator.print, flush=True)
+        say(f"loading the tokenizer of {config.student}")
         self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, "student", config.student)
         with self.accelerator.local_main_process_first():  # the other processes read the cache of the first
             data = load_data(config, self.tokenizer, completions=config.lmbda < 1)
-        self.accelerator.print(data)
+        say(data)
         self.samples, self.held_out = split_data(data, config)
+        say("loading the teacher")
         self.teacher = load_teacher(config, self.tokenizer, self.device)
         completion = config.rollouts.max_completion_length
 
@@ -61,6 +66,7 @@ class Trainer:
             return max(map(len, data.samples["prompt"]), default=0) + completion
 
         check_limits(self.teacher, config, longest)
+        say(f"loading the student {config.student}")
         torch.manual_seed(config.seed)
         model = load_student(config)
         check_positions("student", model.config, config, longest)
@@ -219,6 +225,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     config = run.config
     if checkpoints:
         run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
+    run.accelerator.print(header(run), flush=True)
     logger = MetricsLogger(run.accelerator, config, run.step)
     with ExitStack() as cleanup:
         cleanup.callback(run.rollouts.close)

@@ -7,13 +7,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..huggingface.adapters import adapted_tied_weights, rename_tied_weights
 from ..huggingface.forward import run_at_head, run_inside_forward
 from ..huggingface.head_check import ordinary_tokens
 from ..huggingface.lm_head import LMHeadParams, checked_head, decoder_of, last_hidden_states, output_layer
-from ..huggingface.loading import load_causal_lm, load_files, require_model
+from ..huggingface.loading import load_causal_lm, load_files, read_tokenizer, require_model
 from .config import ConfigError, TrainConfig
 from .data import Batch
 from .long_sequences import recompute_activations, set_attention
@@ -31,6 +31,8 @@ def load_pretrained(auto_class: Any, key: str, name: str, **options: Any) -> Any
         require_model(name)
         if auto_class is AutoModelForCausalLM:
             return load_causal_lm(name, **options)
+        if auto_class is AutoTokenizer:
+            return read_tokenizer(name)
         return load_files(auto_class.from_pretrained, name, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {name} cannot be loaded: {error}") from error
