@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from ..rollouts.vllm import MOST_FORBIDDEN, VllmInProcessRollouts, VllmRollouts
 from ..rollouts.weights import WeightsError, model_logprobs
 from .config import ConfigError, TrainConfig
 from .conversations import RowError, tokenize_row
+from .saving import save_student
 
 _log = logging.getLogger(__name__)
 
@@ -35,12 +34,11 @@ class StudentRollouts:
         config: TrainConfig,
         accelerator: Accelerator,
         wrapped: PreTrainedModel,  # by accelerator.prepare
-        save: Callable[[Path], None],  # the student to a folder, called by all processes together
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,  # tokens that student and teacher have in common
     ):
-        self._accelerator, self._folder, self._save = accelerator, config.output / "weights", save
-        self._wrapped = wrapped
+        self._accelerator, self._wrapped, self._tokenizer = accelerator, wrapped, tokenizer
+        self._folder = config.output / "weights"
         self._nccl: NcclWeightSync | None = None
         self.weights_synced_step: int | None = None  # None: vLLM has no weights of this run
         settings, model = config.rollouts, accelerator.unwrap_model(wrapped)
@@ -133,7 +131,7 @@ class StudentRollouts:
         if self._nccl is not None:
             self._nccl.sync()
         else:
-            self._save(self._folder)
+            save_student(self._accelerator, self._wrapped, self._tokenizer, self._folder, merge=True)
             if sends:
                 self.engine.sync_from_disk(self._folder, expected)
         self._accelerator.wait_for_everyone()
