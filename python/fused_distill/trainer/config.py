@@ -106,6 +106,7 @@ class RolloutConfig(_Section):
     nccl_port: int | None = Field(None, ge=1, le=65535, description="free port on this machine")
     sync_every: int = Field(1, ge=1, description="optimizer steps between two updates of vLLM's weights")
     num_generations: int = Field(1, ge=1, description="completions per prompt")
+    batch_size: int = Field(32, ge=1, description="completions at once with engine transformers")
     max_completion_length: int = Field(128, ge=1, description="tokens; the data's completions are cut too")
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
@@ -132,6 +133,7 @@ class LoraConfig(_Section):
     r: int = Field(16, ge=1, description="rank")
     alpha: int = Field(32, ge=1, description="scale of the adapters is alpha / r")
     target_modules: list[str] | str = Field("all-linear", description="module names that get adapters")
+    merge: bool = Field(False, description="save student/ as a whole model, with the adapters merged into it")
 
 
 class TrainConfig(_Section):
@@ -178,6 +180,9 @@ class TrainConfig(_Section):
     evaluate_every: int = Field(50, ge=1, description="steps; evaluation also runs at the start and the end")
     save_every: int = Field(50, ge=1, description="steps between checkpoints; one is also saved at the end")
     keep_checkpoints: int = Field(2, ge=1, description="number of latest checkpoints to keep")
+    save_dtype: Dtype = Field(
+        "auto", description="of student/; auto: that of the input model. Adapters stay in float32"
+    )
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
         [], description="also log metrics there"
     )
@@ -189,9 +194,6 @@ class TrainConfig(_Section):
             raise ValueError("one of teacher and teachers must be set")
         if self.uses_store and self.lmbda > 0:
             raise ValueError("lmbda must be 0 with teacher.stored, which knows the data's completions only")
-        engine = self.rollouts.engine
-        if self.lora is not None and engine != "transformers":
-            raise ValueError(f"lora must not be given with rollouts.engine {engine}: vLLM gets no adapters")
         return self
 
     @property
@@ -210,11 +212,12 @@ _FREE_OF_TEACHER = {"model", "url", "stored", "deadline_seconds", "tokenizer"}
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
     **dict.fromkeys(("tokens_per_forward", "gradient_checkpointing", "attention"), True),
-    **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints"), True),
+    **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints", "save_dtype"), True),
+    "lora": {"merge"},
     "data": {"path"},
     "teacher": _FREE_OF_TEACHER,
     "teachers": {"__all__": _FREE_OF_TEACHER},
-    "rollouts": {"engine", "url", "engine_options", "sync", "nccl_address", "nccl_port"},
+    "rollouts": {"engine", "batch_size", "url", "engine_options", "sync", "nccl_address", "nccl_port"},
 }
 
 

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ..huggingface.lm_head import LMHeadParams
-from ..rollouts.base import Sampling
 from ..rollouts.grouping import split_on_groups
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
@@ -25,10 +24,11 @@ from .header import header
 from .long_sequences import check_positions, split_by_tokens
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
 from .rollouts import StudentRollouts
+from .saving import save_student, saved_dtype
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Part, Scored, describe_non_finite, distillation_loss, topk_targets
-from .teachers import check_limits, load_teachers
+from .teachers import check_limits, common_vocabulary, load_teachers
 
 EVAL_BATCH_SIZE = 8
 N_SHOWN_SAMPLES = 3
@@ -74,7 +74,10 @@ class Trainer:
             config.schedule, self.optimizer, config.warmup_steps, config.steps
         )
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.rollouts = StudentRollouts(config, self.accelerator, self.wrapped, self.save)
+        self.saved_dtype = saved_dtype(config)
+        self.rollouts = StudentRollouts(
+            config, self.accelerator, self.wrapped, self.tokenizer, common_vocabulary(self.teachers)
+        )
         self.timer = Timer(self.device)  # of the current step
         self.step = 0
 
@@ -97,13 +100,10 @@ class Trainer:
     @torch.no_grad()
     def generate(self, samples: list[Sample], seed: int, n: int, slices: int = 1) -> list[list[Sample]]:
         """Return n completions of each prompt by the student, in slices that split no prompt."""
-        settings = self.config.rollouts
-        sampling = Sampling(
-            n, settings.max_completion_length, settings.temperature, settings.top_p, settings.top_k, seed
-        )
+        prompts = [sample.prompt for sample in samples]
         # Autocast casts the weights once for all tokens; FSDP casts its shards itself.
         with nullcontext() if self.sharded else self.accelerator.autocast():
-            completions = self.rollouts.generate([sample.prompt for sample in samples], sampling)
+            completions = self.rollouts.generate(prompts, self.rollouts.sampling(n, seed))
         return [
             [
                 samples[c.group]._replace(completion=c.tokens, truncated=c.finish_reason == "length")
@@ -200,16 +200,11 @@ class Trainer:
         return next(filter(None, diagnoses), "the loss is not finite, but every token's is in this process")
 
     def save(self, folder: Path) -> None:
-        """Save the student in the format of transformers and vLLM; all processes call it together."""
-        state = self.accelerator.get_state_dict(self.wrapped)
-        if self.accelerator.is_main_process:
-            # Drop copies of tied weights: transformers does not recognise them when gathered from shards.
-            names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-            tied = names - {name for name, _ in self.model.named_parameters()}
-            state = {name: tensor for name, tensor in state.items() if name not in tied}
-            self.model.save_pretrained(folder, state_dict=state)
-            self.tokenizer.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
+        """Save the student as the settings name; all processes call it together."""
+        merge = self.config.lora is not None and self.config.lora.merge
+        save_student(
+            self.accelerator, self.wrapped, self.tokenizer, folder, merge=merge, dtype=self.saved_dtype
+        )
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:

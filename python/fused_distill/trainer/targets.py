@@ -125,12 +125,13 @@ def describe_non_finite(scored: Scored, tokenizer: PreTrainedTokenizerBase) -> s
     if not bad.any():
         return None
     teacher = targets.hidden if isinstance(targets, FullTargets) else targets.logprobs
+    broken_head = isinstance(targets, FullTargets) and bool(targets.head.weight.isnan().any())
     lines = [f"the loss is not finite at {int(bad.sum())} of {len(bad)} tokens"]
     tokens = [(sample, i) for sample in scored.part.samples for i in range(len(sample.completion))]
     for n in bad.nonzero().flatten().tolist()[:5]:
         sample, i = tokens[n]
         text = tokenizer.decode([sample.completion[i]])
-        state = "are NaN" if teacher[n].isnan().any() else "are sound"
+        state = "are NaN" if broken_head or teacher[n].isnan().any() else "are sound"
         token = f"row {sample.row} of the data, token {len(sample.prompt) + i} ({text!r})"
         lines.append(f"{token}: the teacher's numbers {state}")
     return "; ".join(lines)

@@ -106,6 +106,11 @@ def load_teachers(
     return teachers
 
 
+def common_vocabulary(teachers: dict[str, Teacher]) -> int:
+    """Return the number of tokens, from the first, that the student and all teachers have."""
+    return min(teacher.vocab_size for teacher in teachers.values())
+
+
 def _renamed(error: ConfigError, name: str) -> ConfigError:
     """Return the error with the key of a teacher that has a name."""
     return ConfigError(re.sub(r"^teacher\b", f"teachers.{name}", str(error))) if name else error
