@@ -32,6 +32,7 @@ class Sample(NamedTuple):
     prompt: list[int]
     completion: list[int]
     truncated: bool = False  # by max_completion_length
+    logprobs: Sequence[float] = ()  # of a generated completion, by the student that generated it
     teacher: str = ""  # its name in the settings
     teacher_prompt: list[int] | None = None  # that the teacher sees instead of the prompt
 
@@ -241,7 +242,9 @@ def _tokenize_rows(
         for prompt, completion, teacher_prompt in turns:
             tokens = completion or []
             truncated = len(tokens) > length
-            sample = Sample(index, prompt, tokens[:length], truncated, teacher, teacher_prompt)
+            sample = Sample(
+                index, prompt, tokens[:length], truncated, teacher=teacher, teacher_prompt=teacher_prompt
+            )
             dropped = "empty prompt" if not prompt or teacher_prompt == [] else None
             if max(len(prompt), len(teacher_prompt or [])) > config.max_prompt_length:
                 dropped = _too_long(config)

@@ -23,11 +23,12 @@ from .data import Batch, Sample, load_data, longest_for_teacher, sample_stream, 
 from .header import header
 from .long_sequences import check_positions, split_by_tokens
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
+from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sampled_ids
 from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .student import load_pretrained, load_student, run_in_student_forward
-from .targets import Part, Scored, describe_non_finite, distillation_loss, topk_targets
+from .targets import Part, Scored, describe_non_finite, topk_targets
 from .teachers import check_limits, common_vocabulary, load_teachers
 
 EVAL_BATCH_SIZE = 8
@@ -78,6 +79,7 @@ class Trainer:
         self.rollouts = StudentRollouts(
             config, self.accelerator, self.wrapped, self.tokenizer, common_vocabulary(self.teachers)
         )
+        self.importance = ImportanceRatios(config)
         self.timer = Timer(self.device)  # of the current step
         self.step = 0
 
@@ -106,7 +108,9 @@ class Trainer:
             completions = self.rollouts.generate(prompts, self.rollouts.sampling(n, seed))
         return [
             [
-                samples[c.group]._replace(completion=c.tokens, truncated=c.finish_reason == "length")
+                samples[c.group]._replace(
+                    completion=c.tokens, truncated=c.finish_reason == "length", logprobs=c.logprobs
+                )
                 for c in part
             ]
             for part in split_on_groups(completions, slices)
@@ -126,11 +130,15 @@ class Trainer:
             scored: list[Scored] = []
             for part in parts:
                 teacher, hidden, ids = self.teachers[part.name], part.select(states), None
-                if teacher.settings.targets == "student_topk":
+                if self.config.objective == "sampled":
+                    ids = sampled_ids(part.batch)[:, None]
+                elif teacher.settings.targets == "student_topk":
                     ids = topk_targets(hidden, head, self.config, teacher).ids
                 with self.timer.measure("teacher_seconds"):
                     targets = teacher.targets(part.batch, ids)
-                loss = distillation_loss(hidden, head, targets, normalizer, self.config, teacher)
+                loss = batch_loss(
+                    hidden, head, part.batch, targets, normalizer, self.config, teacher, self.importance
+                )
                 scored.append(Scored(part, *loss, targets))
             return sum((part.loss for part in scored[1:]), scored[0].loss), scored
 
@@ -157,7 +165,7 @@ class Trainer:
             sums.append(batch_sums(scored, n_tokens, [*self.teachers]))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics = self.read_metrics(sums, batches, grad_norm=norm)
+        metrics = self.read_metrics(sums, batches, grad_norm=norm, **self.importance.read(self.accelerator))
         norm = metrics["grad_norm"]
         if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
@@ -189,6 +197,8 @@ class Trainer:
         metrics = mean_metrics(numbers[:n], [*self.teachers]) | dict(zip(others, numbers[n:], strict=True))
         if not isfinite(metrics["loss"]):
             raise NonFiniteLoss(self.diagnose(batches))
+        if self.config.objective == "sampled":
+            return {name: value for name, value in metrics.items() if name not in UNKNOWN_IF_SAMPLED}
         return metrics
 
     @torch.no_grad()
