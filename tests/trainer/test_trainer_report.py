@@ -40,7 +40,7 @@ def rows(steps: int = 60) -> list[dict[str, Any]]:
             found.append(row | {"math/loss": losses["loss"], "grad_norm": float("inf") if step == 7 else 1.0})
         if step % 20 == 0:
             samples = [
-                {"prompt": "<b>2 + 2 = " + "x" * 500, "completion": f"{step}</pre>" + "word " * 90}
+                {"prompt": "<b>2 + 2 = " + "x" * 500, "completion": f" {step}</pre>" + "word " * 90}
             ] * 3
             found.append({"step": step, "kind": "evaluation", **losses, "samples": samples})
     return found
