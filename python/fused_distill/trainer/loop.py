@@ -25,6 +25,7 @@ from .data import Batch, Sample, load_data, sample_stream, split_data
 from .header import header
 from .long_sequences import check_positions, split_by_tokens
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
+from .preflight import preflight, require
 from .rollouts import StudentRollouts
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .student import load_pretrained, load_student, run_in_student_forward
@@ -229,6 +230,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if checkpoints:
         run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
     run.accelerator.print(header(run), flush=True)
+    require(preflight(run), run.accelerator.is_main_process)
     logger = MetricsLogger(run.accelerator, config, run.step)
     with ExitStack() as cleanup:
         cleanup.callback(run.rollouts.close)
