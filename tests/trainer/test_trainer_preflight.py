@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import shutil
 from collections.abc import Iterator
@@ -202,7 +203,9 @@ def test_a_server_that_changes_its_answer_is_not_ok(
     def noisy(self: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(1)
         answer = get(self, *arguments, **options)
-        return answer._replace(actual_logprobs=answer.actual_logprobs + noise[0] * (len(calls) % 2))
+        return dataclasses.replace(
+            answer, actual_logprobs=answer.actual_logprobs + noise[0] * (len(calls) % 2)
+        )
 
     monkeypatch.setattr(client, "get_sequence_logprobs", noisy)
     for noise[0], level in ((0.0, "ok"), (0.01, "warning"), (1.0, "error")):
@@ -264,7 +267,7 @@ def test_time_and_memory_are_estimated(lab: Lab, tmp_path: Path) -> None:
         "optimizer ",
         "teacher ",
         "loss ",
-        "GiB of ",
+        " GiB (",
     ):
         assert part in text
     untimed = found(lab.config(tmp_path))["time and memory of a step"].text
@@ -274,7 +277,7 @@ def test_time_and_memory_are_estimated(lab: Lab, tmp_path: Path) -> None:
 def test_a_step_that_does_not_fit_the_memory_is_a_warning(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fused_distill.trainer.preflight.estimate._device_memory", lambda device: 1000)
+    monkeypatch.setattr("fused_distill.trainer.preflight.step_estimate._device_memory", lambda device: 1000)
     memory = found(lab.config(tmp_path))["time and memory of a step"]
     assert memory.level == "warning"
     assert "It does not fit: use lora" in memory.text

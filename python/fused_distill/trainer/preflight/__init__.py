@@ -14,10 +14,10 @@ from ..config import ConfigError, TrainConfig
 from ..start import check_output
 from ..teachers import HiddenStateTeacher, ServedTeacher
 from .chat import compare_chats
-from .estimate import estimate
 from .finding import Finding, one_line, show
 from .models import loss_of_a_few_tokens, student_head, teacher_head, told_loss
 from .server import limits, same_answers
+from .step_estimate import estimate
 
 if TYPE_CHECKING:
     from ..loop import Trainer

@@ -64,7 +64,7 @@ def loss_of_a_few_tokens(run: Trainer, name: str) -> float:
         sample = sample._replace(prompt=prompt, completion=(completion * 2)[: max(2, len(completion))])
     batch = Batch.collate([sample], run.device)
     with torch.no_grad():
-        return float(sum(part.loss for part in run.loss(batch, float(len(batch.valid)))))
+        return float(run.loss(batch, float(len(batch.valid)))[0])
 
 
 def told_loss(run: Trainer, name: str, loss: float) -> Finding:

@@ -20,7 +20,7 @@ from .finding import Finding, ok, warning
 if TYPE_CHECKING:
     from ..loop import Trainer
 
-_SAMPLES, _TOKENS = 2, 64  # of the timed update: samples, and completion tokens of each
+_SAMPLES, _TOKENS = 8, 64  # of the timed update: samples at most, and completion tokens of each
 _PROMPTS, _GENERATED = 32, 8  # of the timed generation: prompts at most, and tokens of each
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,11 +43,11 @@ def estimate(run: Trainer, timed: bool) -> Finding:
             parts["activations"] = activation_bytes
             activations = "activations scaled from a small step"
     needed, available = sum(parts.values()), _device_memory(run.device)
-    shown = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
-    text = f"estimate: {speed}{_gib(needed)} GiB of {_gib(available)} GiB ({shown}; {activations})"
+    shown = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    text = f"estimate: {speed}{_size(needed)} of {_size(available)} ({shown}; {activations})"
     if needed > available:
         return warning(
-            f"{text}. It does not fit: use lora, a smaller teacher or a server for it, more processes with FSDP "
+            f"{text}. It does not fit: use lora, a smaller teacher or one on a server, FSDP on more processes "
             "or more gradient_accumulation_steps"
         )
     return ok(text)
@@ -106,12 +106,12 @@ def _time(run: Trainer) -> tuple[dict[str, float], int | None]:
     config, settings, on_cuda = run.config, run.config.rollouts, run.device.type == "cuda"
     prompts = config.prompts_per_step // run.processes
     drawn = [*islice(sample_stream(run.samples, config.seed, 0), min(prompts, _PROMPTS))]
-    samples = [_with_completion(run, sample) for sample in drawn[:_SAMPLES]]
+    size = min(_SAMPLES, prompts // config.gradient_accumulation_steps)
+    samples = [_with_completion(run, sample) for sample in drawn[:size]]
     batch = Batch.collate(samples, run.device)
 
     def update() -> None:
-        loss = sum((part.loss for part in run.loss(batch, 1.0)), torch.zeros((), device=run.device))
-        run.accelerator.backward(loss)
+        run.accelerator.backward(run.loss(batch, 1.0)[0])
         run.optimizer.zero_grad()
 
     update()  # compiles
@@ -121,7 +121,7 @@ def _time(run: Trainer) -> tuple[dict[str, float], int | None]:
     completions = prompts * (1 + config.lmbda * (settings.num_generations - 1))
     tokens = completions * (sum(len(s.prompt) for s in drawn) / len(drawn) + settings.max_completion_length)
     scale = tokens / sum(len(sample.tokens) for sample in samples)
-    seconds = {"update": scale * _seconds(run, update)}
+    seconds = {"update": scale * min(_seconds(run, update) for _ in range(2))}
     activations = None
     if on_cuda:
         peak = torch.cuda.max_memory_allocated(run.device) - before
@@ -167,5 +167,5 @@ def _device_memory(device: torch.device) -> int:
     return pages // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g}"
+def _size(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
