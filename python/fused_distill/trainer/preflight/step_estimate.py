@@ -47,8 +47,8 @@ def estimate(run: Trainer, timed: bool) -> Finding:
     text = f"estimate: {speed}{_size(needed)} of {_size(available)} ({shown}; {activations})"
     if needed > available:
         return warning(
-            f"{text}. It does not fit: use lora, a smaller teacher or one on a server, FSDP on more processes "
-            "or more gradient_accumulation_steps"
+            f"{text}. It does not fit: use lora, a smaller teacher or one on a server, FSDP, or "
+            "more gradient_accumulation_steps"
         )
     return ok(text)
 
