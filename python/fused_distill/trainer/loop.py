@@ -27,6 +27,7 @@ from .long_sequences import check_positions, split_by_tokens
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
 from .preflight import preflight, require
 from .rollouts import StudentRollouts
+from .saving import save_student, saved_dtype
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
@@ -78,7 +79,8 @@ class Trainer:
             config.schedule, self.optimizer, config.warmup_steps, config.steps
         )
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.rollouts = StudentRollouts(config, self.accelerator, self.wrapped, self.save)
+        self.saved_dtype = saved_dtype(config)
+        self.rollouts = StudentRollouts(config, self.accelerator, self.wrapped, self.tokenizer)
         self.timer = Timer(self.device)  # of the current step
         self.step = 0
 
@@ -196,16 +198,11 @@ class Trainer:
         return next(filter(None, diagnoses), "the loss is not finite, but every token's is in this process")
 
     def save(self, folder: Path) -> None:
-        """Save the student in the format of transformers and vLLM; all processes call it together."""
-        state = self.accelerator.get_state_dict(self.wrapped)
-        if self.accelerator.is_main_process:
-            # Drop copies of tied weights: transformers does not recognise them when gathered from shards.
-            names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-            tied = names - {name for name, _ in self.model.named_parameters()}
-            state = {name: tensor for name, tensor in state.items() if name not in tied}
-            self.model.save_pretrained(folder, state_dict=state)
-            self.tokenizer.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
+        """Save the student as the settings name; all processes call it together."""
+        merge = self.config.lora is not None and self.config.lora.merge
+        save_student(
+            self.accelerator, self.wrapped, self.tokenizer, folder, merge=merge, dtype=self.saved_dtype
+        )
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
