@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
@@ -12,12 +13,12 @@ from accelerate.utils import broadcast_object_list
 from ..checkpoint import list_checkpoints
 from ..config import ConfigError, TrainConfig
 from ..start import check_output
-from ..teachers import HiddenStateTeacher, ServedTeacher
 from .chat import compare_chats
 from .finding import Finding, one_line, show
-from .models import loss_of_a_few_tokens, student_head, teacher_head, told_loss
+from .models import check_loss, student_head, teacher_head
 from .server import limits, same_answers
 from .step_estimate import estimate
+from .teacher_of_run import teachers_of
 
 if TYPE_CHECKING:
     from ..loop import Trainer
@@ -72,26 +73,16 @@ def preflight(run: Trainer, timed: bool = False) -> list[Finding]:
         run: models and data, before or after a checkpoint was loaded.
         timed: time a small step too, which leaves weights and random numbers of the run as they are.
     """
-    findings = [_attempt("student's LM head", lambda: student_head(run))]
-    for name, teacher in run.teachers.items():
-        who = f"teacher {name}".rstrip()
-        losses: list[float] = []
-
-        def loss(name: str = name, losses: list[float] = losses) -> Finding:
-            losses.append(loss_of_a_few_tokens(run, name))
-            return told_loss(run, name, losses[0])
-
-        checks: list[tuple[str, Callable[[], Finding | None]]] = [
-            (f"{who}'s LM head", lambda teacher=teacher: teacher_head(teacher)),
-            (f"{who}'s chat format", lambda teacher=teacher: compare_chats(run, teacher)),
-        ]
-        if isinstance(teacher, ServedTeacher | HiddenStateTeacher):
-            checks.append((f"{who}'s limits", lambda teacher=teacher: limits(teacher)))
-            checks.append((f"{who}'s answers", lambda teacher=teacher: same_answers(teacher)))
-        findings.append(_attempt(f"{who}'s loss", loss))
+    findings = [_attempt("student's LM head", partial(student_head, run))]
+    for teacher in teachers_of(run):
+        who = teacher.title
+        findings.append(_attempt(f"{who}'s loss", partial(check_loss, run, teacher)))
         if run.accelerator.is_main_process:
-            findings += [_attempt(what, test) for what, test in checks]
-    findings.append(_attempt("time and memory of a step", lambda: estimate(run, timed)))
+            findings.append(_attempt(f"{who}'s LM head", partial(teacher_head, teacher.teacher)))
+            findings.append(_attempt(f"{who}'s chat format", partial(compare_chats, run, teacher)))
+            findings.append(_attempt(f"{who}'s limits", partial(limits, teacher)))
+            findings.append(_attempt(f"{who}'s answers", partial(same_answers, teacher)))
+    findings.append(_attempt("time and memory of a step", partial(estimate, run, timed)))
     box: list[Any] = [[finding for finding in findings if finding is not None]]
     broadcast_object_list(box)
     return box[0]

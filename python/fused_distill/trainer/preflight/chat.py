@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...huggingface.loading import read_tokenizer
+from ...huggingface.loading import load_tokenizer
 from ..files import shortened
-from ..targets import Teacher
 from .finding import Finding, ok, warning
+from .teacher_of_run import TeacherOfRun
 
 if TYPE_CHECKING:
     from ..loop import Trainer
@@ -15,17 +15,16 @@ if TYPE_CHECKING:
 _CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Xanadu"}]
 
 
-def compare_chats(run: Trainer, teacher: Teacher) -> Finding | None:
+def compare_chats(run: Trainer, teacher: TeacherOfRun) -> Finding | None:
     """Compare how student and teacher render a conversation, and the tokens that end an answer.
 
     Returns None if the teacher's tokenizer is not known, as a server's.
     """
-    settings = teacher.settings
-    if settings.tokenizer_name is None:
+    if teacher.tokenizer_name is None:
         return None
     own: Any = run.tokenizer
-    other: Any = own if settings.tokenizer_name == "self" else read_tokenizer(settings.tokenizer_name)
-    problems = [_templates(own, other, settings.chat_template == "own"), _ends(run, own, other)]
+    other: Any = load_tokenizer(teacher.tokenizer_name) or own
+    problems = [_templates(own, other, teacher.has_own_format), _ends(run, own, other)]
     found = " ".join(problem for problem in problems if problem)
     if found:
         return warning(found)

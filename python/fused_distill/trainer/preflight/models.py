@@ -9,11 +9,11 @@ import torch
 
 from ...huggingface.fingerprint import checkpoint_fingerprint, local_checkpoint
 from ...huggingface.lm_head import LMHeadParams, checked_head
-from ..config import TeacherConfig
 from ..data import Batch, Sample
 from ..targets import Teacher
 from ..teachers import HiddenStateTeacher, LocalTeacher, ServedTeacher
 from .finding import Finding, error, ok, warning
+from .teacher_of_run import TeacherOfRun
 
 if TYPE_CHECKING:
     from ..loop import Trainer
@@ -52,40 +52,43 @@ def teacher_head(teacher: Teacher) -> Finding | None:
     return ok(f"gives the server's log-probabilities from its hidden states, {difference:.1g} nats off")
 
 
-def loss_of_a_few_tokens(run: Trainer, name: str) -> float:
-    """Return the loss per token of one short sample scored by a teacher. All processes call this together."""
-    sample = next((Sample(**row) for row in run.samples if row["teacher"] == name), None)
+def check_loss(run: Trainer, teacher: TeacherOfRun) -> Finding:
+    """Check that the loss of a few tokens is finite, and near 0 if the teacher has the student's weights.
+
+    All processes call this together.
+    """
+    sample = next(filter(teacher.scores, map(_sample, run.samples)), None)
     if sample is None:
-        raise ValueError(f"no training sample has the teacher {name}")
-    if run.teachers[name].settings.stored is None:
+        return warning("no training sample has this teacher: remove it, or check the column of the data")
+    if teacher.settings.stored is None:
         prompt = sample.prompt[:_PROBE_TOKENS]
         completion = (sample.completion or prompt)[:_PROBE_TOKENS]
         # Two tokens at least, because the loss is compiled for any number of tokens but one.
         sample = sample._replace(prompt=prompt, completion=(completion * 2)[: max(2, len(completion))])
     batch = Batch.collate([sample], run.device)
     with torch.no_grad():
-        return float(run.loss(batch, float(len(batch.valid)))[0])
-
-
-def told_loss(run: Trainer, name: str, loss: float) -> Finding:
-    """Say whether the loss is finite, and near 0 if the teacher has the student's weights."""
-    settings = run.teachers[name].settings
+        loss = float(run.loss(batch, float(len(batch.valid)))[0])
     text = f"{loss:.3g} nats per token before training, on a few tokens"
     if not isfinite(loss):
         return error(
             f"the loss of a few tokens is {loss}: the weights of the student or the teacher are not finite"
         )
-    if run.step or not _same_weights(run.config.student, settings, run.teachers[name]):
+    if run.step or not _same_weights(run.config.student, teacher):
         return ok(text)
     if abs(loss) > _EQUAL:
         return error(f"{text}, but the teacher has the student's weights, so it should be 0")
     return warning(f"{text}: the teacher has the student's weights, so there is nothing to learn from it")
 
 
-def _same_weights(student: str, settings: TeacherConfig, teacher: Teacher) -> bool:
+def _sample(row: Any) -> Sample:
+    return Sample(**row)
+
+
+def _same_weights(student: str, of_run: TeacherOfRun) -> bool:
     """Return whether a teacher has the weights of the student's checkpoint, False if unknown."""
     folder = local_checkpoint(student)
     own = None if folder is None else checkpoint_fingerprint(folder)
+    settings, teacher = of_run.settings, of_run.teacher
     if isinstance(teacher, HiddenStateTeacher | ServedTeacher):
         return own is not None and own == teacher.client.info().get("weights_fingerprint")
     if settings.model is None or folder is None:

@@ -16,6 +16,7 @@ from ...serving.protocol.logprobs import TeacherLogprobs
 from ...serving.protocol.urls import without_credentials
 from ..teachers import HiddenStateTeacher, ServedTeacher
 from .finding import Finding, error, ok, one_line, warning
+from .teacher_of_run import TeacherOfRun
 
 _SECONDS = 60.0  # a replica that does not answer for so long is taken for absent
 _ROUNDING = 1e-3  # nats
@@ -29,18 +30,23 @@ class _Replica(NamedTuple):
     problem: str | None  # why it does not answer
 
 
-def limits(teacher: ServedTeacher | HiddenStateTeacher) -> Finding:
-    """Say which limits the server has; the run's k and lengths were compared with them at its start."""
+def limits(of_run: TeacherOfRun) -> Finding | None:
+    """Say which limits a server has; the run's k and lengths were compared with them at its start."""
+    teacher = of_run.teacher
+    if not isinstance(teacher, ServedTeacher | HiddenStateTeacher):
+        return None
     info = teacher.client.info()
-    k = "" if teacher.settings.targets == "full" else f"k {teacher.settings.k} and "
+    k = "" if of_run.settings.targets == "full" else f"k {of_run.settings.k} and "
     longest = info.get("max_length", info.get("max_model_len"))
     return ok(f"{k}the longest sequence fit the server, which takes {longest} tokens")
 
 
-def same_answers(teacher: ServedTeacher | HiddenStateTeacher) -> Finding:
-    """Ask every replica for the log-probabilities of the same tokens, each of them twice."""
-    settings = teacher.settings
-    urls = [settings.url] if isinstance(settings.url, str) else settings.url or []
+def same_answers(of_run: TeacherOfRun) -> Finding | None:
+    """Ask every replica of a server for the log-probabilities of the same tokens, each of them twice."""
+    settings, teacher = of_run.settings, of_run.teacher
+    if settings.url is None:
+        return None
+    urls = [settings.url] if isinstance(settings.url, str) else settings.url
     k = settings.k if settings.targets == "topk" else 1
     tokens = probe_tokens(teacher.vocab_size)
     seconds = min(_SECONDS, settings.deadline_seconds)

@@ -16,6 +16,7 @@ from ...rollouts.base import Sampling
 from ..data import Batch, Sample, sample_stream
 from ..teachers import HiddenStateTeacher, LocalTeacher
 from .finding import Finding, ok, warning
+from .teacher_of_run import teachers_of
 
 if TYPE_CHECKING:
     from ..loop import Trainer
@@ -63,16 +64,17 @@ def _memory(run: Trainer) -> dict[str, int]:
         "gradients": 4 * trained,
         "optimizer": 8 * trained,  # two moments of AdamW in float32
     }
-    for name, teacher in run.teachers.items():
+    for of_run in teachers_of(run):
         head: LMHeadParams | None = None
+        teacher = of_run.teacher
         if isinstance(teacher, LocalTeacher):
             size = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
-            parts[f"teacher {name}".rstrip()] = size
+            parts[of_run.title] = size
             head, _ = checked_head(teacher.model)
         elif isinstance(teacher, HiddenStateTeacher):
             head = teacher.head
-            parts[f"LM head of teacher {name}".rstrip()] = head.weight.numel() * head.weight.element_size()
-        if head is not None and teacher.settings.targets == "full":
+            parts[f"LM head of {of_run.title}"] = head.weight.numel() * head.weight.element_size()
+        if head is not None and of_run.settings.targets == "full":
             parts["loss"] = max(parts.get("loss", 0), _loss_buffers(run, head))
     return parts
 
@@ -142,7 +144,7 @@ def _time(run: Trainer) -> tuple[dict[str, float], int | None]:
 
 def _with_completion(run: Trainer, sample: Sample) -> Sample:
     """Return a sample with a completion of its own tokens; a store knows the data's completions only."""
-    if run.teachers[sample.teacher].settings.stored is not None:
+    if any(t.scores(sample) and t.settings.stored is not None for t in teachers_of(run)):
         return sample
     length = max(2, min(_TOKENS, run.config.rollouts.max_completion_length))
     return sample._replace(completion=[*islice(cycle(sample.completion or sample.prompt), length)])
