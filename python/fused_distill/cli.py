@@ -177,8 +177,8 @@ def check(options: argparse.Namespace) -> None:
 
     One row per check: a tick, a warning with advice, or a cross. Crosses give exit status 2.
     """
+    from .trainer.check import check
     from .trainer.config import load_config
-    from .trainer.preflight import check
 
     if not check(load_config(options.config, options.overrides)):
         sys.exit(2)

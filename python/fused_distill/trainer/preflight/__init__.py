@@ -1,18 +1,14 @@
-"""Checks of a run before its first step, by `preflight` in a run and by `fused-distill check`."""
+"""Checks of a run before its first step: `preflight`."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
-from ..checkpoint import list_checkpoints
-from ..config import ConfigError, TrainConfig
-from ..start import check_output
+from ..config import ConfigError
 from .chat import compare_chats
 from .finding import Finding, one_line, show
 from .models import check_loss, student_head, teacher_head
@@ -24,33 +20,7 @@ if TYPE_CHECKING:
     from ..loop import Trainer
 
 # What a fault of settings, files, models or servers raises.
-_FAULTS = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError)
-
-
-def check(config: TrainConfig) -> bool:
-    """Load what a run needs, check it, show what was found, and return whether the run can start.
-
-    It also times a forward and a backward pass and, with rollouts by transformers, the generation of a few
-    tokens.
-    """
-    from ..loop import Trainer
-
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        check_output(config.output)
-        run = Trainer(config)
-    except _FAULTS as error:
-        show([Finding("error", "settings, files and models", one_line(error))])
-        return False
-    with closing(run.rollouts):
-        findings = preflight(run, timed=True)
-        if list_checkpoints(config.output):
-            text = f"{config.output} holds checkpoints: train with --resume, or set another output"
-            findings.append(Finding("warning", "output", text))
-        if run.accelerator.is_main_process:
-            show(findings)
-        run.accelerator.end_training()
-    return not any(finding.level == "error" for finding in findings)
+FAULTS = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError)
 
 
 def require(findings: list[Finding], main: bool) -> None:
@@ -92,6 +62,6 @@ def _attempt(name: str, test: Callable[[], Finding | None]) -> Finding | None:
     """Return what a check found under its name; a fault that it raises is an error."""
     try:
         found = test()
-    except _FAULTS as error:
+    except FAULTS as error:
         return Finding("error", name, one_line(error))
     return None if found is None else found._replace(name=name)

@@ -70,9 +70,7 @@ def check_loss(run: Trainer, teacher: TeacherOfRun) -> Finding:
         loss = float(run.loss(batch, float(len(batch.valid)))[0])
     text = f"{loss:.3g} nats per token before training, on a few tokens"
     if not isfinite(loss):
-        return error(
-            f"the loss of a few tokens is {loss}: the weights of the student or the teacher are not finite"
-        )
+        return error(run.diagnose([batch]))
     if run.step or not _same_weights(run.config.student, teacher):
         return ok(text)
     if abs(loss) > _EQUAL:

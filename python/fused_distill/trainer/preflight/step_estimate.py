@@ -123,7 +123,7 @@ def _time(run: Trainer) -> tuple[dict[str, float], int | None]:
     completions = prompts * (1 + config.lmbda * (settings.num_generations - 1))
     tokens = completions * (sum(len(s.prompt) for s in drawn) / len(drawn) + settings.max_completion_length)
     scale = tokens / sum(len(sample.tokens) for sample in samples)
-    seconds = {"update": scale * min(_seconds(run, update) for _ in range(2))}
+    seconds: dict[str, float] = {"update": scale * min(_seconds(run, update) for _ in range(2))}
     activations = None
     if on_cuda:
         peak = torch.cuda.max_memory_allocated(run.device) - before
