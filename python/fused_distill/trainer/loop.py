@@ -25,7 +25,7 @@ from .data import Batch, Sample, load_data, sample_stream, split_data
 from .header import header
 from .logger import MetricsLogger
 from .long_sequences import check_positions, split_by_tokens
-from .metrics import Timer, batch_sums, mean_metrics, memory_gib, sample_counts
+from .metrics import Timer, batch_sums, mean_metrics, memory_gib, policy_losses, sample_counts
 from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sampled_ids
 from .preflight import preflight, require
 from .rollouts import StudentRollouts
@@ -114,7 +114,9 @@ class Trainer:
             completions = self.rollouts.generate(prompts, self.rollouts.sampling(n, seed))
         return [
             [
-                Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length", c.logprobs)
+                Sample(
+                    samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length", True, c.logprobs
+                )
                 for c in part
             ]
             for part in split_on_groups(completions, slices)
@@ -164,7 +166,8 @@ class Trainer:
             sums.append(batch_sums(loss * n_tokens, stats))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics = self.read_metrics(sums, batches, grad_norm=norm, **self.importance.read(self.accelerator))
+        others = self.importance.read(self.accelerator) | policy_losses(sums, batches, self.accelerator)
+        metrics = self.read_metrics(sums, batches, grad_norm=norm, **others)
         norm = metrics["grad_norm"]
         if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
