@@ -10,6 +10,7 @@ import pytest
 from fused_distill.trainer.cache_teacher import store_teacher
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import NonFiniteLoss, Trainer, train
+from fused_distill.trainer.preflight import preflight
 from plain_loop import BETAS, assert_equals_plain_steps
 from trainer_cases import NOT_INTERPRETED, SETTINGS, Lab, losses, metrics, save_model
 from trainer_cases import lab as lab
@@ -68,7 +69,17 @@ def test_metrics_of_each_teacher_make_up_those_of_all(lab: Lab, other: Path, tmp
 
 def test_metrics_of_a_single_teacher_have_no_prefix(lab: Lab, tmp_path: Path) -> None:
     train(lab.config(tmp_path, "steps=1"))
-    assert not any("/" in name for name in metrics(tmp_path)[0])
+    names = [name for name in metrics(tmp_path)[0] if "/" in name]
+    assert sorted(names) == ["on_policy/loss", "on_policy/tokens"]
+
+
+def test_every_teacher_of_several_passes_the_checks_before_the_run(
+    lab: Lab, other: Path, tmp_path: Path
+) -> None:
+    config = settings(lab, tmp_path, math=f"model: {lab.teacher}", code=f"model: {other}")
+    found = {finding.name: finding.level for finding in preflight(Trainer(config))}
+    for name in ("math", "code"):
+        assert [found[f"teacher {name}'s {what}"] for what in ("loss", "LM head")] == ["ok", "ok"]
 
 
 def test_a_local_and_a_stored_teacher_train_together(lab: Lab, other: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from fused_distill.trainer.cache_teacher import store_teacher
 from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.data import Batch, Sample, load_data
 from fused_distill.trainer.loop import Trainer, train
+from fused_distill.trainer.preflight import preflight
 from plain_loop import BETAS, assert_equals_plain_steps
 from serving_cases import serving
 from trainer_cases import NOT_INTERPRETED, Lab, losses, transformers
@@ -120,6 +121,17 @@ def test_the_teachers_batch_has_its_own_valid_positions() -> None:
     assert seen.valid.tolist() == [2, 3, 6]
     assert batch.valid.tolist() == [0, 1, 4]
     assert seen.for_teacher().tokens.tolist() == seen.tokens.tolist()
+
+
+def test_the_check_of_equal_weights_compares_them_after_the_same_prompt(
+    lab: Lab, prompts: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(lab.config(tmp_path, f"data.path={prompts}", f"teacher.model={lab.student}"))
+    trainer.samples = trainer.samples.filter(lambda row: row["teacher_prompt"] is not None)
+    loss = next(finding for finding in preflight(trainer) if finding.name == "teacher's loss")
+    assert loss.level == "ok"
+    assert loss.text.endswith("the teacher has the student's weights, and prompts of its own")
+    assert float(loss.text.split()[0]) == pytest.approx(0, abs=1e-4)
 
 
 CHAT = [{"role": "user", "content": "hi"}]

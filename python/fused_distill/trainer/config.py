@@ -105,6 +105,9 @@ class RolloutConfig(_Section):
     nccl_address: str | None = Field(None, description="address of this machine seen from the vllm_server")
     nccl_port: int | None = Field(None, ge=1, le=65535, description="free port on this machine")
     sync_every: int = Field(1, ge=1, description="optimizer steps between two updates of vLLM's weights")
+    ahead: Literal[0, 1] = Field(
+        0, description="1: the vllm_server generates the next step's rollouts while this step trains"
+    )
     importance_clip: float | None = Field(
         None, gt=0, description="weight tokens by p_now / p_then of the student, clipped to this; null: by 1"
     )
@@ -119,6 +122,8 @@ class RolloutConfig(_Section):
     def _check_engine(self) -> RolloutConfig:
         if self.engine_options and self.engine != "vllm":
             raise ValueError(f"engine_options must not be set with engine {self.engine}, only with vllm")
+        if self.ahead and self.engine != "vllm_server":
+            raise ValueError(f"ahead must be 0 with engine {self.engine}, which generates in the trainer")
         if self.sync == "nccl" and self.engine != "vllm_server":
             raise ValueError(f"sync must be disk with engine {self.engine}, got nccl")
         if (self.url is not None) != (self.engine == "vllm_server"):
@@ -185,6 +190,7 @@ class TrainConfig(_Section):
     )
     evaluate_every: int = Field(50, ge=1, description="steps; evaluation also runs at the start and the end")
     save_every: int = Field(50, ge=1, description="steps between checkpoints; one is also saved at the end")
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics on the console")
     keep_checkpoints: int = Field(2, ge=1, description="number of latest checkpoints to keep")
     save_dtype: Dtype = Field(
         "auto", description="of student/; auto: that of the input model. Adapters stay in float32"
@@ -222,7 +228,7 @@ _FREE_OF_TEACHER = {"model", "url", "stored", "deadline_seconds", "tokenizer"}
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
     **dict.fromkeys(("tokens_per_forward", "gradient_checkpointing", "attention"), True),
-    **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints", "save_dtype"), True),
+    **dict.fromkeys(("evaluate_every", "save_every", "log_every", "keep_checkpoints", "save_dtype"), True),
     "lora": {"merge"},
     "data": {"path"},
     "teacher": _FREE_OF_TEACHER,
@@ -236,6 +242,21 @@ def resume_fingerprint(config: TrainConfig) -> dict[str, Any]:
     settings: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE_ON_RESUME)
     sections = {name: settings.pop(name) for name, value in [*settings.items()] if isinstance(value, dict)}
     return {f"{name}.{key}": v for name in sections for key, v in sections[name].items()} | settings
+
+
+def flat_settings(config: BaseModel, changed: bool = False) -> dict[str, Any]:
+    """Return the settings with dotted keys, without passwords; with `changed` those that are no default."""
+
+    def flatten(prefix: str, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in settings.items():
+            if isinstance(value, dict) and value:
+                yield from flatten(f"{prefix}{name}.", value)
+            else:
+                yield f"{prefix}{name}", value
+
+    # pydantic keeps a field with a serializer although it has its default, which is None for all of them.
+    settings = config.model_dump(mode="json", exclude_defaults=changed, exclude_none=changed)
+    return dict(flatten("", settings))
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
