@@ -48,8 +48,8 @@ class JSDKernels:
             *self._transform,
             self.factor,
             self.label_factor,
-            WANT_REVERSE=config.return_stats or config.divergence == REVERSE.value,
-            WANT_FORWARD=config.return_stats or config.divergence == FORWARD.value,
+            WANT_REVERSE=config.return_stats or config.form == REVERSE.value,
+            WANT_FORWARD=config.return_stats or config.form == FORWARD.value,
             WANT_STATS=config.return_stats,
             WANT_Y=self.wants_y,
         )
@@ -109,10 +109,10 @@ class JSDKernels:
             self.factor,
             self.label_factor,
             *self._mixture,
-            soft_factor * (config.one_minus_beta if config.divergence == MIXTURE.value else 1.0),
+            soft_factor * (config.mixture.student_share if config.form == MIXTURE.value else 1.0),
             config.hard_weight * self._student_scale,
             WANT_Y=self.wants_y,
-            DIVERGENCE=int(config.divergence),
+            DIVERGENCE=int(config.form),
             HALF=config.beta == 0.5,
         )
 
@@ -144,7 +144,7 @@ class JSDKernels:
 
     @property
     def _mixture(self) -> tuple[float, float]:
-        return float(self.config.beta), self.config.one_minus_beta
+        return float(self.config.beta), self.config.mixture.student_share
 
     @property
     def wants_y(self) -> bool:

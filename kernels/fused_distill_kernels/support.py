@@ -302,7 +302,7 @@ def support_loss(
             *float_parts(config.beta),
             float(config.soft_weight),
             float(config.hard_weight),
-            DIVERGENCE=int(config.divergence),
+            DIVERGENCE=int(config.form),
             TAIL=TAIL_OPTIONS[config.tail].value,
             HAS_TAIL=tail is not None,
             HAS_SOFTCAP=config.student_softcap is not None,

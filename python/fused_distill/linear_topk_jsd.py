@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .arguments import TopKJSDKeywords, tensors_from
 from .chunked.loop import fused_loss
 from .chunked.teacher import TopKTeacher
-from .config import Backend, Reduction, Surplus, Tail, TopKLossConfig, config_from, keywords_of
+from .config import Backend, Divergence, Reduction, Surplus, Tail, TopKLossConfig, config_from, keywords_of
 from .stats import DistillStats
 from .tracing import untraced
 
@@ -45,7 +45,11 @@ def fused_linear_topk_jsd(
     tail: Tail = "bucket",
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
+    divergence: Divergence = "jsd",
     beta: float = 0.5,
+    alpha: float = 0.1,
+    reverse_weight: float | Tensor = 0.5,  # or (...)
+    entry_clip: float | None = None,
     temperature: float = 1.0,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
@@ -93,7 +97,11 @@ def fused_linear_topk_jsd(
         tail: how probability outside the K ids is treated, see above.
         mask: (...) bool, True for valid tokens, which count in the loss. None: all tokens are valid.
         student_bias: (Vs,) bias of the student's LM head.
-        beta: in [0, 1].
+        divergence: as in `fused_linear_jsd`. "truncate" goes with "jsd" only.
+        beta: in [0, 1], of "jsd".
+        alpha: in [0, 1), of the skewed KL divergences.
+        reverse_weight: in [0, 1], a number, 0-d or (...), of "mixed_kl".
+        entry_clip: > 0, bounds each outcome's term from above; see `fused_linear_jsd`. Not with "truncate".
         temperature: > 0, divides the student's logits.
         student_logit_scale: > 0, multiplies the student's logits before the softcap.
         student_softcap: > 0, turns the student's logits into softcap * tanh(logits / softcap). None: no
@@ -167,6 +175,7 @@ class FusedLinearTopKJSDLoss(nn.Module):
         student_bias: Tensor | None = None,  # (Vs,)
         token_weight: Tensor | None = None,  # (...)
         labels: Tensor | None = None,  # (...)
+        reverse_weight: float | Tensor = 0.5,  # or (...)
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
         """Return the loss, or (loss, DistillStats) with return_stats; see `fused_linear_topk_jsd`."""

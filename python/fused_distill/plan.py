@@ -14,7 +14,8 @@ from .chunked.memory import memory_of
 from .chunked.teacher import FullTeacher
 from .chunked.tensors import LossTensors
 from .chunked.workspace import ChunkPlan
-from .config import Divergence, LossConfig
+from .config import DivergenceForm, LossConfig
+from .validation import DEFAULT_REVERSE_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def plan(
     teacher_bias: Tensor | None = None,  # (Vt,)
     token_weight: Tensor | None = None,  # (...)
     labels: Tensor | None = None,  # (...)
+    reverse_weight: float | Tensor = DEFAULT_REVERSE_WEIGHT,
     normalizer: float | Tensor | None = None,
     **options: Any,
 ) -> LossPlan:
@@ -112,6 +114,7 @@ def plan(
         teacher_bias: (Vt,).
         token_weight: (...); it changes no size.
         labels: (...); they change no size.
+        reverse_weight: it changes no size.
         normalizer: it changes no size.
         **options: the other options of `fused_linear_jsd`.
 
@@ -138,6 +141,7 @@ def plan(
         mask,
         token_weight,
         labels=None,
+        reverse_weight=reverse_weight,
         normalizer=None,
     )
     shard = tensors.check(replace(config, hard_weight=0.0))
@@ -167,7 +171,7 @@ def triton_launches(config: LossConfig, *, with_grad: bool) -> int:
 
     Two compute the row statistics. A mixture's divergence and the gradient take one more each.
     """
-    return 2 + (config.divergence is Divergence.MIXTURE) + with_grad
+    return 2 + (config.form is DivergenceForm.MIXTURE) + with_grad
 
 
 def _on_meta(tensors: LossTensors) -> LossTensors:
@@ -192,6 +196,7 @@ def _on_meta(tensors: LossTensors) -> LossTensors:
         None,
         None,
         None,
+        tensors.reverse_weight if isinstance(tensors.reverse_weight, float) else DEFAULT_REVERSE_WEIGHT,
         None,
     )
 

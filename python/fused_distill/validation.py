@@ -12,6 +12,7 @@ from .config import require_number
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORED_LABEL = -100
+DEFAULT_REVERSE_WEIGHT = 0.5
 
 # A stock vLLM server writes -inf as -9999.0, which bfloat16 rounds to this.
 FORBIDDEN_LOGPROB = -9984.0
@@ -101,6 +102,30 @@ def check_tokens(
     if token_weight is not None:
         check_float("token_weight", token_weight)
         check_per_token("token_weight", token_weight, shape, device)
+
+
+def check_reverse_weight(
+    value: float | Tensor, divergence: str, shape: torch.Size, device: torch.device
+) -> None:
+    """Require a number, a 0-d tensor or one value per token between 0 and 1, only with "mixed_kl".
+
+    The values of a tensor are checked on a CPU alone, because reading them from a GPU would wait for it.
+    """
+    name, expected = "reverse_weight", "between 0 (forward KL) and 1 (reverse KL)"
+    given = isinstance(value, Tensor) or value != DEFAULT_REVERSE_WEIGHT
+    if divergence != "mixed_kl" and given:
+        raise ValueError(f'{name} is an option of divergence "mixed_kl", got it with {divergence!r}')
+    if not isinstance(value, Tensor):
+        if not 0 <= require_number(name, value) <= 1:
+            raise ValueError(f"{name} must be {expected}, got {value}")
+        return
+    check_float(name, value)
+    if value.dim():
+        check_per_token(name, value, shape, device)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = value[~((value >= 0) & (value <= 1))]
+        if len(wrong.reshape(-1)):
+            raise ValueError(f"{name} must be {expected}, got {wrong.reshape(-1)[0].item()}")
 
 
 def check_float(name: str, tensor: object) -> Tensor:

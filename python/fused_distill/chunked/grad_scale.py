@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..config import Divergence, LossConfig
+from ..config import DivergenceForm, LossConfig
 
 _LARGEST = 15  # logit gradients stay below 2^15, half of float16's largest number
 _LARGEST_POWER = 60  # leaves the scaled gradients within float32's range
@@ -23,7 +23,7 @@ def largest_logit_gradient(config: LossConfig) -> float:
     most (1 - beta) (beta - log(1 - beta)) < 1, because log(m / p_s) is between log(1 - beta) and
     beta p_t / p_s.
     """
-    divergence = _LARGEST_REVERSE_KL if config.divergence is Divergence.REVERSE_KL else 1.0
+    divergence = _LARGEST_REVERSE_KL if config.form is DivergenceForm.REVERSE_KL else 1.0
     soft = config.soft_weight * config.inv_temperature * divergence
     return config.student_logit_scale * (soft + config.hard_weight)
 
@@ -34,7 +34,7 @@ def excess_over_bound(config: LossConfig, logprobs: Tensor) -> Tensor | None:
     Reverse KL's gradient is at most a quarter of the largest -log p_t, which may be thousands at a token that
     the teacher forbids.
     """
-    if config.divergence is not Divergence.REVERSE_KL:
+    if config.form is not DivergenceForm.REVERSE_KL:
         return None
     surprise = torch.where(logprobs == -torch.inf, 0.0, -logprobs).amax(-1)
     return (surprise / (4 * _LARGEST_REVERSE_KL)).clamp_min(1.0)

@@ -81,6 +81,7 @@ def prepare(
         autocast_dtype(hidden.device if hidden.device.type != "meta" else device),
         None if token_weight is None else token_weight.detach().reshape(-1),
         None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long().contiguous(),
+        _per_token(tensors.reverse_weight, hidden) if config.divergence == "mixed_kl" else None,
         valid_token_ids,
     )
     config = replace(config, backend=choose_backend(config.backend, device, inputs.dtype))
@@ -90,6 +91,12 @@ def prepare(
     )
     needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
     return ChunkLoop(student, inputs, config, row_loss, needs_grad)
+
+
+def _per_token(value: float | Tensor, hidden: Tensor) -> Tensor:
+    """Return a number or a tensor of the tokens' shape as (N,), as a view where it can be."""
+    value = torch.as_tensor(value, device=hidden.device).detach()
+    return value.expand(hidden.shape[:-1]).reshape(-1)
 
 
 def chunked_loss(
@@ -238,7 +245,7 @@ class ChunkLoop:
         token_weight: Tensor,
         grad_scale: Tensor | None,
     ) -> StudentRows:
-        inputs, tokens = self.inputs, self._positions(chunk)
+        inputs, tokens, mix = self.inputs, self._positions(chunk), self.inputs.reverse_weight
         # Kernels read vectors as contiguous, and a fixed layout avoids recompilation.
         weight = token_weight[tokens].to(inputs.dtype).contiguous()
         return StudentRows(
@@ -247,6 +254,7 @@ class ChunkLoop:
             bias,
             None if inputs.labels is None else inputs.shard.local_labels(inputs.labels[tokens]),
             None if grad_scale is None else weight * grad_scale,
+            None if mix is None else mix[tokens].to(inputs.dtype).contiguous(),
         )
 
     def _empty_gradients(self, rows_written_by_first_chunk: int) -> Gradients:

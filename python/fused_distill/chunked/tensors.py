@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ..config import LossConfig
 from ..parallel.vocab_shard import VocabShard
-from ..validation import check_float, check_hidden_and_head, check_labels, check_normalizer, check_tokens
+from ..validation import (
+    check_float,
+    check_hidden_and_head,
+    check_labels,
+    check_normalizer,
+    check_reverse_weight,
+    check_tokens,
+)
 from .autograd import Student
 from .teacher import Teacher
 from .workspace import shard_of_call
@@ -26,6 +33,7 @@ class LossTensors(NamedTuple):
     mask: Tensor | None  # (...) bool
     token_weight: Tensor | None  # (...)
     labels: Tensor | None  # (...)
+    reverse_weight: float | Tensor  # or (...)
     normalizer: float | Tensor | None
 
     def check(self, config: LossConfig) -> VocabShard:
@@ -34,6 +42,7 @@ class LossTensors(NamedTuple):
         device, shape = hidden.device, hidden.shape[:-1]
         check_hidden_and_head("student_", hidden, self.student_weight, self.student_bias, device)
         check_tokens(shape, device, self.mask, self.token_weight)
+        check_reverse_weight(self.reverse_weight, config.divergence, shape, device)
         check_normalizer(self.normalizer, config.reduction, self.mask, shape.numel())
         self.teacher.check(hidden)
         student = {name: getattr(self, name) for name in self._fields[:3]}
@@ -55,12 +64,14 @@ class LossInputs:
     autocast: torch.dtype | None  # dtype of the products under autocast
     token_weight: Tensor | None  # (N,)
     labels: Tensor | None  # (N,) int64
+    reverse_weight: Tensor | None  # (N,), None unless the divergence is "mixed_kl"
     valid_token_ids: Tensor | None  # (n,) int64 positions of the tokens that count; None: all tokens
 
     @property
     def constants(self) -> dict[str, Tensor | None]:
         """Return the caller's tensors that receive no gradient, by argument name."""
-        return {**self.teacher.tensors, "token_weight": self.token_weight, "labels": self.labels}
+        own = {name: getattr(self, name) for name in ("token_weight", "labels", "reverse_weight")}
+        return {**self.teacher.tensors, **own}
 
     def n_valid(self, student: Student) -> int:
         """Return the number of tokens that count."""

@@ -25,6 +25,7 @@ class StudentRows(NamedTuple):
     bias: Tensor | None = None  # (V,)
     labels: Tensor | None = None  # (n,) int64; -100: no label; V or more: a column of another rank
     scaled_weight: Tensor | None = None  # (n,) like weight: weight times a factor that the loop undoes
+    reverse_weight: Tensor | None = None  # (n,) like weight, given for divergence="mixed_kl"
 
     @property
     def grad_weight(self) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..chunked.gemm import float64_if_supported
 from ..chunked.workspace import Workspace
-from ..config import Divergence, LossConfig, Scalars
+from ..config import DivergenceForm, LossConfig, Scalars
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
 from .base import StudentRows, TailStatistics, TeacherRows
@@ -99,7 +99,7 @@ class TorchJSD:
         loss, kl_student, *stats = group.all_reduce_sum(
             *run(
                 _losses,
-                lambda block: (rows(block), softmax.block(block), config.divergence, config.return_stats),
+                lambda block: (rows(block), softmax.block(block), config.form, config.return_stats),
             )
         )
         if surplus is not None:
@@ -112,7 +112,7 @@ class TorchJSD:
                 in_place = grad is student.logits
                 out = block_of_rows.student if in_place else grad[block, : block_of_rows.student.shape[1]]
                 weight = student.grad_weight[block]
-                return block_of_rows, softmax.block(block), config.divergence, kl, weight, out
+                return block_of_rows, softmax.block(block), config.form, kl, weight, out
 
             run(_gradient, gradient_arguments)
             if surplus is not None and surplus_rows is not None:
@@ -131,7 +131,7 @@ class _Rows(NamedTuple):
     student_bias: Tensor | None  # (V,)
     teacher_bias: Tensor | None  # (V,)
     labels: Tensor | None  # (n,)
-    scalars: Tensor  # (9,) float64, see `Scalars`
+    scalars: Tensor  # (13,) float64, see `Scalars`
     student_has_softcap: bool
     teacher_has_softcap: bool
     rounds_logits: bool  # logits over temperature are not the projections themselves
@@ -200,22 +200,22 @@ def _sums(
 
 
 def _losses(
-    rows: _Rows, softmax: _SoftmaxParts, divergence: Divergence, return_stats: bool
+    rows: _Rows, softmax: _SoftmaxParts, form: DivergenceForm, return_stats: bool
 ) -> tuple[Tensor | None, ...]:
     """Return (n,) losses, KL(p_s || m), which the gradient needs, and with return_stats their statistics.
 
     m is the mixture, or p_t for reverse KL. For forward KL the gradient needs no KL, and None is returned.
     """
     scalars = rows.numbers(rows.student.dtype)
-    beta, one_minus_beta = scalars.beta, scalars.one_minus_beta
+    beta, one_minus_beta = scalars.teacher_share, scalars.student_share
     y_s, _, z_s, z_t = _logits(rows)
     p_s, p_t, d = _distributions(rows, z_s, z_t, softmax)
     prob_diff = stable_prob_diff(p_s, p_t, d)
 
     kl_student = None
-    if divergence is Divergence.FORWARD_KL:
+    if form is DivergenceForm.FORWARD_KL:
         soft = kl_terms(p_t, -d, -prob_diff).sum(-1)
-    elif divergence is Divergence.REVERSE_KL:
+    elif form is DivergenceForm.REVERSE_KL:
         soft = kl_student = kl_terms(p_s, d, prob_diff).sum(-1)
     else:
         u, v = mixture_log_ratios(d, beta, one_minus_beta)
@@ -244,7 +244,7 @@ def _losses(
 def _gradient(
     rows: _Rows,
     softmax: _SoftmaxParts,
-    divergence: Divergence,
+    form: DivergenceForm,
     kl_student: Tensor | None,
     weight: Tensor,
     out: Tensor,  # (n, V), may be rows.student
@@ -253,13 +253,13 @@ def _gradient(
     scalars = rows.numbers(rows.student.dtype)
     y_s, dlogit_dproj, z_s, z_t = _logits(rows)
     p_s, p_t, d = _distributions(rows, z_s, z_t, softmax)
-    if divergence is Divergence.FORWARD_KL or kl_student is None:
+    if form is DivergenceForm.FORWARD_KL or kl_student is None:
         grad = -stable_prob_diff(p_s, p_t, d)
-    elif divergence is Divergence.REVERSE_KL:
+    elif form is DivergenceForm.REVERSE_KL:
         grad = mul_zero_safe(p_s, -d - kl_student.unsqueeze(-1))
     else:
-        u, _ = mixture_log_ratios(d, scalars.beta, scalars.one_minus_beta)
-        grad = scalars.one_minus_beta * mul_zero_safe(p_s, -u - kl_student.unsqueeze(-1))
+        u, _ = mixture_log_ratios(d, scalars.teacher_share, scalars.student_share)
+        grad = scalars.student_share * mul_zero_safe(p_s, -u - kl_student.unsqueeze(-1))
     grad = grad * (scalars.inv_temperature * scalars.soft_weight)
     if rows.labels is not None and softmax.sum_y is not None:
         has_label = (rows.labels >= 0).unsqueeze(-1)

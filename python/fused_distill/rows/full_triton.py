@@ -7,7 +7,7 @@ from fused_distill_kernels import JSDKernels, row_statistics
 from torch import Tensor
 
 from ..chunked.workspace import Workspace
-from ..config import Divergence, LossConfig
+from ..config import DivergenceForm, LossConfig
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
 from .base import StudentRows, TeacherRows
@@ -47,15 +47,17 @@ class TritonJSD:
         if surplus_rows is not None:
             surplus = TritonSurplus.added_to(statistics, surplus_rows, kernels)
         mixture_kls = None
-        if config.divergence is Divergence.FORWARD_KL:
+        if config.form is DivergenceForm.FORWARD_KL:
             soft = statistics[:, row_statistics.FORWARD_KL.value]
-        elif config.divergence is Divergence.REVERSE_KL:
+        elif config.form is DivergenceForm.REVERSE_KL:
             soft = statistics[:, row_statistics.REVERSE_KL.value]
         else:
             (mixture_kls,) = group.all_reduce_sum(kernels.mixture_sums(statistics))
             if surplus is not None:
                 surplus.add_mixture(mixture_kls)
-            soft = torch.add(config.one_minus_beta * mixture_kls[:, 0], mixture_kls[:, 1], alpha=config.beta)
+            soft = torch.add(
+                config.mixture.student_share * mixture_kls[:, 0], mixture_kls[:, 1], alpha=config.beta
+            )
         if grad is not None:
             for_gradient = statistics
             if surplus is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..chunked.workspace import Workspace
-from ..config import Divergence, LossConfig, Scalars
+from ..config import DivergenceForm, LossConfig, Scalars
 from ..stats import DistillStats
 from .base import MIN_TEACHER_TAIL_PROB, StudentRows, TailStatistics, TeacherRows
 from .elementwise import log_gap, mixture_log_ratios, mul_zero_safe, transform_logits
@@ -129,12 +129,12 @@ def truncated(
     log_normalizer = log_normalizer_of(support.z, tail.max_z, tail.sum_z)
     log_s, log_t = support.z - log_normalizer.unsqueeze(-1), support.logprobs
     scalars = Scalars(*config.scalars(log_s.dtype).unbind())
-    beta, one_minus_beta = scalars.beta, scalars.one_minus_beta
+    beta, one_minus_beta = scalars.teacher_share, scalars.student_share
     p_s, p_t, d = log_s.exp(), log_t.exp(), log_gap(log_s, log_t)
     forward, reverse = mul_zero_safe(p_t, d).sum(-1), mul_zero_safe(p_s, -d).sum(-1)
-    if config.divergence is Divergence.FORWARD_KL:
+    if config.form is DivergenceForm.FORWARD_KL:
         loss, grad_logp = forward, -p_t
-    elif config.divergence is Divergence.REVERSE_KL:
+    elif config.form is DivergenceForm.REVERSE_KL:
         loss, grad_logp = reverse, mul_zero_safe(p_s, 1 - d)
     else:
         u, v = mixture_log_ratios(d, beta, one_minus_beta)

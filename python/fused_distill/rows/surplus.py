@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import Divergence, LossConfig
+from ..config import DivergenceForm, LossConfig
 from .base import MIN_TEACHER_TAIL_PROB, TailStatistics
 from .elementwise import mul_zero_safe
 
@@ -58,7 +58,7 @@ class Surplus(NamedTuple):
     def mixture_kls(self, config: LossConfig) -> tuple[Tensor, Tensor]:
         """Return the outcome's terms of KL(p_s || m) and KL(p_t || m)."""
         beta = config.beta
-        return self.mass * (-beta - math.log1p(-beta)), self.mass * config.one_minus_beta
+        return self.mass * (-beta - math.log1p(-beta)), self.mass * config.mixture.student_share
 
     def added_to(
         self,
@@ -75,14 +75,14 @@ class Surplus(NamedTuple):
         def plus(column: Tensor, term: Tensor) -> Tensor:
             return (column.to(term.dtype) + term).clamp_min(0.0).to(column.dtype)
 
-        if config.divergence is Divergence.FORWARD_KL or kl_student is None:
+        if config.form is DivergenceForm.FORWARD_KL or kl_student is None:
             soft = self.mass
-        elif config.divergence is Divergence.REVERSE_KL:
+        elif config.form is DivergenceForm.REVERSE_KL:
             soft = self.reverse_kl
             kl_student = kl_student + (soft - self.log_teacher_sum).to(kl_student.dtype)
         else:
             of_student, of_teacher = self.mixture_kls(config)
-            soft = config.beta * of_teacher + config.one_minus_beta * of_student
+            soft = config.beta * of_teacher + config.mixture.student_share * of_student
             kl_student = plus(kl_student, of_student)
         if stats:
             entropy, teacher_entropy, forward_kl, reverse_kl, agreement = stats
@@ -101,13 +101,13 @@ class Surplus(NamedTuple):
 
         kl_student is KL(p_s || m) for a mixture, and for reverse KL the divergence less log(1 + e).
         """
-        if config.divergence is Divergence.FORWARD_KL or kl_student is None:
+        if config.form is DivergenceForm.FORWARD_KL or kl_student is None:
             by_outcome = self.mass
-        elif config.divergence is Divergence.REVERSE_KL:
+        elif config.form is DivergenceForm.REVERSE_KL:
             by_outcome = mul_zero_safe(self.mass, self._log_ratio - kl_student)
         else:
             log_ratio = -math.log1p(-config.beta)
-            by_outcome = config.one_minus_beta * self.mass * (log_ratio - kl_student)
+            by_outcome = config.mixture.student_share * self.mass * (log_ratio - kl_student)
         by_outcome = by_outcome * weight * (config.soft_weight / config.temperature)
         factor_z = torch.where(self.tail.sum_z == 0, 0.0, by_outcome / self.tail.sum_z)
         if labels is None:

@@ -13,7 +13,7 @@ import torch
 from fused_distill_kernels import JSDKernels, row_statistics, tail_gradient, tail_sums
 from torch import Tensor
 
-from ..config import Divergence, LossConfig
+from ..config import DivergenceForm, LossConfig
 from .base import StudentRows, TailStatistics
 from .elementwise import exp_sub_max, mul_zero_safe
 from .surplus import Surplus
@@ -76,7 +76,7 @@ class TritonSurplus:
         """
         rows, outcome, config = self.rows, self.outcome, self.config
         kl_student = None if mixture_kls is None else mixture_kls[:, 0]
-        if config.divergence is Divergence.REVERSE_KL:
+        if config.form is DivergenceForm.REVERSE_KL:
             statistics = statistics.clone()
             kl_student = statistics[:, row_statistics.REVERSE_KL.value]
             kl_student -= outcome.log_teacher_sum
