@@ -44,7 +44,7 @@ class Mixture(NamedTuple):
 
     @property
     def imbalance(self) -> float:
-        """Return a (1 - c) - b c, the factor of p_t / m in the gradient; 0 for the Jensen-Shannon divergence."""
+        """Return a (1 - c) - b c, the factor of p_t / m in the gradient, which is 0 for "jsd"."""
         a, b, c, rest = self
         return a * rest - b * c
 

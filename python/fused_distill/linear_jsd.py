@@ -79,18 +79,18 @@ def fused_linear_jsd(
         D = beta KL(p_t || m) + (1 - beta) KL(p_s || m)             for 0 < beta < 1,
             with m = beta p_t + (1 - beta) p_s
 
-    (Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649). Other values
-    of `divergence` give
+    (Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649). The other
+    choices of `divergence` are
 
         "skew_forward_kl"   D = KL(p_t || alpha p_t + (1 - alpha) p_s)
         "skew_reverse_kl"   D = KL(p_s || alpha p_s + (1 - alpha) p_t)
         "mixed_kl"          D = (1 - reverse_weight) KL(p_t || p_s) + reverse_weight KL(p_s || p_t)
         "total_variation"   D = 0.5 sum |p_t - p_s|
 
-    (skewed KL: Ko et al., DistiLLM, https://arxiv.org/abs/2402.03898). docs/divergences.md compares them. With
-    `entry_clip` = c each vocabulary entry's term of D, e.g. p_t log(p_t / p_s), is replaced by min(term, c),
-    and a clipped entry's term has no gradient. This is a surrogate, not a divergence: it may be negative, and
-    it is not 0 for equal models alone. The loss is
+    (skewed KL: Ko et al., DistiLLM, https://arxiv.org/abs/2402.03898). docs/divergences.md compares them.
+    With `entry_clip` = c each vocabulary entry's term of D, e.g. p_t log(p_t / p_s), is replaced by
+    min(term, c), and a clipped term has no gradient. This is a surrogate, not a divergence: it may be
+    negative, and it is not 0 for equal models alone. The loss is
     not rescaled by temperature**2. The gradient is computed in the forward pass, chunk by chunk, and scaled
     in the backward pass. A second backward pass through a retained graph recomputes it. Only student_hidden,
     student_weight and student_bias receive gradients. Logits, losses and accumulated gradients are float32
@@ -109,10 +109,10 @@ def fused_linear_jsd(
         teacher_bias: (Vt,) bias of the teacher's LM head.
         divergence: "jsd", "skew_forward_kl", "skew_reverse_kl", "mixed_kl" or "total_variation", see above.
         beta: in [0, 1], of "jsd", see above.
-        alpha: in [0, 1), of the skewed KL divergences: the share of the first model in the mixture. 0 gives the
-            forward or the reverse KL.
-        reverse_weight: in [0, 1], the weight of the reverse KL in "mixed_kl", a number, or a float tensor that
-            is 0-d or has the shape (...) of the tokens. It receives no gradient, and a tensor's values are
+        alpha: in [0, 1), of the skewed KL divergences, the share of the first model in the mixture. 0 gives
+            the forward or the reverse KL.
+        reverse_weight: in [0, 1], the weight of the reverse KL in "mixed_kl": a number, or a float tensor
+            that is 0-d or has the shape (...) of the tokens. It receives no gradient. A tensor's values are
             checked on a CPU only.
         entry_clip: > 0, see above. None: no bound. It goes without surplus="count".
         temperature: > 0, divides both models' logits.
