@@ -64,7 +64,7 @@ class SupportRowLoss:
         del block_rows
         y, dlogit_dproj = support_logits(student.logits, teacher, config, student.bias)
         (y,) = group.all_reduce_sum(y)
-        support = Support.from_logits(y, teacher, config)
+        support = Support.from_logits(y, student, teacher, config)
         weight = student.weight.to(y.dtype)
         soft, grad_support, stats = renormalized(support, config)
         if grad is not None:
@@ -105,7 +105,7 @@ class TailRowLoss:
         _exclude_support(logits, teacher)
         tail = self.passes.statistics(logits, bias, config, block_rows=block_rows)
         y, label, tail = _over_ranks(group, y, label, tail)
-        support = Support.from_logits(y, teacher, config)
+        support = Support.from_logits(y, student, teacher, config)
 
         weight = student.weight.to(y.dtype)
         divergence = {"bucket": bucketed, "truncate": truncated}.get(config.tail)
