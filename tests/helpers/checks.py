@@ -22,6 +22,15 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
 for_each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 some_divergence = st.sampled_from(list(DIVERGENCES.values()))
 TAILS = ["bucket", "renormalize", "truncate"]
+for_each_tail_and_divergence = pytest.mark.parametrize(
+    ("tail", "divergence"),
+    [
+        pytest.param(tail, options, id=f"{tail}-{name}")
+        for tail in TAILS
+        for name, options in DIVERGENCES.items()
+        if tail != "truncate" or name.startswith("jsd")
+    ],
+)
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 with_examples = settings(max_examples=12 if INTERPRETED else 80)
