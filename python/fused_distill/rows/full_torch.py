@@ -104,6 +104,8 @@ class TorchJSD:
         )
         if surplus is not None:
             loss, kl_student, stats = surplus.added_to(loss, kl_student, stats, config)
+        result_stats = DistillStats(*stats) if config.return_stats else None
+        student = student.weighted(result_stats)
         if grad is not None:
 
             def gradient_arguments(block: slice) -> tuple[Any, ...]:
@@ -120,7 +122,7 @@ class TorchJSD:
                 out = x if grad is student.logits else grad[:, teacher.values.shape[1] :]
                 factors = surplus.gradient_factors(config, kl_student, weight, student.labels)
                 passes.gradient(x, bias, config, surplus.tail, *factors, out, block_rows=block_rows)
-        return RowResult(loss * student.weight, DistillStats(*stats) if config.return_stats else None)
+        return RowResult(loss * student.weight, result_stats)
 
 
 class _Rows(NamedTuple):
