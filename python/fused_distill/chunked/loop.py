@@ -19,7 +19,7 @@ from ..rows.compiled import NeedsEagerPlanError
 from ..stats import DistillStats, RowResult
 from ..tracing import check_has_data
 from .autograd import FusedLoss, Gradients, LossOutput, Student
-from .gemm import accumulation_dtype, autocast_dtype
+from .gemm import accumulation_dtype, autocast_dtype, float64_if_supported
 from .grad_scale import excess_over_bound, float16_grad_scale
 from .lm_head import IndexedLMHead, LMHead, logit_buffer
 from .memory import CallMemory, call_memory, memory_of
@@ -97,8 +97,9 @@ def prepare(
 
 def _per_token(value: float | Tensor, hidden: Tensor) -> Tensor:
     """Return a number or a tensor of the tokens' shape as (N,), as a view where it can be."""
-    value = torch.as_tensor(value, device=hidden.device).detach()
-    return value.expand(hidden.shape[:-1]).reshape(-1)
+    if not isinstance(value, Tensor):
+        value = torch.tensor(value, dtype=float64_if_supported(hidden.device), device=hidden.device)
+    return value.detach().expand(hidden.shape[:-1]).reshape(-1)
 
 
 def chunked_loss(

@@ -80,7 +80,9 @@ class TritonSurplus:
             statistics = statistics.clone()
             kl_student = statistics[:, row_statistics.REVERSE_KL.value]
             kl_student -= outcome.log_teacher_sum
-        factor_z, factor_y = outcome.gradient_factors(config, kl_student, rows.grad_weight, rows.labels)
+        factor_z, factor_y = outcome.gradient_factors(
+            config, kl_student, rows.grad_weight, rows.labels, rows.reverse_weight
+        )
         columns = [outcome.tail.max_z, factor_z]
         if factor_y is not None:
             columns += [outcome.tail.max_y, factor_y]

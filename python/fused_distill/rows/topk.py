@@ -64,7 +64,7 @@ class SupportRowLoss:
         del block_rows
         y, dlogit_dproj = support_logits(student.logits, teacher, config, student.bias)
         (y,) = group.all_reduce_sum(y)
-        support = Support.from_logits(y, teacher, config)
+        support = Support.from_logits(y, student, teacher, config)
         soft, grad_support, stats = renormalized(support, config)
         if stats is not None:
             stats = _in_dtype(with_masses(stats, support, None), student.logits.dtype)
@@ -106,7 +106,7 @@ class TailRowLoss:
         _exclude_support(logits, teacher)
         tail = self.passes.statistics(logits, bias, config, block_rows=block_rows)
         y, label, tail = _over_ranks(group, y, label, tail)
-        support = Support.from_logits(y, teacher, config)
+        support = Support.from_logits(y, student, teacher, config)
 
         divergence = {"bucket": bucketed, "truncate": truncated}.get(config.tail)
         if divergence is None:
