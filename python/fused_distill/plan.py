@@ -140,6 +140,7 @@ def plan(
         FullTeacher(teacher_hidden, teacher_weight, teacher_bias),
         mask,
         token_weight,
+        token_data=None,
         labels=None,
         reverse_weight=reverse_weight,
         normalizer=None,
@@ -195,6 +196,7 @@ def _on_meta(tensors: LossTensors) -> LossTensors:
         FullTeacher(
             stand_in(teacher.hidden).flatten(0, -2), stand_in(teacher.weight), stand_in_or_none(teacher.bias)
         ),
+        None,
         None,
         None,
         None,

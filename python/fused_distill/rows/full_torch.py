@@ -111,6 +111,8 @@ class TorchJSD:
         )
         if surplus is not None:
             loss, centre, stats = surplus.added_to(loss, centre, stats, config, student.reverse_weight)
+        result_stats = DistillStats(*stats) if config.return_stats else None
+        student = student.weighted(result_stats)
         if grad is not None:
 
             def gradient_arguments(block: slice) -> tuple[Any, ...]:
@@ -129,7 +131,7 @@ class TorchJSD:
                     config, centre, weight, student.labels, student.reverse_weight
                 )
                 passes.gradient(x, bias, config, surplus.tail, *factors, out, block_rows=block_rows)
-        return RowResult(loss * student.weight, DistillStats(*stats) if config.return_stats else None)
+        return RowResult(loss * student.weight, result_stats)
 
 
 class _Rows(NamedTuple):

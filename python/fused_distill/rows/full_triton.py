@@ -58,6 +58,8 @@ class TritonJSD:
             soft = torch.add(
                 config.mixture.student_share * mixture_kls[:, 0], mixture_kls[:, 1], alpha=config.beta
             )
+        stats = _stats(statistics) if config.return_stats else None
+        student = student.weighted(stats)
         if grad is not None:
             for_gradient = statistics
             if surplus is not None:
@@ -66,7 +68,7 @@ class TritonJSD:
         loss = config.soft_weight * soft
         if student.labels is not None:
             loss = torch.add(loss, statistics[:, row_statistics.NLL.value], alpha=config.hard_weight)
-        return RowResult(loss * student.weight, _stats(statistics) if config.return_stats else None)
+        return RowResult(loss * student.weight, stats)
 
 
 def _stats(statistics: Tensor) -> DistillStats:
