@@ -64,7 +64,7 @@ class TritonSurplus:
             statistics[:, column.value].clamp_min_(0.0)
         return cls(rows, outcome, config)
 
-    def add_mixture(self, kls: Tensor) -> None:
+    def add_to_sums(self, sums: Tensor) -> None:
         """Add the terms of KL(student || mixture) and KL(teacher || mixture) to their sums (n, 2)."""
         kls += torch.stack(self.outcome.mixture_kls(self.config), -1)
 
