@@ -212,7 +212,7 @@ def divergence_terms(p_s, p_t, d, numbers, DIVERGENCE: tl.constexpr, HALF: tl.co
 
     Returns:
         term: >= 0, the loss's term less k (p_t - p_s), whose sum is 0.
-        mean: adds up to the sum of `slope`, without its first-order terms, whose sum is 0.
+        centre: adds up to the sum of `slope`, without its first-order terms, whose sum is 0.
         difference: p_t - p_s.
     """
     a, b, c, rest, k = numbers
@@ -229,10 +229,10 @@ def slope(p_s, p_t, d, numbers, DIVERGENCE: tl.constexpr, HALF: tl.constexpr):
     """Return the derivative of a term by log p_s, plus k p_s; see `divergence_terms`."""
     a, b, c, rest, k = numbers
     if is_mixture(DIVERGENCE):
-        teacher_leads, distance, w, remainder, _, ratio, total = mixture_terms(d, c, rest, HALF)
-        u = tl.where(teacher_leads, (w - remainder) + distance, w - remainder)
+        leads, distance, w, remainder, _, ratio, total = mixture_terms(d, c, rest, HALF)
+        u = tl.where(leads, (w - remainder) + distance, w - remainder)
         excess = (k * rest) * (ratio / total)  # of the probability ratio p_t / m or p_s / m over 1
-        return p_s * (tl.where(teacher_leads, excess, -excess) - b * u)
+        return p_s * (tl.where(leads, excess, -excess) - b * u)
     return a * stable_prob_diff(p_t, p_s, -d) + mul_zero_safe(b * p_s, -d)
 
 
@@ -240,13 +240,13 @@ def slope(p_s, p_t, d, numbers, DIVERGENCE: tl.constexpr, HALF: tl.constexpr):
 def clipped(p_s, numbers, clip, terms, DIVERGENCE: tl.constexpr):
     """Return `divergence_terms`, where a term of the loss is at most `clip`, and whether it is clipped."""
     a, b, c, rest, k = numbers
-    term, mean, difference = terms
+    term, centre, difference = terms
     bound = clip - k * difference
     is_clipped = term > bound
     by_difference = 1.0
     if is_mixture(DIVERGENCE):
         by_difference = b * c + k * rest
-    return tl.minimum(term, bound), tl.where(is_clipped, k * p_s + by_difference * difference, mean), is_clipped
+    return tl.minimum(term, bound), tl.where(is_clipped, k * p_s + by_difference * difference, centre), is_clipped
 
 
 @triton.jit

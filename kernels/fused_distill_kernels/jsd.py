@@ -141,7 +141,7 @@ def divergence_sums_kernel(
 
     The sums are KL(student || mixture) and KL(teacher || mixture) for the Jensen-Shannon divergence; the
     student's probability of the tokens where it leads, and of those where the teacher leads, and the loss for
-    the total variation; the mean slope and the loss for all others. Reads 8 bytes per column, and 4 more per
+    the total variation; the sum of `slope` and the loss for all others. Reads 8 bytes per column, and 4 more per
     bias. Writes 8 or 12 bytes per part.
     """
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -209,25 +209,25 @@ def logit_gradient(
     reverse KL.
     """
     p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
-    mean, teacher_leads_mass = sums
+    centre, teacher_leads = sums
     if DIVERGENCE == TOTAL_VARIATION:
         _, share = variation_terms(p_s, p_t, d, clip, CLIP)
-        return p_s * ((1.0 - share) * teacher_leads_mass - share * mean)
+        return p_s * ((1.0 - share) * teacher_leads - share * centre)
     if CLIP:
         terms = divergence_terms(p_s, p_t, d, numbers, DIVERGENCE, HALF)
         _, _, is_clipped = clipped(p_s, numbers, clip, terms, DIVERGENCE)
         unclipped = slope(p_s, p_t, d, numbers, DIVERGENCE, HALF)
-        return tl.where(is_clipped, numbers[4] * p_s, unclipped) - p_s * mean
+        return tl.where(is_clipped, numbers[4] * p_s, unclipped) - p_s * centre
     if DIVERGENCE == FORWARD:
         return stable_prob_diff(p_t, p_s, -d)
     if DIVERGENCE == REVERSE:
-        return mul_zero_safe(p_s, -mean - d)
+        return mul_zero_safe(p_s, -centre - d)
     if DIVERGENCE == MIXED:
-        return numbers[0] * stable_prob_diff(p_t, p_s, -d) + mul_zero_safe(numbers[1] * p_s, -mean - d)
+        return numbers[0] * stable_prob_diff(p_t, p_s, -d) + mul_zero_safe(numbers[1] * p_s, -centre - d)
     if DIVERGENCE == MIXTURE:
         teacher_leads, distance, w, remainder, _, _, _ = mixture_terms(d, numbers[2], numbers[3], HALF)
-        return p_s * ((remainder - w) - tl.where(teacher_leads, distance + mean, mean))
-    return slope(p_s, p_t, d, numbers, DIVERGENCE, HALF) - p_s * mean
+        return p_s * ((remainder - w) - tl.where(teacher_leads, distance + centre, centre))
+    return slope(p_s, p_t, d, numbers, DIVERGENCE, HALF) - p_s * centre
 
 
 @triton.jit(do_not_specialize_on_alignment=["weight_ptr", "labels_ptr", "reverse_weight_ptr"])

@@ -160,11 +160,7 @@ class JSDKernels:
     def _numbers(self) -> tuple[float, ...]:
         """The numbers of `divergence_terms` and the clip; a weight per row replaces some of them."""
         config = self.config
-        a, b, k = config.mixture.teacher_weight, config.mixture.student_weight, config.mixture.imbalance
-        if config.form in (FORWARD.value, REVERSE.value):
-            a, b = float(config.form == FORWARD.value), float(config.form == REVERSE.value)
-            k = a - b
-        return a, b, config.mixture.teacher_share, config.mixture.student_share, k, config.entry_clip or 0.0
+        return *config.mixture, config.mixture.imbalance, config.entry_clip or 0.0
 
     @property
     def _constants(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .chunked.teacher import FullTeacher, TopKTeacher
 from .chunked.tensors import LossTensors
 from .config import Backend, Divergence, Reduction, Surplus, Tail
+from .stats import WeightFunction
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,7 +38,8 @@ class _Keywords(TypedDict, total=False):
     temperature: float
     student_logit_scale: float
     student_softcap: float | None
-    token_weight: Tensor | None
+    token_weight: Tensor | WeightFunction | None
+    token_data: Mapping[str, Tensor] | None
     labels: Tensor | None
     hard_weight: float
     soft_weight: float

@@ -48,6 +48,11 @@ class Mixture(NamedTuple):
         a, b, c, rest = self
         return a * rest - b * c
 
+    @property
+    def log_student_share(self) -> float:
+        """Return log(1 - c)."""
+        return math.log1p(-self.teacher_share) if self.teacher_share < 0.5 else math.log(self.student_share)
+
 
 class Scalars(NamedTuple):
     """The numbers of a `LossConfig` as 0-d tensors, so that new values cause no recompilation."""
@@ -139,6 +144,8 @@ class LossConfig:
             return Mixture(1.0, 0.0, alpha, 1.0 - alpha)
         if self.divergence == "skew_reverse_kl":
             return Mixture(0.0, 1.0, 1.0 - alpha, alpha)
+        if beta in (0, 1):  # forward and reverse KL
+            return Mixture(1.0 - beta, beta, beta, 1.0 - beta)
         return Mixture(beta, 1.0 - beta, beta, 1.0 - beta)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from .arguments import JSDKeywords, tensors_from
 from .chunked.loop import fused_loss
 from .chunked.teacher import FullTeacher
 from .config import Backend, Divergence, LossConfig, Reduction, Surplus, config_from, keywords_of
-from .stats import DistillStats
+from .stats import DistillStats, WeightFunction
 from .tracing import untraced
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def fused_linear_jsd(
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...) float
+    token_weight: Tensor | WeightFunction | None = None,  # (...) float
+    token_data: Mapping[str, Tensor] | None = None,  # (...) each
     labels: Tensor | None = None,  # (...) int64 / int32
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
@@ -121,7 +123,14 @@ def fused_linear_jsd(
         student_softcap: > 0, turns the student's logits into softcap * tanh(logits / softcap). None: no
             softcap.
         teacher_softcap: > 0, the same for the teacher's logits.
-        token_weight: (...) multiplies each token's loss; it receives no gradient.
+        token_weight: (...) multiplies each token's loss; it receives no gradient. It may be a function that
+            returns these weights, e.g. `lambda stats: (stats.teacher_entropy < 2.0).float()`. It is called
+            under no_grad for one chunk after another, with the `DistillStats` of the chunk's n valid tokens,
+            (n,) each and in order, and returns (n,) weights. It must give the same weights for the same
+            tokens, because a second pass calls it again. It costs no further product, except that with
+            float16 products on a GPU the logits are computed twice.
+        token_data: tensors of shape (...) by name, which a function token_weight receives by keyword, as (n,)
+            entries of its tokens: `token_weight=lambda stats, position: ...` with {"position": positions}.
         labels: (...) token ids below vocab_size for the cross entropy at temperature 1; -100 means no label.
             Those of masked tokens are ignored.
         hard_weight: >= 0, weight of the cross entropy.
@@ -200,7 +209,8 @@ class FusedLinearJSDLoss(nn.Module):
         mask: Tensor | None = None,  # (...) bool
         student_bias: Tensor | None = None,  # (Vs,)
         teacher_bias: Tensor | None = None,  # (Vt,)
-        token_weight: Tensor | None = None,  # (...)
+        token_weight: Tensor | WeightFunction | None = None,  # (...)
+        token_data: Mapping[str, Tensor] | None = None,  # (...) each
         labels: Tensor | None = None,  # (...)
         reverse_weight: float | Tensor = 0.5,  # or (...)
         normalizer: float | Tensor | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from .arguments import TopKJSDKeywords, tensors_from
 from .chunked.loop import fused_loss
 from .chunked.teacher import TopKTeacher
 from .config import Backend, Divergence, Reduction, Surplus, Tail, TopKLossConfig, config_from, keywords_of
-from .stats import DistillStats
+from .stats import DistillStats, WeightFunction
 from .tracing import untraced
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def fused_linear_topk_jsd(
     temperature: float = 1.0,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...) float
+    token_weight: Tensor | WeightFunction | None = None,  # (...) float
+    token_data: Mapping[str, Tensor] | None = None,  # (...) each
     labels: Tensor | None = None,  # (...) int64 / int32
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
@@ -106,7 +108,9 @@ def fused_linear_topk_jsd(
         student_logit_scale: > 0, multiplies the student's logits before the softcap.
         student_softcap: > 0, turns the student's logits into softcap * tanh(logits / softcap). None: no
             softcap.
-        token_weight: (...) multiplies each token's loss; it receives no gradient.
+        token_weight: (...) multiplies each token's loss, or a function of the statistics, as in
+            `fused_linear_jsd`. It receives no gradient.
+        token_data: (...) tensors by name for a function token_weight, as in `fused_linear_jsd`.
         labels: (...) token ids for the cross entropy at temperature 1 over all columns; -100 means no label.
             Those of masked tokens are ignored.
         hard_weight: >= 0, weight of the cross entropy. If it is not 0, "renormalize" projects the whole
@@ -173,7 +177,8 @@ class FusedLinearTopKJSDLoss(nn.Module):
         *,
         mask: Tensor | None = None,  # (...) bool
         student_bias: Tensor | None = None,  # (Vs,)
-        token_weight: Tensor | None = None,  # (...)
+        token_weight: Tensor | WeightFunction | None = None,  # (...)
+        token_data: Mapping[str, Tensor] | None = None,  # (...) each
         labels: Tensor | None = None,  # (...)
         reverse_weight: float | Tensor = 0.5,  # or (...)
         normalizer: float | Tensor | None = None,

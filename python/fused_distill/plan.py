@@ -140,6 +140,7 @@ def plan(
         FullTeacher(teacher_hidden, teacher_weight, teacher_bias),
         mask,
         token_weight,
+        token_data=None,
         labels=None,
         reverse_weight=reverse_weight,
         normalizer=None,
@@ -169,9 +170,11 @@ def plan(
 def triton_launches(config: LossConfig, *, with_grad: bool) -> int:
     """Return how many Triton kernels run per chunk, besides small PyTorch operations on its rows' sums.
 
-    Two compute the row statistics. A mixture's divergence and the gradient take one more each.
+    Two compute the row statistics, which give the plain KL divergences. Every other divergence, one with
+    entry_clip, and the gradient take one more each.
     """
-    return 2 + (config.form is DivergenceForm.MIXTURE) + with_grad
+    plain = (DivergenceForm.FORWARD_KL, DivergenceForm.REVERSE_KL, DivergenceForm.MIXED_KL)
+    return 2 + (config.form not in plain or config.entry_clip is not None) + with_grad
 
 
 def _on_meta(tensors: LossTensors) -> LossTensors:
@@ -193,6 +196,7 @@ def _on_meta(tensors: LossTensors) -> LossTensors:
         FullTeacher(
             stand_in(teacher.hidden).flatten(0, -2), stand_in(teacher.weight), stand_in_or_none(teacher.bias)
         ),
+        None,
         None,
         None,
         None,

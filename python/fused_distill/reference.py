@@ -6,6 +6,7 @@ Simple instead of fast or frugal. The tests compare every backend with it in flo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -27,7 +28,7 @@ from .config import (
     config_from,
 )
 from .rows.base import MIN_TEACHER_TAIL_PROB
-from .stats import DistillStats
+from .stats import DistillStats, WeightFunction
 from .tracing import check_has_data, untraced
 from .validation import FORBIDDEN_LOGPROB, check_probabilities
 
@@ -68,7 +69,8 @@ def linear_jsd(
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...)
+    token_weight: Tensor | WeightFunction | None = None,  # (...)
+    token_data: Mapping[str, Tensor] | None = None,  # (...) each
     labels: Tensor | None = None,  # (...) int64
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
@@ -119,7 +121,8 @@ def linear_topk_jsd(
     temperature: float = 1.0,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...)
+    token_weight: Tensor | WeightFunction | None = None,  # (...)
+    token_data: Mapping[str, Tensor] | None = None,  # (...) each
     labels: Tensor | None = None,  # (...) int64
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
@@ -177,8 +180,12 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
     if tensors.labels is not None and config.hard_weight != 0:
         labels = tensors.labels[mask].long()
         loss = loss + config.hard_weight * F.cross_entropy(y_s, labels, reduction="none")
-    if tensors.token_weight is not None:
+    if isinstance(tensors.token_weight, Tensor):
         loss = loss * tensors.token_weight.detach()[mask]
+    elif tensors.token_weight is not None:
+        with torch.no_grad():
+            data = {name: tensor[mask] for name, tensor in (tensors.token_data or {}).items()}
+            loss = loss * tensors.token_weight(stats, **data)
     if config.reduction == "none":
         result = _scatter(mask, loss)
     elif config.reduction == "mean" and len(loss):

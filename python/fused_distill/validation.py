@@ -91,17 +91,28 @@ def check_no_dtensors(tensors: Mapping[str, Tensor | None]) -> None:
             )
 
 
-def check_tokens(
-    shape: torch.Size, device: torch.device, mask: Tensor | None, token_weight: Tensor | None
-) -> None:
-    """Require a bool mask and float token weights in the shape of the tokens, or None."""
+def check_tokens(shape: torch.Size, device: torch.device, mask: Tensor | None, token_weight: object) -> None:
+    """Require a bool mask, and float weights or a function of statistics, in the shape of the tokens."""
     if mask is not None:
         check_per_token("mask", mask, shape, device)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool (mask.bool() makes it so), got {mask.dtype}")
-    if token_weight is not None:
-        check_float("token_weight", token_weight)
-        check_per_token("token_weight", token_weight, shape, device)
+    if token_weight is not None and not callable(token_weight):
+        check_per_token("token_weight", check_float("token_weight", token_weight), shape, device)
+
+
+def check_token_data(
+    token_data: object, token_weight: object, shape: torch.Size, device: torch.device
+) -> None:
+    """Require None, or for a function token_weight tensors by name in the shape of the tokens."""
+    if token_data is None:
+        return
+    if not callable(token_weight):
+        raise ValueError("token_data goes with a function as token_weight, got it without one")
+    if not isinstance(token_data, Mapping):
+        raise TypeError(f"token_data must be a dict of tensors, got {type(token_data).__name__}")
+    for name, tensor in token_data.items():
+        check_per_token(f"token_data[{name!r}]", tensor, shape, device)
 
 
 def check_reverse_weight(

@@ -23,6 +23,7 @@ from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
 from .base import StudentRows, TailStatistics, TeacherRows
 from .compiled import EAGER, StageRunner
+from .divergences import Numbers, Outcomes, clipped, divergence_terms, slope
 from .elementwise import (
     gap_beyond,
     kl_terms,
@@ -40,7 +41,7 @@ _EAGER_TEMPORARIES = 26  # tensors of a block's size that the largest eager stag
 
 @dataclass(frozen=True)
 class TorchJSD:
-    """The generalized JSD of each row, in PyTorch."""
+    """The divergence of each row, in PyTorch."""
 
     stages: StageRunner = EAGER
 
@@ -79,6 +80,7 @@ class TorchJSD:
                 teacher.values[block],
                 *biases,
                 None if student.labels is None else student.labels[block],
+                None if student.reverse_weight is None else student.reverse_weight[block],
                 scalars,
                 config.student_softcap is not None,
                 config.teacher_softcap is not None,
@@ -96,31 +98,33 @@ class TorchJSD:
         if surplus_rows is not None:
             tail = passes.statistics(surplus_rows.logits, surplus_rows.bias, config, block_rows=block_rows)
             softmax, surplus = softmax.with_surplus(tail)
-        loss, kl_student, *stats = group.all_reduce_sum(
-            *run(
-                _losses,
-                lambda block: (rows(block), softmax.block(block), config.form, config.return_stats),
-            )
+        kind = config.form, config.entry_clip is not None
+        loss, centre, *stats = group.all_reduce_sum(
+            *run(_losses, lambda block: (rows(block), softmax.block(block), *kind, config.return_stats))
         )
         if surplus is not None:
-            loss, kl_student, stats = surplus.added_to(loss, kl_student, stats, config)
+            loss, centre, stats = surplus.added_to(loss, centre, stats, config, student.reverse_weight)
+        result_stats = DistillStats(*stats) if config.return_stats else None
+        student = student.weighted(result_stats)
         if grad is not None:
 
             def gradient_arguments(block: slice) -> tuple[Any, ...]:
                 block_of_rows = rows(block)
-                kl = None if kl_student is None else kl_student[block]
+                centre_of_block = None if centre is None else centre[block]
                 in_place = grad is student.logits
                 out = block_of_rows.student if in_place else grad[block, : block_of_rows.student.shape[1]]
                 weight = student.grad_weight[block]
-                return block_of_rows, softmax.block(block), config.form, kl, weight, out
+                return block_of_rows, softmax.block(block), *kind, centre_of_block, weight, out
 
             run(_gradient, gradient_arguments)
             if surplus is not None and surplus_rows is not None:
                 x, bias, weight = surplus_rows.logits, surplus_rows.bias, student.grad_weight
                 out = x if grad is student.logits else grad[:, teacher.values.shape[1] :]
-                factors = surplus.gradient_factors(config, kl_student, weight, student.labels)
+                factors = surplus.gradient_factors(
+                    config, centre, weight, student.labels, student.reverse_weight
+                )
                 passes.gradient(x, bias, config, surplus.tail, *factors, out, block_rows=block_rows)
-        return RowResult(loss * student.weight, DistillStats(*stats) if config.return_stats else None)
+        return RowResult(loss * student.weight, result_stats)
 
 
 class _Rows(NamedTuple):
@@ -131,6 +135,7 @@ class _Rows(NamedTuple):
     student_bias: Tensor | None  # (V,)
     teacher_bias: Tensor | None  # (V,)
     labels: Tensor | None  # (n,)
+    reverse_weight: Tensor | None  # (n,)
     scalars: Tensor  # (13,) float64, see `Scalars`
     student_has_softcap: bool
     teacher_has_softcap: bool
@@ -200,11 +205,12 @@ def _sums(
 
 
 def _losses(
-    rows: _Rows, softmax: _SoftmaxParts, form: DivergenceForm, return_stats: bool
+    rows: _Rows, softmax: _SoftmaxParts, form: DivergenceForm, clips: bool, return_stats: bool
 ) -> tuple[Tensor | None, ...]:
-    """Return (n,) losses, KL(p_s || m), which the gradient needs, and with return_stats their statistics.
+    """Return (n,) losses, what the gradient subtracts, and with return_stats their statistics.
 
-    m is the mixture, or p_t for reverse KL. For forward KL the gradient needs no KL, and None is returned.
+    The second result is the sum of `slope`, which is KL(p_s || m) for reverse KL, with m = p_t. For a "jsd"
+    mixture it is KL(p_s || m), and None for forward KL, whose slopes add up to 0.
     """
     scalars = rows.numbers(rows.student.dtype)
     beta, one_minus_beta = scalars.teacher_share, scalars.student_share
@@ -212,15 +218,18 @@ def _losses(
     p_s, p_t, d = _distributions(rows, z_s, z_t, softmax)
     prob_diff = stable_prob_diff(p_s, p_t, d)
 
-    kl_student = None
-    if form is DivergenceForm.FORWARD_KL:
+    centre = None
+    if clips or form > DivergenceForm.MIXTURE:
+        terms, slopes = _terms_and_slopes(rows, Outcomes(p_s, p_t, d, prob_diff), form, clips)
+        soft, centre = terms.sum(-1), slopes.sum(-1)
+    elif form is DivergenceForm.FORWARD_KL:
         soft = kl_terms(p_t, -d, -prob_diff).sum(-1)
     elif form is DivergenceForm.REVERSE_KL:
-        soft = kl_student = kl_terms(p_s, d, prob_diff).sum(-1)
+        soft = centre = kl_terms(p_s, d, prob_diff).sum(-1)
     else:
         u, v = mixture_log_ratios(d, beta, one_minus_beta)
-        kl_student = kl_terms(p_s, u, beta * prob_diff).sum(-1)
-        soft = beta * kl_terms(p_t, v, -one_minus_beta * prob_diff).sum(-1) + one_minus_beta * kl_student
+        centre = kl_terms(p_s, u, beta * prob_diff).sum(-1)
+        soft = beta * kl_terms(p_t, v, -one_minus_beta * prob_diff).sum(-1) + one_minus_beta * centre
     loss = scalars.soft_weight * soft
 
     if rows.labels is not None and softmax.sum_y is not None:
@@ -229,10 +238,10 @@ def _losses(
         loss = loss + torch.where(rows.labels == label, scalars.hard_weight * nll.squeeze(-1), 0.0)
 
     if not return_stats:
-        return loss, kl_student
+        return loss, centre
     return (
         loss,
-        kl_student,
+        centre,
         mul_zero_safe(p_s, softmax.sum_s.log() - (z_s - softmax.max_s)).sum(-1),
         mul_zero_safe(p_t, softmax.sum_t.log() - (z_t - softmax.max_t)).sum(-1),
         kl_terms(p_t, -d, -prob_diff).sum(-1),
@@ -245,7 +254,8 @@ def _gradient(
     rows: _Rows,
     softmax: _SoftmaxParts,
     form: DivergenceForm,
-    kl_student: Tensor | None,
+    clips: bool,
+    centre: Tensor | None,
     weight: Tensor,
     out: Tensor,  # (n, V), may be rows.student
 ) -> tuple[()]:
@@ -253,13 +263,17 @@ def _gradient(
     scalars = rows.numbers(rows.student.dtype)
     y_s, dlogit_dproj, z_s, z_t = _logits(rows)
     p_s, p_t, d = _distributions(rows, z_s, z_t, softmax)
-    if form is DivergenceForm.FORWARD_KL or kl_student is None:
+    if centre is None:
         grad = -stable_prob_diff(p_s, p_t, d)
+    elif clips or form > DivergenceForm.MIXTURE:
+        outcomes = Outcomes(p_s, p_t, d, stable_prob_diff(p_s, p_t, d))
+        _, slopes = _terms_and_slopes(rows, outcomes, form, clips)
+        grad = slopes - mul_zero_safe(p_s, centre.unsqueeze(-1))
     elif form is DivergenceForm.REVERSE_KL:
-        grad = mul_zero_safe(p_s, -d - kl_student.unsqueeze(-1))
+        grad = mul_zero_safe(p_s, -d - centre.unsqueeze(-1))
     else:
         u, _ = mixture_log_ratios(d, scalars.teacher_share, scalars.student_share)
-        grad = scalars.student_share * mul_zero_safe(p_s, -u - kl_student.unsqueeze(-1))
+        grad = scalars.student_share * mul_zero_safe(p_s, -u - centre.unsqueeze(-1))
     grad = grad * (scalars.inv_temperature * scalars.soft_weight)
     if rows.labels is not None and softmax.sum_y is not None:
         has_label = (rows.labels >= 0).unsqueeze(-1)
@@ -269,6 +283,16 @@ def _gradient(
         grad = grad + torch.where(has_label, scalars.hard_weight * residual, 0.0)
     out.copy_(grad * dlogit_dproj * weight.unsqueeze(-1))
     return ()
+
+
+def _terms_and_slopes(
+    rows: _Rows, outcomes: Outcomes, form: DivergenceForm, clips: bool
+) -> tuple[Tensor, Tensor]:
+    """Return `divergence_terms` and `slope` of each column, both (n, V)."""
+    scalars = rows.numbers(outcomes.d.dtype)
+    numbers = Numbers.of(scalars, rows.reverse_weight)
+    terms, slopes = (function(outcomes, numbers, form) for function in (divergence_terms, slope))
+    return clipped(outcomes, numbers, terms, slopes, scalars.entry_clip) if clips else (terms, slopes)
 
 
 def _logits(rows: _Rows, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -59,15 +59,17 @@ class TritonJSD:
             if surplus is not None:
                 surplus.add_to_sums(sums)
         soft = _soft_loss(statistics, sums, student.reverse_weight, config)
+        stats = _stats(statistics) if config.return_stats else None
+        student = student.weighted(stats)
         if grad is not None:
             for_gradient = statistics
             if surplus is not None:
-                for_gradient = surplus.gradient(statistics, sums, grad[:, n_columns:])
+                for_gradient = surplus.gradient(statistics, sums, grad[:, n_columns:], student.grad_weight)
             kernels.gradient(for_gradient, sums, student.grad_weight, grad[:, :n_columns])
         loss = config.soft_weight * soft
         if student.labels is not None:
             loss = torch.add(loss, statistics[:, row_statistics.NLL.value], alpha=config.hard_weight)
-        return RowResult(loss * student.weight, _stats(statistics) if config.return_stats else None)
+        return RowResult(loss * student.weight, stats)
 
 
 def _soft_loss(
