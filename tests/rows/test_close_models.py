@@ -155,7 +155,7 @@ def test_gradient_of_a_nearly_one_hot_row_keeps_its_digits(divergence: dict[str,
 
 @needs_no_kernel
 # One of each formula of the gradient: a compilation takes seconds.
-@pytest.mark.parametrize("name", ["jsd-0.0", "jsd-0.1", "jsd-1.0", "skew_reverse_kl", "mixed_kl"])
+@pytest.mark.parametrize("name", ["jsd-0.0", "jsd-0.1", "jsd-1.0", "skew_reverse_kl"])
 def test_compiled_loss_and_gradient_keep_their_digits(name: str) -> None:
     divergence = DIVERGENCES[name]
     student, teacher = close_logits(1e-4)

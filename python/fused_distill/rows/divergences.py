@@ -99,3 +99,25 @@ def clipped(
     """Return `divergence_terms` and `slope` of min(T, clip)."""
     bound = clip - numbers.imbalance * outcomes.difference
     return torch.minimum(terms, bound), torch.where(terms > bound, numbers.imbalance * outcomes.p_s, slopes)
+
+
+def terms_and_slopes(
+    outcomes: Outcomes,
+    scalars: Scalars,
+    reverse_weight: Tensor | None,  # (n,)
+    form: DivergenceForm,
+    clips: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return `divergence_terms` and `slope` of each outcome, clipped or not, both (n, V)."""
+    numbers = Numbers.of(scalars, reverse_weight)
+    terms, slopes = (function(outcomes, numbers, form) for function in (divergence_terms, slope))
+    return clipped(outcomes, numbers, terms, slopes, scalars.entry_clip) if clips else (terms, slopes)
+
+
+def led_parts(p_s: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p_s where the student leads, and where the teacher leads, given slopes of the total variation.
+
+    Outcomes whose slope is 0 count half in each. With the sums S and T of the two, the gradient is p_s T
+    where the student leads and -p_s S where the teacher leads. No numbers close to 1 are subtracted.
+    """
+    return 0.5 * p_s + slopes, 0.5 * p_s - slopes

@@ -23,7 +23,7 @@ from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
 from .base import StudentRows, TailStatistics, TeacherRows
 from .compiled import EAGER, StageRunner
-from .divergences import Numbers, Outcomes, clipped, divergence_terms, slope
+from .divergences import Outcomes, led_parts, terms_and_slopes
 from .elementwise import (
     gap_beyond,
     kl_terms,
@@ -218,6 +218,7 @@ def _losses(
 
     The second result is the sum of `slope`, without the weight b for a mixture of "jsd", where it is
     KL(p_s || m), and for reverse KL, also in "mixed_kl". It is None for forward KL, whose slopes add up to 0.
+    For the total variation it is (n, 2), see `led_parts`.
     """
     scalars = rows.numbers(rows.student.dtype)
     beta, one_minus_beta = scalars.teacher_share, scalars.student_share
@@ -227,17 +228,20 @@ def _losses(
 
     centre = None
     if clips or form not in _BY_KL:
-        terms, slopes = _terms_and_slopes(rows, Outcomes(p_s, p_t, d, prob_diff), form, clips)
+        terms, slopes = terms_and_slopes(
+            Outcomes(p_s, p_t, d, prob_diff), scalars, rows.reverse_weight, form, clips
+        )
         soft, centre = terms.sum(-1), slopes.sum(-1)
+        if form is DivergenceForm.TOTAL_VARIATION:
+            centre = torch.stack([part.sum(-1) for part in led_parts(p_s, slopes)], -1)
     elif form is DivergenceForm.FORWARD_KL:
         soft = kl_terms(p_t, -d, -prob_diff).sum(-1)
     elif form is not DivergenceForm.MIXTURE:
         soft = centre = kl_terms(p_s, d, prob_diff).sum(-1)
         if rows.reverse_weight is not None:  # a weight of 0 drops an infinite divergence
             forward = kl_terms(p_t, -d, -prob_diff).sum(-1)
-            soft = mul_zero_safe(1 - rows.reverse_weight, forward) + mul_zero_safe(
-                rows.reverse_weight, centre
-            )
+            weight = rows.reverse_weight
+            soft = mul_zero_safe(1 - weight, forward) + mul_zero_safe(weight, centre)
     else:
         u, v = mixture_log_ratios(d, beta, one_minus_beta)
         centre = kl_terms(p_s, u, beta * prob_diff).sum(-1)
@@ -279,8 +283,12 @@ def _gradient(
         grad = -stable_prob_diff(p_s, p_t, d)
     elif clips or form not in _BY_KL:
         outcomes = Outcomes(p_s, p_t, d, stable_prob_diff(p_s, p_t, d))
-        _, slopes = _terms_and_slopes(rows, outcomes, form, clips)
-        grad = slopes - mul_zero_safe(p_s, centre.unsqueeze(-1))
+        _, slopes = terms_and_slopes(outcomes, scalars, rows.reverse_weight, form, clips)
+        if form is DivergenceForm.TOTAL_VARIATION:
+            (by_student, by_teacher), masses = led_parts(p_s, slopes), centre.unsqueeze(-1)
+            grad = by_student * masses[:, 1] - by_teacher * masses[:, 0]
+        else:
+            grad = slopes - mul_zero_safe(p_s, centre.unsqueeze(-1))
     elif form is not DivergenceForm.MIXTURE:
         grad = mul_zero_safe(p_s, -d - centre.unsqueeze(-1))
         if rows.reverse_weight is not None:
@@ -298,16 +306,6 @@ def _gradient(
         grad = grad + torch.where(has_label, scalars.hard_weight * residual, 0.0)
     out.copy_(grad * dlogit_dproj * weight.unsqueeze(-1))
     return ()
-
-
-def _terms_and_slopes(
-    rows: _Rows, outcomes: Outcomes, form: DivergenceForm, clips: bool
-) -> tuple[Tensor, Tensor]:
-    """Return `divergence_terms` and `slope` of each column, both (n, V)."""
-    scalars = rows.numbers(outcomes.d.dtype)
-    numbers = Numbers.of(scalars, rows.reverse_weight)
-    terms, slopes = (function(outcomes, numbers, form) for function in (divergence_terms, slope))
-    return clipped(outcomes, numbers, terms, slopes, scalars.entry_clip) if clips else (terms, slopes)
 
 
 def _logits(rows: _Rows, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

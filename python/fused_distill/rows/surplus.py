@@ -77,17 +77,10 @@ class Surplus(NamedTuple):
         of_student, of_teacher = self.mixture_kls(config)
         return config.mixture.teacher_weight * of_teacher + config.mixture.student_weight * of_student
 
-    def slope(self, config: LossConfig) -> Tensor:
-        """Return the outcome's `divergences.slope` for a mixture or the total variation."""
-        if config.form is DivergenceForm.TOTAL_VARIATION:
-            return 0.5 * self.mass
-        mixture = config.mixture
-        return self.mass * (mixture.imbalance - mixture.student_weight * mixture.log_student_share)
-
     def added_to(
         self,
         loss: Tensor,  # (n,)
-        centre: Tensor | None,  # (n,) what the gradient of the compared columns subtracts
+        centre: Tensor | None,  # (n,) or (n, 2), what the gradient of the compared columns subtracts
         stats: list[Tensor],  # the first five columns of `DistillStats`, or none
         config: LossConfig,
         reverse_weight: Tensor | None,  # (n,)
@@ -106,8 +99,10 @@ class Surplus(NamedTuple):
                 centre = centre + (self.reverse_kl - self.log_teacher_sum).to(centre.dtype)
             elif config.form is DivergenceForm.MIXTURE:
                 centre = plus(centre, self.mixture_kls(config)[0])
+            elif config.form is DivergenceForm.TOTAL_VARIATION:
+                centre = centre + torch.stack([self.mass, torch.zeros_like(self.mass)], -1).to(centre.dtype)
             else:
-                centre = centre + self.slope(config).to(centre.dtype)
+                centre = centre + self._mixture_slope(config).to(centre.dtype)
         if stats:
             entropy, teacher_entropy, forward_kl, reverse_kl, agreement = stats
             forward_kl, reverse_kl = plus(forward_kl, self.mass), plus(reverse_kl, self.reverse_kl)
@@ -117,7 +112,7 @@ class Surplus(NamedTuple):
     def gradient_factors(
         self,
         config: LossConfig,
-        centre: Tensor | None,  # (n,) what the gradient of the compared columns subtracts
+        centre: Tensor | None,  # (n,) or (n, 2), what the gradient of the compared columns subtracts
         weight: Tensor,  # (n,) factor of each row's gradient
         labels: Tensor | None,  # (n,) int64
         reverse_weight: Tensor | None,  # (n,)
@@ -125,7 +120,7 @@ class Surplus(NamedTuple):
         """Return the factors of e^(z - max_z) and e^(y - max_y) in the gradient by the surplus logits, (n,).
 
         centre is KL(p_s || m) for a mixture of "jsd", and the divergence less log(1 + e) for reverse KL, also
-        in "mixed_kl".
+        in "mixed_kl". For the total variation it has the sums of `divergences.led_parts`, (n, 2).
         """
         if centre is None:
             by_outcome = self.mass
@@ -133,9 +128,11 @@ class Surplus(NamedTuple):
             by_outcome = mul_zero_safe(self.mass, self._log_ratio - centre)
             if reverse_weight is not None:
                 by_outcome = (1 - reverse_weight) * self.mass + mul_zero_safe(reverse_weight, by_outcome)
+        elif config.form is DivergenceForm.TOTAL_VARIATION:
+            by_outcome = self.mass * centre[:, 1]
         else:
             factor = config.mixture.student_weight if config.form is DivergenceForm.MIXTURE else 1.0
-            by_outcome = self.slope(config) - self.mass * (factor * centre)
+            by_outcome = self._mixture_slope(config) - self.mass * (factor * centre)
         by_outcome = by_outcome * weight * (config.soft_weight / config.temperature)
         factor_z = torch.where(self.tail.sum_z == 0, 0.0, by_outcome / self.tail.sum_z)
         if labels is None:
@@ -145,3 +142,8 @@ class Surplus(NamedTuple):
     @property
     def _log_ratio(self) -> Tensor:
         return (self.mass / MIN_TEACHER_TAIL_PROB).log()
+
+    def _mixture_slope(self, config: LossConfig) -> Tensor:
+        """Return the outcome's `divergences.slope` for a mixture."""
+        mixture = config.mixture
+        return self.mass * (mixture.imbalance - mixture.student_weight * mixture.log_student_share)

@@ -88,13 +88,11 @@ class TritonSurplus:
         rows, outcome, config = self.rows, self.outcome, self.config
         centre = None if sums is None else sums[:, 0]
         if sums is not None and config.form is DivergenceForm.TOTAL_VARIATION:
-            centre = 0.5 - sums[:, 1].double()
+            centre = sums[:, :2]
         if config.form in (DivergenceForm.REVERSE_KL, DivergenceForm.MIXED_KL):
             statistics = statistics.clone()
             centre = statistics[:, row_statistics.REVERSE_KL.value]
             centre -= outcome.log_teacher_sum
-            if rows.reverse_weight is not None:
-                centre = mul_zero_safe(rows.reverse_weight, centre)
         factor_z, factor_y = outcome.gradient_factors(
             config, centre, weight, rows.labels, rows.reverse_weight
         )
