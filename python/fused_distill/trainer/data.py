@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..huggingface.loading import tokenizer_digest
+from . import conversations
 from .config import ConfigError, DataConfig, TrainConfig
 from .conversations import RowError, tokenize_row
 from .files import read_rows, unreadable
@@ -115,6 +120,7 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completio
             fn_kwargs=options,
             remove_columns=rows.table.column_names,
             features=_FEATURES,
+            new_fingerprint=_cache_key(rows.table, config, tokenizer, completions),
         )
     except UnicodeDecodeError as error:
         raise unreadable(rows.source, rows.files, error) from error
@@ -124,13 +130,28 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completio
     return Data(samples.remove_columns("dropped"), rows.source, len(rows.table), dropped)
 
 
+def _cache_key(
+    table: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completions: bool
+) -> str | None:
+    """Return what names the tokenized samples in the cache of `datasets`, None to let it hash all arguments.
+
+    It would pickle the tokenizer, which takes seconds for a vocabulary of 262,144 tokens.
+    """
+    digest = tokenizer_digest(tokenizer)
+    if digest is None:
+        return None
+    code = [Path(file).read_text() for file in (__file__, conversations.__file__)]
+    rules = [config.data.model_dump_json(), config.rollouts.max_completion_length, completions, *code]
+    return hashlib.sha256(json.dumps([table._fingerprint, digest, *rules]).encode()).hexdigest()
+
+
 def split_data(data: Data, config: TrainConfig) -> tuple[Dataset, list[Sample]]:
     """Return the training samples and the held-out ones, which are the last.
 
     Samples of one row are never in both.
 
     Raises:
-        ConfigError: fewer training samples are left than a step needs.
+        ConfigError: fewer training samples are left than a step needs (the message names the setting).
     """
     samples = data.samples
     first_held_out = max(len(samples) - config.data.evaluation_prompts, 0)
@@ -139,10 +160,32 @@ def split_data(data: Data, config: TrainConfig) -> tuple[Dataset, list[Sample]]:
     while held_out and n_training and samples[n_training - 1]["row"] == held_out[0].row:
         n_training -= 1
     if n_training < config.prompts_per_step:
-        held = f"{len(held_out)} held out (data.evaluation_prompts)"
-        left = f"{n_training} samples are left for training of {data}; {held}"
-        raise ConfigError(f"prompts_per_step: {config.prompts_per_step} is too many: {left}")
+        raise ConfigError(_too_few(data, config, n_training))
     return samples.select(range(n_training)), held_out
+
+
+def _too_few(data: Data, config: TrainConfig, n_training: int) -> str:
+    """Return the message that too few training samples are left, which begins with the setting to change."""
+    n, needed, held_out = len(data.samples), config.prompts_per_step, config.data.evaluation_prompts
+    too_long = data.dropped.get(_too_long(config.data), 0)
+    if too_long and (n == 0 or n < needed <= n + too_long):
+        return (
+            f"data.max_prompt_length: {config.data.max_prompt_length} leaves {n} samples, fewer than the "
+            f"{needed} of a step (prompts_per_step), because {too_long} are longer: raise it. {data}"
+        )
+    if n < needed:
+        held = f"{min(n, held_out)} held out (data.evaluation_prompts)"
+        left = f"{n_training} samples are left for training of {data}; {held}"
+        return f"prompts_per_step: {needed} is too many: {left}"
+    left = f"{n_training} of {n} samples are left for training, fewer than the {needed} of a step"
+    return (
+        f"data.evaluation_prompts: {held_out} is too many: {left} (prompts_per_step). Hold out fewer, 0 for "
+        f"none. {data}"
+    )
+
+
+def _too_long(config: DataConfig) -> str:
+    return f"prompt longer than {config.max_prompt_length} tokens (data.max_prompt_length)"
 
 
 def _tokenize_rows(
@@ -171,7 +214,7 @@ def _tokenize_rows(
             sample = Sample(index, prompt, tokens[:length], len(tokens) > length)
             dropped = "empty prompt" if not prompt else None
             if len(prompt) > config.max_prompt_length:
-                dropped = f"prompt longer than {config.max_prompt_length} tokens (data.max_prompt_length)"
+                dropped = _too_long(config)
             elif completions and not tokens:
                 dropped = "empty completion"
             samples.append(sample._asdict() | {"dropped": dropped})
