@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import env
+from . import __version__, env
 from .child_processes import end_with_server
 
 # Processes that an engine spawns import this module again before they do anything else.
@@ -72,6 +72,7 @@ def _json_object(text: str) -> dict[str, Any]:
 def make_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
     parser = _Parser(prog="fused-distill", description="Distillation of language models.")
+    parser.add_argument("--version", action="version", version=f"fused-distill {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add_command(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:

@@ -203,7 +203,7 @@ def test_nccl_sends_the_students_weights_as_often_as_disk_would(lab: Lab, tmp_pa
 def test_missing_vllm_is_reported_before_any_work(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.setattr("fused_distill.trainer.loop.find_spec", lambda _: None)
+    monkeypatch.setattr("fused_distill.trainer.start.find_spec", lambda _: None)
     with pytest.raises(ConfigError) as error:
         Trainer(lab.config(tmp_path, *engine, "student=/nowhere"))
     assert str(error.value) == message

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .fingerprint import local_checkpoint, tensor_shapes
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +31,54 @@ def require_model(name: str) -> None:
         raise FileNotFoundError(f"the folder {name} does not exist")
 
 
+def load_files(load: Callable[..., Any], name: str, **options: Any) -> Any:
+    """Call a from_pretrained, and name the file of the model that it cannot read, e.g. as it is truncated.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    try:
+        return load(name, **options)
+    except Exception as error:  # transformers and the formats' libraries raise many types
+        problem = find_broken_file(name)
+        if problem is None and isinstance(
+            error, OSError | ValueError | ImportError | RuntimeError | MemoryError
+        ):
+            raise
+        reason = f"the files of {name} cannot be read: {type(error).__name__}: {error}"
+        raise OSError(problem or reason) from error
+
+
+def find_broken_file(name: str) -> str | None:
+    """Return what is wrong with the files of a model on this machine, or None if nothing was found.
+
+    Of weights only the header and the size of each file are read.
+    """
+    if (problem := find_broken_weights(name)) is not None:
+        return problem
+    folder = local_checkpoint(name)
+    for path in [] if folder is None else sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, OSError) as error:
+            return f"{path} is no JSON, it may be truncated: {error}"
+    return None
+
+
+def find_broken_weights(name: str) -> str | None:
+    """Return what is wrong with the headers or sizes of a model's weight files on this machine, or None."""
+    folder = local_checkpoint(name)
+    try:
+        if folder is not None and not tensor_shapes(folder):
+            broken = (path for path in sorted(folder.glob("*.bin")) if not zipfile.is_zipfile(path))
+            return next((f"{path} is no file of torch.save, it may be truncated" for path in broken), None)
+    except json.JSONDecodeError as error:
+        return f"{folder}: the index of the weights is no JSON, it may be truncated: {error}"
+    except (ValueError, LookupError, TypeError) as error:
+        return str(error) if isinstance(error, ValueError) else f"{folder} has an index without weight_map"
+    return None
+
+
 def load_causal_lm(name: str, **options: Any) -> Any:
     """Load a causal language model; every weight must come from the checkpoint.
 
@@ -42,15 +93,11 @@ def load_causal_lm(name: str, **options: Any) -> Any:
         OSError: there is no model of that name, or its files cannot be read.
         ValueError: it is not a causal language model, or weights are missing or have other shapes.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     require_model(name)
-    load: Any = AutoModelForCausalLM.from_pretrained
-    try:
-        model, info = load(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except SafetensorError as error:
-        raise OSError(f"a weight file of {name} cannot be read: {error}") from error
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_files(AutoModelForCausalLM.from_pretrained, name, **options)
     problems: list[str] = []
     if missing := info["missing_keys"]:
         problems.append(f"lacks the weights {_first_names(missing)}")
@@ -82,7 +129,7 @@ def load_tokenizer(name: str) -> Any | None:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return load_files(AutoTokenizer.from_pretrained, name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         _log.warning("%s has no tokenizer, so clients cannot compare it with their own: %s", name, reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_serializer("url", check_fields=False)
     def _hide_credentials(self, url: list[str] | str | None) -> list[str] | str | None:
@@ -67,7 +67,6 @@ class TeacherConfig(_Section):
     deadline_seconds: float = Field(
         1200.0,
         gt=0,
-        allow_inf_nan=False,
         description="longest wait for an answer of teacher.url, e.g. while the server restarts",
     )
 
@@ -132,6 +131,15 @@ class TrainConfig(_Section):
     steps: int = Field(ge=1, description="optimizer steps")
     prompts_per_step: int = Field(16, ge=1, description="prompts per optimizer step, over all processes")
     gradient_accumulation_steps: int = Field(1, ge=1, description="slices of a step in each process")
+    tokens_per_forward: int | None = Field(
+        None, ge=1, description="split slices so that a forward pass has at most so many tokens with padding"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, about a third more time"
+    )
+    attention: Literal["sdpa", "flash_attention_2", "eager"] | None = Field(
+        None, description="of the student and of teacher.model; null: transformers' choice"
+    )
     lmbda: float = Field(1.0, ge=0, le=1, description="fraction of on-policy data")
     beta: float = Field(0.5, ge=0, le=1, description="0: forward KL, 1: reverse KL, in between: JSD")
     temperature: float = Field(1.0, gt=0, description="divides both models' logits in the loss")
@@ -142,7 +150,9 @@ class TrainConfig(_Section):
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warmup")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    max_grad_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="gradients are clipped to this norm; .inf: never"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="mixed precision; auto: bf16 on a CUDA device that supports it, else fp32"
     )
@@ -167,6 +177,7 @@ class TrainConfig(_Section):
 # Settings that may change on resume: the length of the run, its files and its machines.
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
+    **dict.fromkeys(("tokens_per_forward", "gradient_checkpointing", "attention"), True),
     **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints"), True),
     "data": {"path"},
     "teacher": {"model", "url", "stored", "deadline_seconds"},
@@ -225,4 +236,13 @@ def help_lines(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterat
             yield from help_lines(section, f"{prefix}{name}.")
             continue
         default = "" if field.is_required() else f" [{json.dumps(field.default)}]"
-        yield f"{prefix}{name}{default}  {field.description or ''}".rstrip()
+        choices = " | ".join(_choices(field.annotation))
+        told = f"{field.description or ''} ({choices})" if choices else field.description or ""
+        yield f"{prefix}{name}{default}  {told}".rstrip()
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Return the texts that a setting of a type may have, none if it may have any."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]

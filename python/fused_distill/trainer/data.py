@@ -130,7 +130,7 @@ def split_data(data: Data, config: TrainConfig) -> tuple[Dataset, list[Sample]]:
     Samples of one row are never in both.
 
     Raises:
-        ConfigError: fewer training samples are left than a step needs.
+        ConfigError: fewer training samples are left than a step needs (the message names the setting).
     """
     samples = data.samples
     first_held_out = max(len(samples) - config.data.evaluation_prompts, 0)
@@ -139,10 +139,32 @@ def split_data(data: Data, config: TrainConfig) -> tuple[Dataset, list[Sample]]:
     while held_out and n_training and samples[n_training - 1]["row"] == held_out[0].row:
         n_training -= 1
     if n_training < config.prompts_per_step:
-        held = f"{len(held_out)} held out (data.evaluation_prompts)"
-        left = f"{n_training} samples are left for training of {data}; {held}"
-        raise ConfigError(f"prompts_per_step: {config.prompts_per_step} is too many: {left}")
+        raise ConfigError(_too_few(data, config, n_training))
     return samples.select(range(n_training)), held_out
+
+
+def _too_few(data: Data, config: TrainConfig, n_training: int) -> str:
+    """Return the message that too few training samples are left, which begins with the setting to change."""
+    n, needed, held_out = len(data.samples), config.prompts_per_step, config.data.evaluation_prompts
+    too_long = data.dropped.get(_too_long(config.data), 0)
+    if too_long and (n == 0 or n < needed <= n + too_long):
+        return (
+            f"data.max_prompt_length: {config.data.max_prompt_length} leaves {n} samples, fewer than the "
+            f"{needed} of a step (prompts_per_step), because {too_long} are longer: raise it. {data}"
+        )
+    if n < needed:
+        held = f"{min(n, held_out)} held out (data.evaluation_prompts)"
+        left = f"{n_training} samples are left for training of {data}; {held}"
+        return f"prompts_per_step: {needed} is too many: {left}"
+    left = f"{n_training} of {n} samples are left for training, fewer than the {needed} of a step"
+    return (
+        f"data.evaluation_prompts: {held_out} is too many: {left} (prompts_per_step). Hold out fewer, 0 for "
+        f"none. {data}"
+    )
+
+
+def _too_long(config: DataConfig) -> str:
+    return f"prompt longer than {config.max_prompt_length} tokens (data.max_prompt_length)"
 
 
 def _tokenize_rows(
@@ -171,7 +193,7 @@ def _tokenize_rows(
             sample = Sample(index, prompt, tokens[:length], len(tokens) > length)
             dropped = "empty prompt" if not prompt else None
             if len(prompt) > config.max_prompt_length:
-                dropped = f"prompt longer than {config.max_prompt_length} tokens (data.max_prompt_length)"
+                dropped = _too_long(config)
             elif completions and not tokens:
                 dropped = "empty completion"
             samples.append(sample._asdict() | {"dropped": dropped})

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import signal
 from contextlib import ExitStack, nullcontext
-from datetime import timedelta
-from importlib.util import find_spec
 from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -25,8 +21,10 @@ from ..stats import DistillStats
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, sample_stream, split_data
+from .long_sequences import check_positions, split_by_tokens
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
 from .rollouts import StudentRollouts
+from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
 from .teachers import check_limits, load_teacher
@@ -44,6 +42,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         check_packages(config)
+        check_weight_files(config)
         self.accelerator, config = make_accelerator(config)
         self.config = config
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -56,11 +55,14 @@ class Trainer:
         self.samples, self.held_out = split_data(data, config)
         self.teacher = load_teacher(config, self.tokenizer, self.device)
         completion = config.rollouts.max_completion_length
-        check_limits(
-            self.teacher, config, lambda: max(map(len, data.samples["prompt"]), default=0) + completion
-        )
+
+        def longest() -> int:
+            return max(map(len, data.samples["prompt"]), default=0) + completion
+
+        check_limits(self.teacher, config, longest)
         torch.manual_seed(config.seed)
         model = load_student(config)
+        check_positions("student", model.config, config, longest)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -104,6 +106,12 @@ class Trainer:
             for part in split_on_groups(completions, slices)
         ]
 
+    def collate(self, slices: list[list[Sample]]) -> list[Batch]:
+        """Return batches for one forward pass each, as many as in every other process."""
+        if self.config.tokens_per_forward is not None:
+            slices = split_by_tokens(slices, self.config.tokens_per_forward, self.accelerator)
+        return [Batch.collate(samples, self.device) for samples in slices]
+
     def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, DistillStats, Targets]:
         """Return a batch's summed loss divided by `normalizer`, its per-token statistics and its targets."""
         config, vocab_size = self.config, self.teacher.vocab_size
@@ -126,7 +134,7 @@ class Trainer:
         Raises:
             NonFiniteLoss: the loss or its gradient is not finite; no weight has changed.
         """
-        batches = [Batch.collate(samples, self.device) for samples in buffer]
+        batches = self.collate(buffer)
         n_local = torch.tensor(sum(len(batch.valid) for batch in batches), device=self.device)
         n_tokens = max(1.0, float(self.accelerator.reduce(n_local, "sum")))  # pyright: ignore[reportArgumentType]
         sums: list[Tensor] = []
@@ -157,7 +165,7 @@ class Trainer:
             self.rollouts.sync_weights(self.step)
             [samples] = self.generate(samples, self.config.seed + self.rank, 1)
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
-        batches = [Batch.collate(samples[i : i + EVAL_BATCH_SIZE], self.device) for i in starts]
+        batches = self.collate([samples[i : i + EVAL_BATCH_SIZE] for i in starts])
         sums = [batch_sums(*self.loss(batch, 1.0)[:2]) for batch in batches]
         shown = [str(self.tokenizer.decode(s.tokens)) for s in samples[:N_SHOWN_SAMPLES]]
         return self.read_metrics(sums, batches), shown
@@ -206,6 +214,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         ConfigError: a setting is invalid (the message names its key).
         NonFiniteLoss: the loss is not finite (the message names the tokens).
     """
+    check_output(config.output)
     checkpoints = list_checkpoints(config.output)
     if checkpoints and not resume:
         raise ConfigError(f"output: {config.output} holds checkpoints; --resume resumes from the last")
@@ -250,52 +259,3 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         logger.write_report()
         run.accelerator.end_training()
     return student
-
-
-def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
-    """Return accelerate's Accelerator for a run, and the settings with a precision for its device."""
-    cpu = not torch.accelerator.is_available()  # else processes on a CPU would not form a group
-    # Longer than a client retries its server while the other processes wait.
-    timeout = timedelta(hours=2, seconds=config.teacher.deadline_seconds)
-    device: Any = PartialState(cpu, timeout=timeout).device
-    config = choose_precision(config, device)
-    accelerator = Accelerator(
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        cpu=cpu,
-        log_with=[*config.trackers] or None,
-        project_dir=str(config.output),
-    )
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ConfigError("fsdp_version: must be 2 (of accelerate's settings)")
-    return accelerator, config
-
-
-def choose_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """Return the settings with precision auto replaced by bf16 or fp32."""
-    if config.precision != "auto":
-        return config
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
-
-
-def check_packages(config: TrainConfig) -> None:
-    """Raise a ConfigError if a package that the settings need is not installed."""
-    rollouts = config.rollouts
-    for needed, setting, package in (
-        (config.lora is not None, "lora", "peft"),
-        (rollouts.engine == "vllm", "rollouts.engine: vllm", "vllm"),
-        (rollouts.sync == "nccl", "rollouts.sync: nccl", "vllm"),
-        *((True, f"trackers: {name}", name) for name in config.trackers),
-    ):
-        if needed and find_spec(package) is None:
-            raise ConfigError(f"{setting} needs {package} beside the trainer: pip install {package}")
-
-
-def check_shares(config: TrainConfig, processes: int) -> None:
-    """Raise a ConfigError unless processes and slices get equal shares of the prompts."""
-    slices, prompts = processes * config.gradient_accumulation_steps, config.data.evaluation_prompts
-    if config.prompts_per_step % slices:
-        shares = f"{slices} (gradient_accumulation_steps times processes)"
-        raise ConfigError(f"prompts_per_step: {config.prompts_per_step} must be a multiple of {shares}")
-    if prompts % processes:
-        raise ConfigError(f"data.evaluation_prompts: {prompts} must be a multiple of {processes} processes")

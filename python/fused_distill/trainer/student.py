@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..huggingface.forward import run_at_head, run_inside_forward
 from ..huggingface.head_check import ordinary_tokens
 from ..huggingface.lm_head import LMHeadParams, checked_head, decoder_of, last_hidden_states, output_layer
-from ..huggingface.loading import load_causal_lm, require_model
+from ..huggingface.loading import load_causal_lm, load_files, require_model
 from .config import ConfigError, LoraConfig, TrainConfig
 from .data import Batch
+from .long_sequences import recompute_activations, set_attention
 
 T = TypeVar("T")
 
@@ -25,10 +26,11 @@ def load_pretrained(auto_class: Any, key: str, name: str, **options: Any) -> Any
     Raises:
         ConfigError: it cannot be loaded; the message names the key.
     """
-    load = load_causal_lm if auto_class is AutoModelForCausalLM else auto_class.from_pretrained
     try:
         require_model(name)
-        return load(name, **options)
+        if auto_class is AutoModelForCausalLM:
+            return load_causal_lm(name, **options)
+        return load_files(auto_class.from_pretrained, name, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {name} cannot be loaded: {error}") from error
 
@@ -45,6 +47,9 @@ def load_student(config: TrainConfig) -> PreTrainedModel:
     if config.lora is not None:
         model = _add_adapters(model, config.lora)
         check_lm_head(model, "student")  # before FSDP shards it
+    set_attention(model, config)  # after the checks, because flash attention does not run on a CPU
+    if config.gradient_checkpointing:
+        recompute_activations(model, "gradient_checkpointing")
     return model
 
 
