@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from long_double import jsd_rows
+from long_double import divergence_rows
 from providers import LOSSES, Inputs
 from suite import header, results_folder, write_json
 from torch import Tensor
@@ -54,7 +54,7 @@ def loss_and_gradients(provider: str, inputs: Inputs, beta: float) -> tuple[Tens
 def exact(inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same by definition: float64 products around long double losses and logit gradients."""
     hs, ws, ht, wt = (t.detach().double() for t in inputs)
-    losses, logit_grads = jsd_rows(hs @ ws.T, ht @ wt.T, beta)
+    losses, logit_grads = divergence_rows(hs @ ws.T, ht @ wt.T, beta)
     logit_grads /= len(hs)
     return losses.mean(), logit_grads @ ws, logit_grads.T @ hs
 

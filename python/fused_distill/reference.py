@@ -175,7 +175,11 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
         reverse_weight = reverse_weight.detach().expand(mask.shape)[mask].unsqueeze(-1)
     terms = _terms(log_s, log_t, log_q, reverse_weight, config)
     if config.entry_clip is not None:
-        terms = torch.where(terms > config.entry_clip, config.entry_clip, terms)
+        clipped = terms > config.entry_clip
+        # An infinite term would have the gradient NaN.
+        log_s, log_t, log_q = (log_p.masked_fill(clipped, 0) for log_p in (log_s, log_t, log_q))
+        terms = _terms(log_s, log_t, log_q, reverse_weight, config)
+        terms = torch.where(clipped, config.entry_clip, terms)
     loss = config.soft_weight * terms.sum(-1)
     if tensors.labels is not None and config.hard_weight != 0:
         labels = tensors.labels[mask].long()
@@ -287,9 +291,13 @@ def _terms(
     if form is DivergenceForm.TOTAL_VARIATION:
         return 0.5 * (log_t.exp() - log_s.exp()).abs()
     if form is DivergenceForm.MIXED_KL:
-        forward, reverse = _kl_terms(log_t, log_s), _kl_terms(log_s, log_q)
-        # A weight of 0 drops an infinite divergence.
-        return _times(1 - reverse_weight, forward) + _times(reverse_weight, reverse)
+        weight = torch.as_tensor(reverse_weight, dtype=log_s.dtype, device=log_s.device)
+        # A weight of 0 drops an infinite divergence, and its gradient.
+        forward, reverse = (
+            [log_p.masked_fill(factor == 0, 0) for log_p in pair]
+            for factor, pair in ((1 - weight, (log_t, log_s)), (weight, (log_s, log_q)))
+        )
+        return (1 - weight) * _kl_terms(*forward) + weight * _kl_terms(*reverse)
     if form is DivergenceForm.FORWARD_KL:
         return _kl_terms(log_t, log_s)
     if form is DivergenceForm.REVERSE_KL:
@@ -302,12 +310,6 @@ def _terms(
     if of_student:
         terms = terms + of_student * _kl_terms(log_s, log_m)
     return terms
-
-
-def _times(weight: float | Tensor, term: Tensor) -> Tensor:
-    """Return weight * term, and 0 where weight is 0."""
-    weight = torch.as_tensor(weight, dtype=term.dtype, device=term.device)
-    return torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, term))
 
 
 def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -116,11 +116,12 @@ def check_token_data(
 
 
 def check_reverse_weight(
-    value: float | Tensor, divergence: str, shape: torch.Size, device: torch.device
+    value: float | Tensor, divergence: str, shape: torch.Size, device: torch.device, mask: Tensor | None
 ) -> None:
     """Require a number, a 0-d tensor or one value per token between 0 and 1, only with "mixed_kl".
 
     The values of a tensor are checked on a CPU alone, because reading them from a GPU would wait for it.
+    Masked tokens may have any value.
     """
     name, expected = "reverse_weight", "between 0 (forward KL) and 1 (reverse KL)"
     given = isinstance(value, Tensor) or value != DEFAULT_REVERSE_WEIGHT
@@ -134,9 +135,10 @@ def check_reverse_weight(
     if value.dim():
         check_per_token(name, value, shape, device)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = value[~((value >= 0) & (value <= 1))]
-        if len(wrong.reshape(-1)):
-            raise ValueError(f"{name} must be {expected}, got {wrong.reshape(-1)[0].item()}")
+        values = value[mask] if value.dim() and mask is not None and not mask.is_meta else value
+        wrong = values[~((values >= 0) & (values <= 1))].reshape(-1)
+        if len(wrong):
+            raise ValueError(f"{name} must be {expected}, got {wrong[0].item()}")
 
 
 def check_float(name: str, tensor: object) -> Tensor:

@@ -36,7 +36,7 @@ from fused_distill.rows import backend as rows_backend
 from fused_distill.rows import compiled as rows_compiled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from long_double import jsd_rows
+from long_double import divergence_rows
 from ranks import Ranks
 from test_close_models import TOLERANCE
 from test_workspace import PeakMemory
@@ -158,12 +158,12 @@ def test_close_models_keep_their_digits(two: Ranks, noise: float, beta: float) -
     heads = student.T.contiguous(), teacher.T.contiguous()
     case = Case((hidden, heads[0], hidden, heads[1]), {}, {"beta": beta, "reduction": "none"})
     result = run(two, case, uneven_cuts(case))
-    losses, grads = jsd_rows(student, teacher, beta)
+    losses, grads = divergence_rows(student, teacher, beta)
     factors = torch.tensor([[1.0], [2.0]])  # of Case.run
     assert_close(result.loss, losses, TOLERANCE[noise], 0.0)
     assert_close(result.grads[1], (factors * grads).T, TOLERANCE[noise], 0.0)
     for kl, kl_beta in ((result.stats.forward_kl, 0.0), (result.stats.reverse_kl, 1.0)):
-        assert_close(kl, jsd_rows(student, teacher, kl_beta)[0], TOLERANCE[noise], 0.0)
+        assert_close(kl, divergence_rows(student, teacher, beta=kl_beta)[0], TOLERANCE[noise], 0.0)
 
 
 @pytest.mark.parametrize("tail", TAILS)

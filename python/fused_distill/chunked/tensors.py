@@ -46,8 +46,8 @@ class LossTensors(NamedTuple):
         device, shape = hidden.device, hidden.shape[:-1]
         check_hidden_and_head("student_", hidden, self.student_weight, self.student_bias, device)
         check_tokens(shape, device, self.mask, self.token_weight)
+        check_reverse_weight(self.reverse_weight, config.divergence, shape, device, self.mask)
         check_token_data(self.token_data, self.token_weight, shape, device)
-        check_reverse_weight(self.reverse_weight, config.divergence, shape, device)
         check_normalizer(self.normalizer, config.reduction, self.mask, shape.numel())
         self.teacher.check(hidden)
         student = {name: getattr(self, name) for name in self._fields[:3]}

@@ -36,6 +36,13 @@ from .elementwise import (
 from .surplus import Surplus
 from .tail_torch import TorchTail
 
+# Divergences whose unclipped gradient takes a plain KL divergence, so that nothing large cancels in it.
+_BY_KL = (
+    DivergenceForm.FORWARD_KL,
+    DivergenceForm.REVERSE_KL,
+    DivergenceForm.MIXTURE,
+    DivergenceForm.MIXED_KL,
+)
 _EAGER_TEMPORARIES = 26  # tensors of a block's size that the largest eager stage holds at once
 
 
@@ -209,8 +216,8 @@ def _losses(
 ) -> tuple[Tensor | None, ...]:
     """Return (n,) losses, what the gradient subtracts, and with return_stats their statistics.
 
-    The second result is the sum of `slope`, which is KL(p_s || m) for reverse KL, with m = p_t. For a "jsd"
-    mixture it is KL(p_s || m), and None for forward KL, whose slopes add up to 0.
+    The second result is the sum of `slope`, without the weight b for a mixture of "jsd", where it is
+    KL(p_s || m), and for reverse KL, also in "mixed_kl". It is None for forward KL, whose slopes add up to 0.
     """
     scalars = rows.numbers(rows.student.dtype)
     beta, one_minus_beta = scalars.teacher_share, scalars.student_share
@@ -219,13 +226,18 @@ def _losses(
     prob_diff = stable_prob_diff(p_s, p_t, d)
 
     centre = None
-    if clips or form > DivergenceForm.MIXTURE:
+    if clips or form not in _BY_KL:
         terms, slopes = _terms_and_slopes(rows, Outcomes(p_s, p_t, d, prob_diff), form, clips)
         soft, centre = terms.sum(-1), slopes.sum(-1)
     elif form is DivergenceForm.FORWARD_KL:
         soft = kl_terms(p_t, -d, -prob_diff).sum(-1)
-    elif form is DivergenceForm.REVERSE_KL:
+    elif form is not DivergenceForm.MIXTURE:
         soft = centre = kl_terms(p_s, d, prob_diff).sum(-1)
+        if rows.reverse_weight is not None:  # a weight of 0 drops an infinite divergence
+            forward = kl_terms(p_t, -d, -prob_diff).sum(-1)
+            soft = mul_zero_safe(1 - rows.reverse_weight, forward) + mul_zero_safe(
+                rows.reverse_weight, centre
+            )
     else:
         u, v = mixture_log_ratios(d, beta, one_minus_beta)
         centre = kl_terms(p_s, u, beta * prob_diff).sum(-1)
@@ -265,12 +277,15 @@ def _gradient(
     p_s, p_t, d = _distributions(rows, z_s, z_t, softmax)
     if centre is None:
         grad = -stable_prob_diff(p_s, p_t, d)
-    elif clips or form > DivergenceForm.MIXTURE:
+    elif clips or form not in _BY_KL:
         outcomes = Outcomes(p_s, p_t, d, stable_prob_diff(p_s, p_t, d))
         _, slopes = _terms_and_slopes(rows, outcomes, form, clips)
         grad = slopes - mul_zero_safe(p_s, centre.unsqueeze(-1))
-    elif form is DivergenceForm.REVERSE_KL:
+    elif form is not DivergenceForm.MIXTURE:
         grad = mul_zero_safe(p_s, -d - centre.unsqueeze(-1))
+        if rows.reverse_weight is not None:
+            share = rows.reverse_weight.unsqueeze(-1)
+            grad = mul_zero_safe(share, grad) - (1 - share) * stable_prob_diff(p_s, p_t, d)
     else:
         u, _ = mixture_log_ratios(d, scalars.teacher_share, scalars.student_share)
         grad = scalars.student_share * mul_zero_safe(p_s, -u - centre.unsqueeze(-1))

@@ -22,6 +22,8 @@ from ..config import DivergenceForm, LossConfig
 from .base import MIN_TEACHER_TAIL_PROB, TailStatistics
 from .elementwise import mul_zero_safe
 
+_REVERSE_KL = (DivergenceForm.REVERSE_KL, DivergenceForm.MIXED_KL)  # or a share of it
+
 
 class Surplus(NamedTuple):
     """The outcome in each of n rows, (n,) each, in float64 where the device has it."""
@@ -75,17 +77,10 @@ class Surplus(NamedTuple):
         of_student, of_teacher = self.mixture_kls(config)
         return config.mixture.teacher_weight * of_teacher + config.mixture.student_weight * of_student
 
-    def slope(self, config: LossConfig, reverse_weight: Tensor | None) -> Tensor:
-        """Return the outcome's `divergences.slope`, in reverse KL without the factor 1 + e of p_t."""
-        if config.form is DivergenceForm.FORWARD_KL:
-            return self.mass
+    def slope(self, config: LossConfig) -> Tensor:
+        """Return the outcome's `divergences.slope` for a mixture or the total variation."""
         if config.form is DivergenceForm.TOTAL_VARIATION:
             return 0.5 * self.mass
-        reverse = mul_zero_safe(self.mass, self._log_ratio)
-        if config.form is DivergenceForm.REVERSE_KL:
-            return reverse
-        if reverse_weight is not None:
-            return (1 - reverse_weight) * self.mass + mul_zero_safe(reverse_weight, reverse)
         mixture = config.mixture
         return self.mass * (mixture.imbalance - mixture.student_weight * mixture.log_student_share)
 
@@ -99,20 +94,20 @@ class Surplus(NamedTuple):
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Return sums over the compared tokens with this outcome's terms.
 
-        The result for centre is what the gradient takes, which is for reverse KL the divergence less
-        log(1 + e).
+        The result for centre is what the gradient takes, which is for reverse KL, also in "mixed_kl", the
+        divergence less log(1 + e).
         """
 
         def plus(column: Tensor, term: Tensor) -> Tensor:
             return (column.to(term.dtype) + term).clamp_min(0.0).to(column.dtype)
 
         if centre is not None:
-            if config.form is DivergenceForm.REVERSE_KL:
+            if config.form in _REVERSE_KL:
                 centre = centre + (self.reverse_kl - self.log_teacher_sum).to(centre.dtype)
             elif config.form is DivergenceForm.MIXTURE:
                 centre = plus(centre, self.mixture_kls(config)[0])
             else:
-                centre = centre + self.slope(config, reverse_weight).to(centre.dtype)
+                centre = centre + self.slope(config).to(centre.dtype)
         if stats:
             entropy, teacher_entropy, forward_kl, reverse_kl, agreement = stats
             forward_kl, reverse_kl = plus(forward_kl, self.mass), plus(reverse_kl, self.reverse_kl)
@@ -129,12 +124,18 @@ class Surplus(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the factors of e^(z - max_z) and e^(y - max_y) in the gradient by the surplus logits, (n,).
 
-        centre is KL(p_s || m) for a "jsd" mixture, and for reverse KL the divergence less log(1 + e).
+        centre is KL(p_s || m) for a mixture of "jsd", and the divergence less log(1 + e) for reverse KL, also
+        in "mixed_kl".
         """
-        by_outcome = self.slope(config, reverse_weight)
-        if centre is not None:
+        if centre is None:
+            by_outcome = self.mass
+        elif config.form in _REVERSE_KL:
+            by_outcome = mul_zero_safe(self.mass, self._log_ratio - centre)
+            if reverse_weight is not None:
+                by_outcome = (1 - reverse_weight) * self.mass + mul_zero_safe(reverse_weight, by_outcome)
+        else:
             factor = config.mixture.student_weight if config.form is DivergenceForm.MIXTURE else 1.0
-            by_outcome = by_outcome - mul_zero_safe(self.mass, factor * centre)
+            by_outcome = self.slope(config) - self.mass * (factor * centre)
         by_outcome = by_outcome * weight * (config.soft_weight / config.temperature)
         factor_z = torch.where(self.tail.sum_z == 0, 0.0, by_outcome / self.tail.sum_z)
         if labels is None:
