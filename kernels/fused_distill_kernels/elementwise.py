@@ -239,31 +239,37 @@ def slope(p_s, p_t, d, numbers, DIVERGENCE: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def clipped(p_s, numbers, clip, terms, DIVERGENCE: tl.constexpr):
     """Return `divergence_terms`, where a term of the loss is at most `clip`, and whether it is clipped."""
-    a, b, c, rest, k = numbers
+    _, b, c, rest, k = numbers
     term, centre, difference = terms
     bound = clip - k * difference
     is_clipped = term > bound
     by_difference = 1.0
     if is_mixture(DIVERGENCE):
         by_difference = b * c + k * rest
-    return tl.minimum(term, bound), tl.where(is_clipped, k * p_s + by_difference * difference, centre), is_clipped
+    return (
+        tl.minimum(term, bound),
+        tl.where(is_clipped, k * p_s + by_difference * difference, centre),
+        is_clipped,
+    )
 
 
 @triton.jit
 def variation_terms(p_s, p_t, d, clip, CLIP: tl.constexpr):
-    """Return the terms of half the distance between p_s and p_t, and which share of p_s is the teacher's.
+    """Return the loss's terms of 0.5 sum |p_t - p_s|, where the teacher leads, and where a term is clipped.
 
-    That share is 1 where the teacher has the larger probability, 0 where the student has it, and 0.5 where the
-    term has no slope. Unclipped, the loss is the sum of p_s - p_t where the student leads: both signs of the
+    Unclipped, the loss is the sum of p_s - p_t where the teacher does not lead, because both signs of the
     difference have the same sum.
     """
-    x = -tl.minimum(tl.abs(d), 1000.0)
-    gap = tl.where(x > -TAYLOR_RADIUS, -x - x * x * taylor_remainder(x), 1.0 - exp(x))
-    share = tl.where(d > 0, 1.0, tl.where(d < 0, 0.0, 0.5))
+    leads, is_clipped = d > 0, tl.zeros(d.shape, tl.int1)
+    x = tl.minimum(d, 0.0)
     if CLIP:
-        half = 0.5 * tl.maximum(p_s, p_t) * gap
-        return tl.minimum(half, clip), tl.where(half > clip, 0.5, share)
-    return tl.where(d < 0, p_s * gap, 0.0), share
+        x = -tl.abs(d)
+    near = -x - (x * x) * (0.5 + x * (1.6666666667e-1 + x * (4.1666666667e-2 + x * 8.3333333333e-3)))
+    gap = tl.where(x > -0.125, near, 1.0 - exp(x))
+    if CLIP:
+        half = 0.5 * tl.maximum(p_s, p_t) * tl.minimum(gap, 1.0)  # `minimum` drops NaN
+        return tl.minimum(half, clip), leads, half > clip
+    return p_s * gap, leads, is_clipped
 
 
 @triton.jit

@@ -23,17 +23,16 @@ from .elementwise import (
     MIXED,
     MIXTURE,
     REVERSE,
-    TAYLOR_RADIUS,
     TOTAL_VARIATION,
     clipped,
     divergence_terms,
     exp,
+    is_mixture,
     mixture_kl_terms,
     mixture_terms,
     mul_zero_safe,
     slope,
     stable_prob_diff,
-    taylor_remainder,
     variation_terms,
 )
 from .row_statistics import (
@@ -95,8 +94,8 @@ def divergence_sums(
     p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
     three = p_s * 0.0
     if DIVERGENCE == TOTAL_VARIATION:
-        three, share = variation_terms(p_s, p_t, d, clip, CLIP)
-        two = p_s * share
+        three, leads, is_clipped = variation_terms(p_s, p_t, d, clip, CLIP)
+        two = tl.where(is_clipped, 0.5 * p_s, tl.where(leads, p_s, 0.0))
         one = p_s - two
     elif CLIP:
         terms = divergence_terms(p_s, p_t, d, numbers, DIVERGENCE, HALF)
@@ -141,8 +140,8 @@ def divergence_sums_kernel(
 
     The sums are KL(student || mixture) and KL(teacher || mixture) for the Jensen-Shannon divergence; the
     student's probability of the tokens where it leads, and of those where the teacher leads, and the loss for
-    the total variation; the sum of `slope` and the loss for all others. Reads 8 bytes per column, and 4 more per
-    bias. Writes 8 or 12 bytes per part.
+    the total variation; the sum of `slope` and the loss for all others.
+    Reads 8 bytes per column, and 4 more per bias. Writes 8 or 12 bytes per part.
     """
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n_parts = tl.num_programs(1)
@@ -181,8 +180,7 @@ def divergence_sums_kernel(
         two += l2
         three += l3
 
-    n_sums: tl.constexpr = 3 if DIVERGENCE == TOTAL_VARIATION else 2
-    out = sums_ptr + row * (n_sums * n_parts) + index
+    out = sums_ptr + row * ((3 if DIVERGENCE == TOTAL_VARIATION else 2) * n_parts) + index
     invalid = tl.load(merged_ptr + row * PART + LSE_DIFFERENCE) * 0.0  # NaN logits are lost by tl.maximum
     tl.store(out, tl.sum(one, 0) + invalid)
     tl.store(out + n_parts, tl.sum(two, 0) + invalid)
@@ -211,8 +209,9 @@ def logit_gradient(
     p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
     centre, teacher_leads = sums
     if DIVERGENCE == TOTAL_VARIATION:
-        _, share = variation_terms(p_s, p_t, d, clip, CLIP)
-        return p_s * ((1.0 - share) * teacher_leads - share * centre)
+        _, leads, is_clipped = variation_terms(p_s, p_t, d, clip, CLIP)
+        slope_of_clipped = 0.5 * (teacher_leads - centre)
+        return p_s * tl.where(is_clipped, slope_of_clipped, tl.where(leads, -centre, teacher_leads))
     if CLIP:
         terms = divergence_terms(p_s, p_t, d, numbers, DIVERGENCE, HALF)
         _, _, is_clipped = clipped(p_s, numbers, clip, terms, DIVERGENCE)
@@ -287,10 +286,10 @@ def gradient_kernel(
         (teacher_weight, student_weight, teacher_share, student_share, imbalance), reverse_weight_ptr, row
     )
     sums = (0.0, 0.0)
-    if not CLIP and (DIVERGENCE == REVERSE or DIVERGENCE == MIXED):
-        sums = (tl.load(merged + REVERSE_KL), 0.0)
-    elif CLIP or DIVERGENCE != FORWARD:
+    if CLIP or is_mixture(DIVERGENCE) or DIVERGENCE == TOTAL_VARIATION:
         sums = (tl.load(sums_ptr + row * sums_stride), tl.load(sums_ptr + row * sums_stride + 1))
+    elif DIVERGENCE != FORWARD:
+        sums = (tl.load(merged + REVERSE_KL), 0.0)
     weight = tl.load(weight_ptr + row)
     soft_factor, hard_factor = soft_factor * weight, hard_factor * weight
     label, y_factor = 0, 0.0

@@ -125,6 +125,7 @@ class _Outcomes(NamedTuple):
             tail=self.tail,
             labels=self.labels,
             label_y=self.label_y,
+            reverse_weight=student.reverse_weight,
             grad=grad,
         )
 
