@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_distill.huggingface.adapters import merged_weights
 from fused_distill.rollouts.base import Sampling
 from fused_distill.rollouts.transformers import TransformersRollouts
 from fused_distill.rollouts.weights import TokenLogprobs, WeightsError, model_logprobs
@@ -67,7 +68,10 @@ class FakeNccl:
         FakeNccl.calls = [(url, options)]
 
     def sync(self) -> None:
-        FakeNccl.calls.append([p.detach().clone() for p in self.model.parameters()])
+        sent = dict(self.model.named_parameters())
+        if hasattr(self.model, "get_base_model"):
+            sent = dict(merged_weights(self.model, sent))
+        FakeNccl.calls.append({name: tensor.detach().clone() for name, tensor in sent.items()})
 
     def close(self) -> None:
         FakeNccl.calls.append("closed")
@@ -175,9 +179,9 @@ def test_every_process_loads_the_weights_into_its_own_engine_but_one_sends_them_
 def test_nccl_sends_the_students_weights_as_often_as_disk_would(lab: Lab, tmp_path: Path) -> None:
     class Receiver(FakeEngine):
         def generate(self, prompts: Any, sampling: Any) -> Any:
-            self.syncs = sum(isinstance(call, list) for call in FakeNccl.calls)
+            self.syncs = sum(isinstance(call, dict) for call in FakeNccl.calls)
             self.model = transformers.AutoModelForCausalLM.from_pretrained(lab.student)
-            for parameter, sent in zip(self.model.parameters(), FakeNccl.calls[-1], strict=True):
+            for parameter, sent in zip(self.model.parameters(), FakeNccl.calls[-1].values(), strict=True):
                 parameter.data.copy_(sent)
             return super().generate(prompts, sampling)
 

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
@@ -17,6 +18,12 @@ from .fingerprint import local_checkpoint, tensor_shapes
 _log = logging.getLogger(__name__)
 
 _NAMED_WEIGHTS = 5  # an error message names so many weights
+_TOKENIZER_FILES = (
+    *("*token*", "vocab*", "merges*", "*.model"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
+_tokenizers: WeakValueDictionary[str, Any] = WeakValueDictionary()  # by the SHA-256 of their files
+_fingerprints: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()  # with the number of tokens
 
 
 def require_model(name: str) -> None:
@@ -126,17 +133,47 @@ def weights_dtype(name: str, device: str) -> torch.dtype:
 
 def load_tokenizer(name: str) -> Any | None:
     """Return the tokenizer of a local path or hub name, or None, with a warning, if it has none."""
-    from transformers import AutoTokenizer
-
     try:
-        return load_files(AutoTokenizer.from_pretrained, name)
+        return read_tokenizer(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         _log.warning("%s has no tokenizer, so clients cannot compare it with their own: %s", name, reason)
         return None
 
 
+def read_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a local path or hub name; models with equal tokenizer files share one.
+
+    Raises:
+        OSError, ValueError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    folder = local_checkpoint(name)
+    files = {path for pattern in _TOKENIZER_FILES for path in (folder.glob(pattern) if folder else ())}
+    contents = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(files)]
+    tokenizer = _tokenizers.get(str(contents))
+    if tokenizer is None:
+        tokenizer = load_files(AutoTokenizer.from_pretrained, name)
+        if contents:
+            _tokenizers[str(contents)] = tokenizer
+    return tokenizer
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return the SHA-256 of the vocabulary, equal for tokenizers that give every token the same id."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
-    return hashlib.sha256(vocabulary.encode()).hexdigest()
+    size, fingerprint = _fingerprints.get(tokenizer, (-1, ""))
+    if size != len(tokenizer):
+        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+        fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()
+        _fingerprints[tokenizer] = len(tokenizer), fingerprint
+    return fingerprint
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """Return the SHA-256 of all that decides how a tokenizer encodes and renders; None if it is not known."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    rules = [type(tokenizer).__name__, tokenizer.chat_template, str(tokenizer.special_tokens_map)]
+    return hashlib.sha256((backend.to_str() + json.dumps(rules)).encode()).hexdigest()

@@ -116,6 +116,7 @@ class LoraConfig(_Section):
     r: int = Field(16, ge=1, description="rank")
     alpha: int = Field(32, ge=1, description="scale of the adapters is alpha / r")
     target_modules: list[str] | str = Field("all-linear", description="module names that get adapters")
+    merge: bool = Field(False, description="save student/ as a whole model, with the adapters merged into it")
 
 
 class TokenWeightConfig(_Section):
@@ -181,6 +182,9 @@ class TrainConfig(_Section):
     evaluate_every: int = Field(50, ge=1, description="steps; evaluation also runs at the start and the end")
     save_every: int = Field(50, ge=1, description="steps between checkpoints; one is also saved at the end")
     keep_checkpoints: int = Field(2, ge=1, description="number of latest checkpoints to keep")
+    save_dtype: Dtype = Field(
+        "auto", description="of student/; auto: that of the input model. Adapters stay in float32"
+    )
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
         [], description="also log metrics there"
     )
@@ -202,9 +206,6 @@ class TrainConfig(_Section):
             TopKLossConfig(tail=self.teacher.tail, **self.loss_options)
         if self.teacher.stored is not None and self.lmbda > 0:
             raise ValueError("lmbda must be 0 with teacher.stored, which knows the data's completions only")
-        engine = self.rollouts.engine
-        if self.lora is not None and engine != "transformers":
-            raise ValueError(f"lora must not be given with rollouts.engine {engine}: vLLM gets no adapters")
         return self
 
 
@@ -212,7 +213,8 @@ class TrainConfig(_Section):
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
     **dict.fromkeys(("tokens_per_forward", "gradient_checkpointing", "attention"), True),
-    **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints"), True),
+    **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints", "save_dtype"), True),
+    "lora": {"merge"},
     "data": {"path"},
     "teacher": {"model", "url", "stored", "deadline_seconds"},
     "rollouts": {"engine", "url", "engine_options", "sync", "nccl_address", "nccl_port"},

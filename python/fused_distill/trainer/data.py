@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..huggingface.loading import tokenizer_digest
+from . import conversations
 from .config import ConfigError, DataConfig, TrainConfig
 from .conversations import RowError, tokenize_row
 from .files import read_rows, unreadable
@@ -115,6 +120,7 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completio
             fn_kwargs=options,
             remove_columns=rows.table.column_names,
             features=_FEATURES,
+            new_fingerprint=_cache_key(rows.table, config, tokenizer, completions),
         )
     except UnicodeDecodeError as error:
         raise unreadable(rows.source, rows.files, error) from error
@@ -122,6 +128,21 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completio
     samples = tokenized.filter(lambda dropped: dropped is None, input_columns=["dropped"])
     dropped = {reason: n for reason, n in reasons.items() if reason is not None}
     return Data(samples.remove_columns("dropped"), rows.source, len(rows.table), dropped)
+
+
+def _cache_key(
+    table: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completions: bool
+) -> str | None:
+    """Return what names the tokenized samples in the cache of `datasets`, None to let it hash all arguments.
+
+    It would pickle the tokenizer, which takes seconds for a vocabulary of 262,144 tokens.
+    """
+    digest = tokenizer_digest(tokenizer)
+    if digest is None:
+        return None
+    code = [Path(file).read_text() for file in (__file__, conversations.__file__)]
+    rules = [config.data.model_dump_json(), config.rollouts.max_completion_length, completions, *code]
+    return hashlib.sha256(json.dumps([table._fingerprint, digest, *rules]).encode()).hexdigest()
 
 
 def split_data(data: Data, config: TrainConfig) -> tuple[Dataset, list[Sample]]:

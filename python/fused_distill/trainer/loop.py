@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -21,9 +22,11 @@ from ..stats import DistillStats
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, sample_stream, split_data
+from .header import header
 from .long_sequences import check_positions, split_by_tokens
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
 from .rollouts import StudentRollouts
+from .saving import save_student, saved_dtype
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
@@ -48,11 +51,14 @@ class Trainer:
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.sharded = self.accelerator.device, self.accelerator.is_fsdp2
         check_shares(config, self.processes)
+        say = partial(self.accelerator.print, flush=True)
+        say(f"loading the tokenizer of {config.student}")
         self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, "student", config.student)
         with self.accelerator.local_main_process_first():  # the other processes read the cache of the first
             data = load_data(config, self.tokenizer, completions=config.lmbda < 1)
-        self.accelerator.print(data)
+        say(data)
         self.samples, self.held_out = split_data(data, config)
+        say("loading the teacher")
         self.teacher = load_teacher(config, self.tokenizer, self.device)
         completion = config.rollouts.max_completion_length
 
@@ -60,6 +66,7 @@ class Trainer:
             return max(map(len, data.samples["prompt"]), default=0) + completion
 
         check_limits(self.teacher, config, longest)
+        say(f"loading the student {config.student}")
         torch.manual_seed(config.seed)
         model = load_student(config)
         check_positions("student", model.config, config, longest)
@@ -71,7 +78,8 @@ class Trainer:
             config.schedule, self.optimizer, config.warmup_steps, config.steps
         )
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.rollouts = StudentRollouts(config, self.accelerator, self.wrapped, self.save)
+        self.saved_dtype = saved_dtype(config)
+        self.rollouts = StudentRollouts(config, self.accelerator, self.wrapped, self.tokenizer)
         self.timer = Timer(self.device)  # of the current step
         self.step = 0
 
@@ -189,16 +197,11 @@ class Trainer:
         return next(filter(None, diagnoses), "the loss is not finite, but every token's is in this process")
 
     def save(self, folder: Path) -> None:
-        """Save the student in the format of transformers and vLLM; all processes call it together."""
-        state = self.accelerator.get_state_dict(self.wrapped)
-        if self.accelerator.is_main_process:
-            # Drop copies of tied weights: transformers does not recognise them when gathered from shards.
-            names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-            tied = names - {name for name, _ in self.model.named_parameters()}
-            state = {name: tensor for name, tensor in state.items() if name not in tied}
-            self.model.save_pretrained(folder, state_dict=state)
-            self.tokenizer.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
+        """Save the student as the settings name; all processes call it together."""
+        merge = self.config.lora is not None and self.config.lora.merge
+        save_student(
+            self.accelerator, self.wrapped, self.tokenizer, folder, merge=merge, dtype=self.saved_dtype
+        )
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
@@ -222,6 +225,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     config = run.config
     if checkpoints:
         run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
+    run.accelerator.print(header(run), flush=True)
     logger = MetricsLogger(run.accelerator, config, run.step)
     with ExitStack() as cleanup:
         cleanup.callback(run.rollouts.close)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..rollouts.base import Completion, Sampling
 from ..rollouts.nccl import NcclWeightSync
@@ -18,6 +16,7 @@ from ..rollouts.transformers import TransformersRollouts
 from ..rollouts.vllm import VllmInProcessRollouts, VllmRollouts
 from ..rollouts.weights import WeightsError, model_logprobs
 from .config import TrainConfig
+from .saving import save_student
 
 _log = logging.getLogger(__name__)
 
@@ -32,10 +31,10 @@ class StudentRollouts:
         config: TrainConfig,
         accelerator: Accelerator,
         wrapped: PreTrainedModel,  # by accelerator.prepare
-        save: Callable[[Path], None],  # the student to a folder, called by all processes together
+        tokenizer: PreTrainedTokenizerBase,
     ):
-        self._accelerator, self._folder, self._save = accelerator, config.output / "weights", save
-        self._wrapped = wrapped
+        self._accelerator, self._wrapped, self._tokenizer = accelerator, wrapped, tokenizer
+        self._folder = config.output / "weights"
         self._nccl: NcclWeightSync | None = None
         self.weights_synced_step: int | None = None  # None: vLLM has no weights of this run
         settings, model = config.rollouts, accelerator.unwrap_model(wrapped)
@@ -105,7 +104,7 @@ class StudentRollouts:
         if self._nccl is not None:
             self._nccl.sync()
         else:
-            self._save(self._folder)
+            save_student(self._accelerator, self._wrapped, self._tokenizer, self._folder, merge=True)
             if sends:
                 self.engine.sync_from_disk(self._folder, expected)
         self._accelerator.wait_for_everyone()
