@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp32_products import gpu_rules
+from emulated_gpu import gpu_rules
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from fused_distill.chunked.workspace import Workspace, plan_chunks
 from fused_distill.config import Tail

@@ -3,7 +3,7 @@
 FUSED_DISTILL_TEST_DEVICE=cuda puts their tensors on a GPU, where the Triton kernels are tested (`make
 test-gpu`). By default they are on the CPU, where the kernels run under TRITON_INTERPRET=1 only. With
 emulated-cuda they are on the CPU too, drawn in bfloat16 and float16, and go the way of a GPU: its chunks, its
-half-precision products and logit gradients (`fp32_products`).
+half-precision products and logit gradients (`emulated_gpu`).
 """
 
 from __future__ import annotations

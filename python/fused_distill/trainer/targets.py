@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .. import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from ..huggingface.lm_head import LMHeadParams
-from ..stats import DistillStats
+from ..stats import DistillStats, WeightFunction
 from .config import TrainConfig
 from .data import Batch
 
@@ -66,15 +70,31 @@ def distillation_loss(
     vocab_size: int,
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
-    options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": vocab_size}
-    options |= {"beta": config.beta, "temperature": config.temperature, "surplus": config.surplus}
-    options |= head.options("student_")
+    options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": vocab_size, "return_stats": True}
+    options |= config.loss_options | {"reverse_weight": config.reverse_weight} | head.options("student_")
     if isinstance(targets, TopKTargets):
-        tail = config.teacher.tail
-        return fused_linear_topk_jsd(hidden, head.weight, *targets, tail=tail, return_stats=True, **options)
-    options |= targets.head.options("teacher_")
-    teacher = targets.hidden, targets.head.weight
-    return fused_linear_jsd(hidden, head.weight, *teacher, return_stats=True, **options)
+        compute = partial(fused_linear_topk_jsd, hidden, head.weight, *targets, tail=config.teacher.tail)
+    else:
+        options |= targets.head.options("teacher_")
+        compute = partial(fused_linear_jsd, hidden, head.weight, targets.hidden, targets.head.weight)
+    return compute(token_weight=_token_weight(partial(compute, **options), config), **options)
+
+
+def _token_weight(
+    compute: Callable[[], tuple[Tensor, DistillStats]], config: TrainConfig
+) -> Tensor | WeightFunction | None:
+    """Return the settings' weights of the tokens of the loss that `compute` computes without them."""
+    rule = config.token_weight
+    if rule is None:
+        return None
+    if rule.entropy_below is not None:
+        limit = rule.entropy_below
+        return lambda stats: (stats.teacher_entropy < limit).float()
+    assert rule.top_fraction is not None
+    with torch.no_grad():  # the losses' chunks do not see all tokens at once
+        entropy = compute()[1].student_entropy
+    k = math.ceil(rule.top_fraction * len(entropy))
+    return torch.zeros_like(entropy).index_fill_(0, entropy.topk(k).indices, 1.0)
 
 
 def describe_non_finite(
