@@ -89,6 +89,9 @@ class RolloutConfig(_Section):
     nccl_address: str | None = Field(None, description="address of this machine seen from the vllm_server")
     nccl_port: int | None = Field(None, ge=1, le=65535, description="free port on this machine")
     sync_every: int = Field(1, ge=1, description="optimizer steps between two updates of vLLM's weights")
+    importance_clip: float | None = Field(
+        None, gt=0, description="weight tokens by p_now / p_then of the student, clipped to this; null: by 1"
+    )
     num_generations: int = Field(1, ge=1, description="completions per prompt")
     batch_size: int = Field(32, ge=1, description="completions at once with engine transformers")
     max_completion_length: int = Field(128, ge=1, description="tokens; the data's completions are cut too")
@@ -158,6 +161,9 @@ class TrainConfig(_Section):
         None, description="of the student and of teacher.model; null: transformers' choice"
     )
     lmbda: float = Field(1.0, ge=0, le=1, description="fraction of on-policy data")
+    objective: Literal["divergence", "sampled"] = Field(
+        "divergence", description="sampled: policy gradient on the sampled tokens only, see docs"
+    )
     divergence: Divergence = Field("jsd", description="see docs/divergences.md")
     beta: float = Field(0.5, ge=0, le=1, description="of jsd; 0: forward KL, 1: reverse KL, in between: JSD")
     alpha: float = Field(0.1, ge=0, lt=1, description="of skew_forward_kl and skew_reverse_kl")
@@ -182,6 +188,7 @@ class TrainConfig(_Section):
     )
     evaluate_every: int = Field(50, ge=1, description="steps; evaluation also runs at the start and the end")
     save_every: int = Field(50, ge=1, description="steps between checkpoints; one is also saved at the end")
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics on the console")
     keep_checkpoints: int = Field(2, ge=1, description="number of latest checkpoints to keep")
     save_dtype: Dtype = Field(
         "auto", description="of student/; auto: that of the input model. Adapters stay in float32"
@@ -207,6 +214,10 @@ class TrainConfig(_Section):
             TopKLossConfig(tail=self.teacher.tail, **self.loss_options)
         if self.teacher.stored is not None and self.lmbda > 0:
             raise ValueError("lmbda must be 0 with teacher.stored, which knows the data's completions only")
+        if self.objective == "sampled":
+            for name, value in (("lmbda", self.lmbda), ("temperature", self.temperature)):
+                if value != 1:
+                    raise ValueError(f"{name} must be 1 with objective sampled, got {value}")
         return self
 
 
@@ -214,7 +225,7 @@ class TrainConfig(_Section):
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
     **dict.fromkeys(("tokens_per_forward", "gradient_checkpointing", "attention"), True),
-    **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints", "save_dtype"), True),
+    **dict.fromkeys(("evaluate_every", "save_every", "log_every", "keep_checkpoints", "save_dtype"), True),
     "lora": {"merge"},
     "data": {"path"},
     "teacher": {"model", "url", "stored", "deadline_seconds"},
@@ -227,6 +238,21 @@ def resume_fingerprint(config: TrainConfig) -> dict[str, Any]:
     settings: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE_ON_RESUME)
     sections = {name: settings.pop(name) for name, value in [*settings.items()] if isinstance(value, dict)}
     return {f"{name}.{key}": v for name in sections for key, v in sections[name].items()} | settings
+
+
+def flat_settings(config: BaseModel, changed: bool = False) -> dict[str, Any]:
+    """Return the settings with dotted keys, without passwords; with `changed` those that are no default."""
+
+    def flatten(prefix: str, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in settings.items():
+            if isinstance(value, dict) and value:
+                yield from flatten(f"{prefix}{name}.", value)
+            else:
+                yield f"{prefix}{name}", value
+
+    # pydantic keeps a field with a serializer although it has its default, which is None for all of them.
+    settings = config.model_dump(mode="json", exclude_defaults=changed, exclude_none=changed)
+    return dict(flatten("", settings))
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:

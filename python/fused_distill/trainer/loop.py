@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
@@ -22,13 +23,15 @@ from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, sample_stream, split_data
 from .header import header
+from .logger import MetricsLogger
 from .long_sequences import check_positions, split_by_tokens
-from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
+from .metrics import Timer, batch_sums, mean_metrics, memory_gib, sample_counts
+from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sampled_ids
 from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .student import load_pretrained, load_student, run_in_student_forward
-from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
+from .targets import Targets, describe_non_finite, topk_targets
 from .teachers import check_limits, load_teacher
 
 EVAL_BATCH_SIZE = 8
@@ -81,6 +84,7 @@ class Trainer:
         self.rollouts = StudentRollouts(
             config, self.accelerator, self.wrapped, self.tokenizer, self.teacher.vocab_size
         )
+        self.importance = ImportanceRatios(config)
         self.timer = Timer(self.device)  # of the current step
         self.step = 0
 
@@ -108,7 +112,10 @@ class Trainer:
         with nullcontext() if self.sharded else self.accelerator.autocast():
             completions = self.rollouts.generate(prompts, self.rollouts.sampling(n, seed))
         return [
-            [Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
+            [
+                Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length", c.logprobs)
+                for c in part
+            ]
             for part in split_on_groups(completions, slices)
         ]
 
@@ -124,11 +131,13 @@ class Trainer:
 
         def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats, Targets]:
             ids = None
-            if config.teacher.targets == "student_topk":
+            if config.objective == "sampled":
+                ids = sampled_ids(batch)[:, None]
+            elif config.teacher.targets == "student_topk":
                 ids = topk_targets(hidden, head, config, vocab_size).ids
             with self.timer.measure("teacher_seconds"):
                 targets = self.teacher.targets(batch, ids)
-            loss = distillation_loss(hidden, head, targets, normalizer, config, vocab_size)
+            loss = batch_loss(hidden, head, batch, targets, normalizer, config, vocab_size, self.importance)
             return *loss, targets
 
         with self.accelerator.autocast():
@@ -154,7 +163,7 @@ class Trainer:
             sums.append(batch_sums(loss * n_tokens, stats))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics = self.read_metrics(sums, batches, grad_norm=norm)
+        metrics = self.read_metrics(sums, batches, grad_norm=norm, **self.importance.read(self.accelerator))
         norm = metrics["grad_norm"]
         if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
@@ -164,8 +173,9 @@ class Trainer:
         return metrics | {"learning_rate": float(self.schedule.get_last_lr()[0])}
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[dict[str, float], list[str]]:
+    def evaluate(self) -> tuple[dict[str, float], list[dict[str, str]]]:
         """Return the mean metrics on held-out prompts and a few decoded samples."""
+        start = time.perf_counter()
         samples = self.held_out[self.rank :: self.processes]
         if self.config.teacher.stored is None:
             self.rollouts.sync_weights(self.step)
@@ -173,8 +183,13 @@ class Trainer:
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
         batches = self.collate([samples[i : i + EVAL_BATCH_SIZE] for i in starts])
         sums = [batch_sums(*self.loss(batch, 1.0)[:2]) for batch in batches]
-        shown = [str(self.tokenizer.decode(s.tokens)) for s in samples[:N_SHOWN_SAMPLES]]
-        return self.read_metrics(sums, batches), shown
+        decode: Any = self.tokenizer.decode
+        shown = [
+            {"prompt": decode(s.prompt), "completion": decode(s.completion)}
+            for s in samples[:N_SHOWN_SAMPLES]
+        ]
+        metrics = self.read_metrics(sums, batches)
+        return metrics | {"evaluation_seconds": time.perf_counter() - start}, shown
 
     def read_metrics(self, sums: list[Tensor], batches: list[Batch], **others: Tensor) -> dict[str, float]:
         """Read metrics of all processes and others at once; raise NonFiniteLoss unless the loss is finite."""
@@ -185,6 +200,8 @@ class Trainer:
         metrics = mean_metrics(numbers[:n]) | dict(zip(others, numbers[n:], strict=True))
         if not isfinite(metrics["loss"]):
             raise NonFiniteLoss(self.diagnose(batches))
+        if self.config.objective == "sampled":
+            return {name: value for name, value in metrics.items() if name not in UNKNOWN_IF_SAMPLED}
         return metrics
 
     @torch.no_grad()
@@ -227,6 +244,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     logger = MetricsLogger(run.accelerator, config, run.step)
     with ExitStack() as cleanup:
         cleanup.callback(run.rollouts.close)
+        cleanup.callback(logger.close)
         previous_handler = signal.signal(signal.SIGTERM, lambda *_: run.accelerator.set_trigger())
         cleanup.callback(signal.signal, signal.SIGTERM, previous_handler)
         if run.step == 0 and run.held_out:
@@ -254,10 +272,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 save_checkpoint(run.accelerator, config, run.step)
                 if run.rollouts.weights_synced_step != run.step:
                     run.rollouts.weights_synced_step = None  # sync, as a run resumed here would
+                logger.write_report()
             if stopping:
                 break
         student = config.output / "student"
         run.save(student)
-        logger.write_report()
+        logger.finish()
         run.accelerator.end_training()
     return student

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from ..huggingface.lm_head import LMHeadParams
-from ..stats import DistillStats, WeightFunction
+from ..stats import DistillStats
 from .config import TrainConfig
 from .data import Batch
 
@@ -68,33 +68,41 @@ def distillation_loss(
     normalizer: float,
     config: TrainConfig,
     vocab_size: int,
+    token_weight: Tensor | None = None,  # (n,)
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
-    options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": vocab_size, "return_stats": True}
+    options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": vocab_size}
     options |= config.loss_options | {"reverse_weight": config.reverse_weight} | head.options("student_")
+    loss: Callable[..., Any]
     if isinstance(targets, TopKTargets):
-        compute = partial(fused_linear_topk_jsd, hidden, head.weight, *targets, tail=config.teacher.tail)
+        loss = partial(fused_linear_topk_jsd, hidden, head.weight, *targets, tail=config.teacher.tail)
     else:
         options |= targets.head.options("teacher_")
-        compute = partial(fused_linear_jsd, hidden, head.weight, targets.hidden, targets.head.weight)
-    return compute(token_weight=_token_weight(partial(compute, **options), config), **options)
+        loss = partial(fused_linear_jsd, hidden, head.weight, targets.hidden, targets.head.weight)
+    compute = partial(loss, return_stats=True, **options)
+    return compute(**_token_weight(compute, config, token_weight))
 
 
 def _token_weight(
-    compute: Callable[[], tuple[Tensor, DistillStats]], config: TrainConfig
-) -> Tensor | WeightFunction | None:
-    """Return the settings' weights of the tokens of the loss that `compute` computes without them."""
+    compute: Callable[..., tuple[Tensor, DistillStats]], config: TrainConfig, factor: Tensor | None
+) -> dict[str, Any]:
+    """Return the arguments that weigh the tokens of the loss that `compute` computes without them."""
     rule = config.token_weight
     if rule is None:
-        return None
+        return {"token_weight": factor}
     if rule.entropy_below is not None:
         limit = rule.entropy_below
-        return lambda stats: (stats.teacher_entropy < limit).float()
+
+        def weigh(stats: DistillStats, factor: Tensor | float = 1.0) -> Tensor:
+            return factor * (stats.teacher_entropy < limit)
+
+        return {"token_weight": weigh, "token_data": None if factor is None else {"factor": factor}}
     assert rule.top_fraction is not None
     with torch.no_grad():  # the losses' chunks do not see all tokens at once
         entropy = compute()[1].student_entropy
     k = math.ceil(rule.top_fraction * len(entropy))
-    return torch.zeros_like(entropy).index_fill_(0, entropy.topk(k).indices, 1.0)
+    weight = torch.zeros_like(entropy).index_fill_(0, entropy.topk(k).indices, 1.0)
+    return {"token_weight": weight if factor is None else weight * factor}
 
 
 def describe_non_finite(
