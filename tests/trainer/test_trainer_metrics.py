@@ -35,3 +35,14 @@ def test_a_run_logs_metrics_samples_report_and_tensorboard_events(lab: Lab, tmp_
     assert any("tfevents" in path.name for path in tmp_path.rglob("*"))
     transformers.AutoModelForCausalLM.from_pretrained(student)
     transformers.AutoTokenizer.from_pretrained(student)
+
+
+def test_losses_of_on_policy_and_off_policy_slices_are_apart(lab: Lab, tmp_path: Path) -> None:
+    train(lab.config(tmp_path, "steps=4", "lmbda=0.5", "gradient_accumulation_steps=2"))
+    seen: set[tuple[bool, bool]] = set()
+    for row in metrics(tmp_path):
+        parts = [(row.get(f"{p}/loss", 0), row.get(f"{p}/tokens", 0)) for p in ("on_policy", "off_policy")]
+        assert sum(tokens for _, tokens in parts) == row["tokens"]
+        assert sum(loss * tokens for loss, tokens in parts) == pytest.approx(row["loss"] * row["tokens"])
+        seen.add(("on_policy/loss" in row, "off_policy/loss" in row))
+    assert len(seen) > 1

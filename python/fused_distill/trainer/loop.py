@@ -25,8 +25,9 @@ from .data import Batch, Sample, load_data, sample_stream, split_data
 from .header import header
 from .logger import MetricsLogger
 from .long_sequences import check_positions, split_by_tokens
-from .metrics import Timer, batch_sums, mean_metrics, memory_gib, sample_counts
+from .metrics import Timer, batch_sums, mean_metrics, memory_gib, policy_losses, sample_counts
 from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sampled_ids
+from .preflight import preflight, require
 from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
@@ -88,20 +89,30 @@ class Trainer:
         self.timer = Timer(self.device)  # of the current step
         self.step = 0
 
-    def fill_buffer(self) -> list[list[Sample]]:
-        """Return this process's samples of one step, one list per slice of the gradient accumulation."""
+    def draw(self, step: int) -> tuple[list[list[Sample]], list[Sample], int, int]:
+        """Return this process's off-policy slices of a step, and on-policy prompts, their slices and seed."""
         config, slices = self.config, self.config.gradient_accumulation_steps
-        stream = sample_stream(self.samples, config.seed, self.step * config.prompts_per_step)
+        stream = sample_stream(self.samples, config.seed, step * config.prompts_per_step)
         local_samples = list(islice(stream, config.prompts_per_step))[self.rank :: self.processes]
         size = len(local_samples) // slices
         # Every process draws the same number of on-policy slices.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         on_policy = int((torch.rand(slices, generator=generator) < config.lmbda).sum())
-        buffer = [local_samples[i * size : (i + 1) * size] for i in range(on_policy, slices)]
+        off_policy = [local_samples[i * size : (i + 1) * size] for i in range(on_policy, slices)]
+        seed = (config.seed << 40) + ((step * self.processes + self.rank) << 16)
+        return off_policy, local_samples[: on_policy * size], on_policy, seed
+
+    def fill_buffer(self) -> list[list[Sample]]:
+        """Return this process's samples of one step, one list per slice of the gradient accumulation."""
+        buffer, prompts, on_policy, seed = self.draw(self.step)
+        n = self.config.rollouts.num_generations
         if on_policy:
-            seed = (config.seed << 40) + ((self.step * self.processes + self.rank) << 16)
-            n = config.rollouts.num_generations
-            buffer += self.generate(local_samples[: on_policy * size], seed, n, on_policy)
+            buffer = buffer + self.generate(prompts, seed, n, on_policy)
+        if self.config.rollouts.ahead:
+            _, prompts, on_policy, seed = self.draw(self.step + 1)
+            if on_policy:
+                sampling = self.rollouts.sampling(n, seed)
+                self.rollouts.generate_ahead([sample.prompt for sample in prompts], sampling)
         return buffer
 
     @torch.no_grad()
@@ -113,7 +124,9 @@ class Trainer:
             completions = self.rollouts.generate(prompts, self.rollouts.sampling(n, seed))
         return [
             [
-                Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length", c.logprobs)
+                Sample(
+                    samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length", True, c.logprobs
+                )
                 for c in part
             ]
             for part in split_on_groups(completions, slices)
@@ -163,7 +176,8 @@ class Trainer:
             sums.append(batch_sums(loss * n_tokens, stats))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics = self.read_metrics(sums, batches, grad_norm=norm, **self.importance.read(self.accelerator))
+        others = self.importance.read(self.accelerator) | policy_losses(sums, batches, self.accelerator)
+        metrics = self.read_metrics(sums, batches, grad_norm=norm, **others)
         norm = metrics["grad_norm"]
         if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
@@ -241,6 +255,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if checkpoints:
         run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
     run.accelerator.print(header(run), flush=True)
+    require(preflight(run), run.accelerator.is_main_process)
     logger = MetricsLogger(run.accelerator, config, run.step)
     with ExitStack() as cleanup:
         cleanup.callback(run.rollouts.close)
@@ -269,6 +284,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 logger.log(run.step, "evaluation", *run.evaluate())
             stopping = run.accelerator.check_trigger()  # SIGTERM in any process
             if last or stopping or run.step % config.save_every == 0:
+                if config.rollouts.ahead:
+                    run.rollouts.ahead.collect()
                 save_checkpoint(run.accelerator, config, run.step)
                 if run.rollouts.weights_synced_step != run.step:
                     run.rollouts.weights_synced_step = None  # sync, as a run resumed here would

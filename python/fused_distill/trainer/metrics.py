@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from ..stats import DistillStats
@@ -37,6 +38,22 @@ def mean_metrics(numbers: list[float]) -> dict[str, float]:
     means = {"completion_length": tokens / samples, "truncated": truncated / samples, "tokens": tokens}
     names = ("loss", *STATISTICS)
     return means | {name: value / max(tokens, 1) for name, value in zip(names, totals, strict=True)}
+
+
+def policy_losses(sums: list[Tensor], batches: list[Batch], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Return loss and tokens of a step's on-policy and off-policy slices, as far as it has them.
+
+    All processes call it together; each has slices of the same policies.
+    """
+    found = dict[str, Tensor]()
+    for on_policy, name in ((True, "on_policy"), (False, "off_policy")):
+        chosen = [i for i, batch in enumerate(batches) if batch.samples[0].on_policy == on_policy]
+        if chosen:
+            loss = torch.stack([sums[i][..., 0].sum() for i in chosen]).sum()
+            tokens = loss.new_tensor(float(sum(len(batches[i].valid) for i in chosen)))
+            total: Any = accelerator.reduce(torch.stack([loss, tokens]), "sum")
+            found |= {f"{name}/loss": total[0] / total[1].clamp(min=1), f"{name}/tokens": total[1]}
+    return found
 
 
 def memory_gib(device: torch.device) -> float:
