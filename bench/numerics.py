@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from emulated_gpu import gpu_rules
+from fused_distill import fused_linear_jsd, reference
 from long_double import divergence_rows
 from providers import LOSSES, Inputs
 from suite import header, results_folder, write_json
@@ -26,6 +27,13 @@ from torch import Tensor
 PROVIDERS = ["fused-distill", "naive", "Liger chunked", "TRL"]
 ON_GPU = "fused-distill, as on a GPU"
 ROUNDED = "exact, rounded once"
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    "skew_forward_kl, alpha 0.1": {"divergence": "skew_forward_kl", "alpha": 0.1},
+    "skew_reverse_kl, alpha 0.1": {"divergence": "skew_reverse_kl", "alpha": 0.1},
+    "mixed_kl, weight 0.5": {"divergence": "mixed_kl", "reverse_weight": 0.5},
+    "total_variation": {"divergence": "total_variation"},
+    "forward KL, entry_clip 1e-5": {"beta": 0.0, "entry_clip": 1e-5},
+}
 NOISES = (1e-2, 1e-3, 1e-4, 1e-5)
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -64,10 +72,10 @@ def loss_and_gradients(provider: str, inputs: Inputs, beta: float) -> tuple[Tens
     return loss.detach(), grad_hidden, grad_weight
 
 
-def exact(inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def exact(inputs: Inputs, **divergence: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same by definition: float64 products around long double losses and logit gradients."""
     hs, ws, ht, wt = (t.detach().double() for t in inputs)
-    losses, logit_grads = divergence_rows(hs @ ws.T, ht @ wt.T, beta=beta)
+    losses, logit_grads = divergence_rows(hs @ ws.T, ht @ wt.T, **divergence)
     logit_grads /= len(hs)
     return losses.mean(), logit_grads @ ws, logit_grads.T @ hs
 
@@ -81,7 +89,7 @@ def rows(small: bool) -> list[dict[str, Any]]:
     for beta in BETAS:
         for noise in NOISES:
             inputs = close_models(noise, 500 if small else 32000)
-            true = exact(inputs, beta)
+            true = exact(inputs, beta=beta)
             for provider in PROVIDERS:
                 got = loss_and_gradients(provider, inputs, beta)
                 case = f"beta {beta:g}, noise {noise:g}"
@@ -95,7 +103,32 @@ def rows(small: bool) -> list[dict[str, Any]]:
                             **({"text": "negative"} if name == "loss" and mine < 0 else {}),
                         }
                     )
-    return results + half_precision_rows(small)
+    return results + other_divergences(small) + half_precision_rows(small)
+
+
+def other_divergences(small: bool) -> list[dict[str, Any]]:
+    """Return the errors of the divergences that no peer has, against the reference in float32."""
+    results: list[dict[str, Any]] = []
+    functions = {"fused-distill": fused_linear_jsd, "naive": reference.linear_jsd}
+    for name, options in DIVERGENCES.items():
+        for noise in NOISES:
+            inputs = close_models(noise, 500 if small else 32000)
+            true = exact(inputs, **options)
+            for provider, function in functions.items():
+                hs, ws, ht, wt = (t.detach() for t in inputs)
+                loss = function(hs, ws.requires_grad_(), ht, wt, **options)
+                (grad,) = torch.autograd.grad(loss, [ws])
+                for index, quantity, mine in ((0, "loss", loss.detach()), (2, "logit gradient", grad)):
+                    results.append(
+                        {
+                            "table": f"Close models, other divergences, relative error of the {quantity}",
+                            "case": f"{name}, noise {noise:g}",
+                            "provider": provider,
+                            "error": relative_error(mine, true[index]),
+                            **({"text": "negative"} if quantity == "loss" and mine < 0 < true[0] else {}),
+                        }
+                    )
+    return results
 
 
 def half_precision_rows(small: bool) -> list[dict[str, Any]]:
@@ -107,7 +140,7 @@ def half_precision_rows(small: bool) -> list[dict[str, Any]]:
         cases[f"Close models in {name} (N 256, D 1024, V 32000), relative error"] = close_half(dtype, *sizes)
     for table, inputs in cases.items():
         for beta in (0.0, 0.5, 1.0):
-            true = exact(inputs, beta)
+            true = exact(inputs, beta=beta)
             for provider in (*PROVIDERS, ON_GPU, ROUNDED):
                 got = half_precision_result(provider, inputs, beta, true)
                 for index, name in enumerate(("loss", "hidden gradient", "weight gradient")):
