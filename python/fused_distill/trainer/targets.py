@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class TopKTargets(NamedTuple):
 
 
 Targets: TypeAlias = FullTargets | TopKTargets
+_Loss: TypeAlias = Callable[..., tuple[Tensor, DistillStats]]
 
 
 class Teacher(Protocol):
@@ -73,19 +74,16 @@ def distillation_loss(
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
     options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": vocab_size}
     options |= config.loss_options | {"reverse_weight": config.reverse_weight} | head.options("student_")
-    loss: Callable[..., Any]
     if isinstance(targets, TopKTargets):
         loss = partial(fused_linear_topk_jsd, hidden, head.weight, *targets, tail=config.teacher.tail)
     else:
         options |= targets.head.options("teacher_")
         loss = partial(fused_linear_jsd, hidden, head.weight, targets.hidden, targets.head.weight)
-    compute = partial(loss, return_stats=True, **options)
+    compute = cast("_Loss", partial(loss, return_stats=True, **options))
     return compute(**_token_weight(compute, config, token_weight))
 
 
-def _token_weight(
-    compute: Callable[..., tuple[Tensor, DistillStats]], config: TrainConfig, factor: Tensor | None
-) -> dict[str, Any]:
+def _token_weight(compute: _Loss, config: TrainConfig, factor: Tensor | None) -> dict[str, Any]:
     """Return the arguments that weigh the tokens of the loss that `compute` computes without them."""
     rule = config.token_weight
     if rule is None:
