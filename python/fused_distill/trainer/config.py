@@ -90,6 +90,7 @@ class RolloutConfig(_Section):
     nccl_port: int | None = Field(None, ge=1, le=65535, description="free port on this machine")
     sync_every: int = Field(1, ge=1, description="optimizer steps between two updates of vLLM's weights")
     num_generations: int = Field(1, ge=1, description="completions per prompt")
+    batch_size: int = Field(32, ge=1, description="completions at once with engine transformers")
     max_completion_length: int = Field(128, ge=1, description="tokens; the data's completions are cut too")
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
@@ -183,7 +184,7 @@ _FREE_ON_RESUME: Any = {
     "lora": {"merge"},
     "data": {"path"},
     "teacher": {"model", "url", "stored", "deadline_seconds"},
-    "rollouts": {"engine", "url", "engine_options", "sync", "nccl_address", "nccl_port"},
+    "rollouts": {"engine", "batch_size", "url", "engine_options", "sync", "nccl_address", "nccl_port"},
 }
 
 

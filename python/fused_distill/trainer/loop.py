@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ..huggingface.lm_head import LMHeadParams
-from ..rollouts.base import Sampling
 from ..rollouts.grouping import split_on_groups
 from ..stats import DistillStats
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -79,7 +78,9 @@ class Trainer:
         )
         self.accelerator.register_for_checkpointing(self.schedule)
         self.saved_dtype = saved_dtype(config)
-        self.rollouts = StudentRollouts(config, self.accelerator, self.wrapped, self.tokenizer)
+        self.rollouts = StudentRollouts(
+            config, self.accelerator, self.wrapped, self.tokenizer, self.teacher.vocab_size
+        )
         self.timer = Timer(self.device)  # of the current step
         self.step = 0
 
@@ -102,13 +103,10 @@ class Trainer:
     @torch.no_grad()
     def generate(self, samples: list[Sample], seed: int, n: int, slices: int = 1) -> list[list[Sample]]:
         """Return n completions of each prompt by the student, in slices that split no prompt."""
-        settings = self.config.rollouts
-        sampling = Sampling(
-            n, settings.max_completion_length, settings.temperature, settings.top_p, settings.top_k, seed
-        )
+        prompts = [sample.prompt for sample in samples]
         # Autocast casts the weights once for all tokens; FSDP casts its shards itself.
         with nullcontext() if self.sharded else self.accelerator.autocast():
-            completions = self.rollouts.generate([sample.prompt for sample in samples], sampling)
+            completions = self.rollouts.generate(prompts, self.rollouts.sampling(n, seed))
         return [
             [Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
             for part in split_on_groups(completions, slices)

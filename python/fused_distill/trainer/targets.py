@@ -85,11 +85,12 @@ def describe_non_finite(
     if not bad.any():
         return None
     teacher = targets.hidden if isinstance(targets, FullTargets) else targets.logprobs
+    broken_head = isinstance(targets, FullTargets) and bool(targets.head.weight.isnan().any())
     lines = [f"the loss is not finite at {int(bad.sum())} of {len(bad)} tokens"]
     for i in bad.nonzero().flatten().tolist()[:5]:
         row, position = divmod(int(batch.valid[i]), batch.tokens.shape[1])
         text = tokenizer.decode([int(batch.tokens[row, position + 1])])
-        state = "are NaN" if teacher[i].isnan().any() else "are sound"
+        state = "are NaN" if broken_head or teacher[i].isnan().any() else "are sound"
         token = f"row {batch.samples[row].row} of the data, token {position + 1} ({text!r})"
         lines.append(f"{token}: the teacher's numbers {state}")
     return "; ".join(lines)
