@@ -89,6 +89,9 @@ class RolloutConfig(_Section):
     nccl_address: str | None = Field(None, description="address of this machine seen from the vllm_server")
     nccl_port: int | None = Field(None, ge=1, le=65535, description="free port on this machine")
     sync_every: int = Field(1, ge=1, description="optimizer steps between two updates of vLLM's weights")
+    importance_clip: float | None = Field(
+        None, gt=0, description="weight tokens by p_now / p_then of the student, clipped to this; null: by 1"
+    )
     num_generations: int = Field(1, ge=1, description="completions per prompt")
     batch_size: int = Field(32, ge=1, description="completions at once with engine transformers")
     max_completion_length: int = Field(128, ge=1, description="tokens; the data's completions are cut too")
@@ -143,6 +146,9 @@ class TrainConfig(_Section):
         None, description="of the student and of teacher.model; null: transformers' choice"
     )
     lmbda: float = Field(1.0, ge=0, le=1, description="fraction of on-policy data")
+    objective: Literal["divergence", "sampled"] = Field(
+        "divergence", description="sampled: policy gradient on the sampled tokens only, see docs"
+    )
     beta: float = Field(0.5, ge=0, le=1, description="0: forward KL, 1: reverse KL, in between: JSD")
     temperature: float = Field(1.0, gt=0, description="divides both models' logits in the loss")
     surplus: Surplus = Field(
@@ -173,6 +179,10 @@ class TrainConfig(_Section):
     def _check_combination(self) -> TrainConfig:
         if self.teacher.stored is not None and self.lmbda > 0:
             raise ValueError("lmbda must be 0 with teacher.stored, which knows the data's completions only")
+        if self.objective == "sampled":
+            for name, value in (("lmbda", self.lmbda), ("temperature", self.temperature)):
+                if value != 1:
+                    raise ValueError(f"{name} must be 1 with objective sampled, got {value}")
         return self
 
 

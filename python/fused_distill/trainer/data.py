@@ -31,6 +31,7 @@ class Sample(NamedTuple):
     prompt: list[int]
     completion: list[int]
     truncated: bool = False  # by max_completion_length
+    logprobs: Sequence[float] = ()  # of a generated completion, by the student that generated it
 
     @property
     def tokens(self) -> list[int]:

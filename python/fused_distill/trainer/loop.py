@@ -24,11 +24,12 @@ from .data import Batch, Sample, load_data, sample_stream, split_data
 from .header import header
 from .long_sequences import check_positions, split_by_tokens
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
+from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sampled_ids
 from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .student import load_pretrained, load_student, run_in_student_forward
-from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
+from .targets import Targets, describe_non_finite, topk_targets
 from .teachers import check_limits, load_teacher
 
 EVAL_BATCH_SIZE = 8
@@ -81,6 +82,7 @@ class Trainer:
         self.rollouts = StudentRollouts(
             config, self.accelerator, self.wrapped, self.tokenizer, self.teacher.vocab_size
         )
+        self.importance = ImportanceRatios(config)
         self.timer = Timer(self.device)  # of the current step
         self.step = 0
 
@@ -108,7 +110,10 @@ class Trainer:
         with nullcontext() if self.sharded else self.accelerator.autocast():
             completions = self.rollouts.generate(prompts, self.rollouts.sampling(n, seed))
         return [
-            [Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
+            [
+                Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length", c.logprobs)
+                for c in part
+            ]
             for part in split_on_groups(completions, slices)
         ]
 
@@ -124,11 +129,13 @@ class Trainer:
 
         def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats, Targets]:
             ids = None
-            if config.teacher.targets == "student_topk":
+            if config.objective == "sampled":
+                ids = sampled_ids(batch)[:, None]
+            elif config.teacher.targets == "student_topk":
                 ids = topk_targets(hidden, head, config, vocab_size).ids
             with self.timer.measure("teacher_seconds"):
                 targets = self.teacher.targets(batch, ids)
-            loss = distillation_loss(hidden, head, targets, normalizer, config, vocab_size)
+            loss = batch_loss(hidden, head, batch, targets, normalizer, config, vocab_size, self.importance)
             return *loss, targets
 
         with self.accelerator.autocast():
@@ -154,7 +161,7 @@ class Trainer:
             sums.append(batch_sums(loss * n_tokens, stats))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics = self.read_metrics(sums, batches, grad_norm=norm)
+        metrics = self.read_metrics(sums, batches, grad_norm=norm, **self.importance.read(self.accelerator))
         norm = metrics["grad_norm"]
         if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
@@ -185,6 +192,8 @@ class Trainer:
         metrics = mean_metrics(numbers[:n]) | dict(zip(others, numbers[n:], strict=True))
         if not isfinite(metrics["loss"]):
             raise NonFiniteLoss(self.diagnose(batches))
+        if self.config.objective == "sampled":
+            return {name: value for name, value in metrics.items() if name not in UNKNOWN_IF_SAMPLED}
         return metrics
 
     @torch.no_grad()

@@ -64,9 +64,11 @@ def distillation_loss(
     normalizer: float,
     config: TrainConfig,
     vocab_size: int,
+    token_weight: Tensor | None = None,  # (n,)
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
     options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": vocab_size}
+    options["token_weight"] = token_weight
     options |= {"beta": config.beta, "temperature": config.temperature, "surplus": config.surplus}
     options |= head.options("student_")
     if isinstance(targets, TopKTargets):
