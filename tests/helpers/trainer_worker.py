@@ -13,11 +13,9 @@ from fused_distill.trainer.config import load_config
 from fused_distill.trainer.loop import train
 from fused_distill.trainer.teachers import LocalTeacher
 from torch.distributed.fsdp import FSDPModule
-from trainer_cases import draw_no_curves
 
 
 def main(strategy: str, *configs: str) -> None:
-    draw_no_curves()
     PartialState(cpu=True)
     targets = LocalTeacher.targets
 

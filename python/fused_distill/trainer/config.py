@@ -166,6 +166,7 @@ class TrainConfig(_Section):
     )
     evaluate_every: int = Field(50, ge=1, description="steps; evaluation also runs at the start and the end")
     save_every: int = Field(50, ge=1, description="steps between checkpoints; one is also saved at the end")
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics on the console")
     keep_checkpoints: int = Field(2, ge=1, description="number of latest checkpoints to keep")
     save_dtype: Dtype = Field(
         "auto", description="of student/; auto: that of the input model. Adapters stay in float32"
@@ -190,7 +191,7 @@ class TrainConfig(_Section):
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
     **dict.fromkeys(("tokens_per_forward", "gradient_checkpointing", "attention"), True),
-    **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints", "save_dtype"), True),
+    **dict.fromkeys(("evaluate_every", "save_every", "log_every", "keep_checkpoints", "save_dtype"), True),
     "lora": {"merge"},
     "data": {"path"},
     "teacher": {"model", "url", "stored", "deadline_seconds"},
@@ -203,6 +204,21 @@ def resume_fingerprint(config: TrainConfig) -> dict[str, Any]:
     settings: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE_ON_RESUME)
     sections = {name: settings.pop(name) for name, value in [*settings.items()] if isinstance(value, dict)}
     return {f"{name}.{key}": v for name in sections for key, v in sections[name].items()} | settings
+
+
+def flat_settings(config: BaseModel, changed: bool = False) -> dict[str, Any]:
+    """Return the settings with dotted keys, without passwords; with `changed` those that are no default."""
+
+    def flatten(prefix: str, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in settings.items():
+            if isinstance(value, dict) and value:
+                yield from flatten(f"{prefix}{name}.", value)
+            else:
+                yield f"{prefix}{name}", value
+
+    # pydantic keeps a field with a serializer although it has its default, which is None for all of them.
+    settings = config.model_dump(mode="json", exclude_defaults=changed, exclude_none=changed)
+    return dict(flatten("", settings))
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:

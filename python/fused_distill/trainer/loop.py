@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
@@ -22,8 +23,9 @@ from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, sample_stream, split_data
 from .header import header
+from .logger import MetricsLogger
 from .long_sequences import check_positions, split_by_tokens
-from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
+from .metrics import Timer, batch_sums, mean_metrics, memory_gib, policy_losses, sample_counts
 from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sampled_ids
 from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
@@ -111,7 +113,9 @@ class Trainer:
             completions = self.rollouts.generate(prompts, self.rollouts.sampling(n, seed))
         return [
             [
-                Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length", c.logprobs)
+                Sample(
+                    samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length", True, c.logprobs
+                )
                 for c in part
             ]
             for part in split_on_groups(completions, slices)
@@ -161,7 +165,8 @@ class Trainer:
             sums.append(batch_sums(loss * n_tokens, stats))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics = self.read_metrics(sums, batches, grad_norm=norm, **self.importance.read(self.accelerator))
+        others = self.importance.read(self.accelerator) | policy_losses(sums, batches, self.accelerator)
+        metrics = self.read_metrics(sums, batches, grad_norm=norm, **others)
         norm = metrics["grad_norm"]
         if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
@@ -171,8 +176,9 @@ class Trainer:
         return metrics | {"learning_rate": float(self.schedule.get_last_lr()[0])}
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[dict[str, float], list[str]]:
+    def evaluate(self) -> tuple[dict[str, float], list[dict[str, str]]]:
         """Return the mean metrics on held-out prompts and a few decoded samples."""
+        start = time.perf_counter()
         samples = self.held_out[self.rank :: self.processes]
         if self.config.teacher.stored is None:
             self.rollouts.sync_weights(self.step)
@@ -180,8 +186,13 @@ class Trainer:
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
         batches = self.collate([samples[i : i + EVAL_BATCH_SIZE] for i in starts])
         sums = [batch_sums(*self.loss(batch, 1.0)[:2]) for batch in batches]
-        shown = [str(self.tokenizer.decode(s.tokens)) for s in samples[:N_SHOWN_SAMPLES]]
-        return self.read_metrics(sums, batches), shown
+        decode: Any = self.tokenizer.decode
+        shown = [
+            {"prompt": decode(s.prompt), "completion": decode(s.completion)}
+            for s in samples[:N_SHOWN_SAMPLES]
+        ]
+        metrics = self.read_metrics(sums, batches)
+        return metrics | {"evaluation_seconds": time.perf_counter() - start}, shown
 
     def read_metrics(self, sums: list[Tensor], batches: list[Batch], **others: Tensor) -> dict[str, float]:
         """Read metrics of all processes and others at once; raise NonFiniteLoss unless the loss is finite."""
@@ -236,6 +247,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     logger = MetricsLogger(run.accelerator, config, run.step)
     with ExitStack() as cleanup:
         cleanup.callback(run.rollouts.close)
+        cleanup.callback(logger.close)
         previous_handler = signal.signal(signal.SIGTERM, lambda *_: run.accelerator.set_trigger())
         cleanup.callback(signal.signal, signal.SIGTERM, previous_handler)
         if run.step == 0 and run.held_out:
@@ -263,10 +275,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 save_checkpoint(run.accelerator, config, run.step)
                 if run.rollouts.weights_synced_step != run.step:
                     run.rollouts.weights_synced_step = None  # sync, as a run resumed here would
+                logger.write_report()
             if stopping:
                 break
         student = config.output / "student"
         run.save(student)
-        logger.write_report()
+        logger.finish()
         run.accelerator.end_training()
     return student
