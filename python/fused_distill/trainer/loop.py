@@ -27,6 +27,7 @@ from .logger import MetricsLogger
 from .long_sequences import check_positions, split_by_tokens
 from .metrics import Timer, batch_sums, mean_metrics, memory_gib, policy_losses, sample_counts
 from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sampled_ids
+from .preflight import preflight, require
 from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
@@ -244,6 +245,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if checkpoints:
         run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
     run.accelerator.print(header(run), flush=True)
+    require(preflight(run), run.accelerator.is_main_process)
     logger = MetricsLogger(run.accelerator, config, run.step)
     with ExitStack() as cleanup:
         cleanup.callback(run.rollouts.close)
