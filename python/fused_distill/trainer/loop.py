@@ -62,7 +62,7 @@ class Trainer:
         say(data)
         self.samples, self.held_out = split_data(data, config)
         say("loading the teacher")
-        self.teacher = load_teacher(config, self.tokenizer, self.device)
+        self.teacher = load_teacher(config, self.tokenizer, self.device, self.sharded)
         completion = config.rollouts.max_completion_length
 
         def longest() -> int:
