@@ -68,7 +68,7 @@ def thinned(teacher: Any) -> Any:
     n_layers = student.config.num_hidden_layers
     first, end = (round(share * n_layers) for share in DROPPED)
     kept = [i for i in range(n_layers) if not first <= i < end]
-    layers = torch.nn.ModuleList(student.get_decoder().layers[i] for i in kept)
+    layers: Any = torch.nn.ModuleList(student.get_decoder().layers[i] for i in kept)
     for index, layer in enumerate(layers):
         layer.self_attn.layer_idx = index
         if hasattr(layer, "layer_idx"):
