@@ -37,7 +37,8 @@ with_examples = settings(max_examples=12 if INTERPRETED else 80)
 with_few_examples = settings(max_examples=5 if INTERPRETED else 25)
 
 # Half-precision gradients of a GPU are rounded twice, as logit gradients and as those of the inputs.
-GPU_ROUNDINGS = 3.0 if EMULATED_GPU else 0.0
+# Where a few labels dominate a weight gradient, its own rounding may be small by chance.
+GPU_ROUNDINGS = 4.0 if EMULATED_GPU else 0.0
 _FEW = 64  # numbers
 
 
@@ -56,7 +57,7 @@ def assert_close(
 ) -> None:
     """Check the norm of the difference against the norm of `expected`, and a floor for values near 0.
 
-    Through an emulated GPU, three roundings more are allowed to half-precision gradients.
+    Through an emulated GPU, four roundings more are allowed to half-precision gradients.
     """
     assert (actual is None) == (expected is None)
     if actual is None or expected is None:
