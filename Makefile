@@ -25,8 +25,8 @@ TEST_SETTINGS := OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1
 PARALLEL := -n 2 --dist loadgroup
 # The bfloat16 and float16 path of a GPU, with its matrix products emulated on the CPU.
 EMULATED_GPU := FUSED_DISTILL_TEST_DEVICE=emulated-cuda
-LOSS_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py
-KERNEL_TESTS := $(LOSS_TESTS) tests/test_surplus.py tests/test_golden.py \
+LOSS_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_token_weight_function.py
+KERNEL_TESTS := $(LOSS_TESTS) tests/test_surplus.py tests/test_divergences.py tests/test_golden.py \
 	tests/rows/test_close_models.py tests/rows/test_logprob_kernel.py tests/chunked/test_triton_matmul.py \
 	tests/chunked/test_launches.py tests/chunked/test_indexed_lm_head.py tests/parallel
 

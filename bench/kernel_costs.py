@@ -55,11 +55,11 @@ def full(**options: Any) -> Callable[[int], Any]:
     return run
 
 
-def full_with_every_option(beta: float) -> Callable[[int], Any]:
+def full_with_every_option(**options: Any) -> Callable[[int], Any]:
     def run(vocab: int) -> None:
         student_bias, teacher_bias = torch.zeros(2, vocab, dtype=torch.bfloat16)
         full(
-            beta=beta,
+            **options,
             student_bias=student_bias.requires_grad_(),
             teacher_bias=teacher_bias,
             student_softcap=30.0,
@@ -125,6 +125,17 @@ def liger(beta: float) -> Callable[[int], Any]:
     return run
 
 
+# Divergences beside "jsd", and ones whose clipped terms take different code, by their names in the tables.
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    "skewed KL": {"divergence": "skew_reverse_kl"},
+    "mixed KL": {"divergence": "mixed_kl"},
+    "total variation": {"divergence": "total_variation"},
+}
+CLIPPED: dict[str, dict[str, Any]] = {
+    "beta 0.3, clipped": {"beta": 0.3, "entry_clip": 0.1},
+    "mixed KL, clipped": {"divergence": "mixed_kl", "entry_clip": 0.1},
+}
+
 CALLS = [
     *(Call(OURS, f"beta {beta:g}", full(beta=beta)) for beta in BETAS),
     *(Call(OURS, f"beta {beta:g}, statistics", full(beta=beta, return_stats=True)) for beta in BETAS),
@@ -136,7 +147,16 @@ CALLS = [
         )
         for beta in BETAS
     ),
-    *(Call(OURS, f"beta {beta:g}, every option", full_with_every_option(beta)) for beta in BETAS),
+    *(Call(OURS, f"beta {beta:g}, every option", full_with_every_option(beta=beta)) for beta in BETAS),
+    *(Call(OURS, name, full(**options)) for name, options in DIVERGENCES.items()),
+    *(
+        Call(OURS, f"{name}, statistics", full(return_stats=True, **options))
+        for name, options in DIVERGENCES.items()
+    ),
+    *(
+        Call(OURS, f"{name}, every option", full_with_every_option(**options))
+        for name, options in CLIPPED.items()
+    ),
     Call(OURS, "beta 0.5, no gradients", without_gradients),
     *(Call(OURS, f"top-k, {tail}", topk(tail=tail)) for tail in ("bucket", "renormalize", "truncate")),
     Call(OURS, "top-k, bucket, every option", topk(every_option=True, tail="bucket")),

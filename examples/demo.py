@@ -1,9 +1,9 @@
-"""On-policy distillation of a real model: Gemma 3 270M teaches a student that kept a third of its layers.
+"""On-policy distillation of a real model: Gemma 3 270M teaches a student without its middle layers.
 
     python examples/demo.py [--teacher PATH] [KEY=VALUE ...]
 
-Prepares the student (every third layer of the teacher) and the data (completions of the teacher), then
-starts the trainer with examples/demo.yaml. KEY=VALUE overrides a setting of that file, e.g. steps=100.
+Prepares the student (the teacher without layers 7 to 10 of 18) and the data (completions of the teacher),
+then starts the trainer with examples/demo.yaml. KEY=VALUE overrides a setting of that file, e.g. steps=100.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-KEEP_EVERY = 3  # layers of the teacher that the student keeps: 0, 3, 6, ...
+DROPPED = 7 / 18, 11 / 18  # the middle of the teacher, which the student lacks, as shares of its layers
 COMPLETIONS = 2  # of the teacher for each prompt
 BATCH = 8  # prompts that the teacher completes at once
 EXAMPLES = Path(__file__).parent
@@ -63,9 +63,12 @@ def packaged_gemma() -> Path:
 
 
 def thinned(teacher: Any) -> Any:
-    """Return a copy of the teacher with every KEEP_EVERY-th layer."""
+    """Return a copy of the teacher without its middle layers."""
     student = copy.deepcopy(teacher)
-    layers = student.get_decoder().layers[::KEEP_EVERY]
+    n_layers = student.config.num_hidden_layers
+    first, end = (round(share * n_layers) for share in DROPPED)
+    kept = [i for i in range(n_layers) if not first <= i < end]
+    layers: Any = torch.nn.ModuleList(student.get_decoder().layers[i] for i in kept)
     for index, layer in enumerate(layers):
         layer.self_attn.layer_idx = index
         if hasattr(layer, "layer_idx"):
@@ -73,7 +76,7 @@ def thinned(teacher: Any) -> Any:
     student.get_decoder().layers = layers
     student.config.num_hidden_layers = len(layers)
     if getattr(student.config, "layer_types", None):
-        student.config.layer_types = student.config.layer_types[::KEEP_EVERY]
+        student.config.layer_types = [student.config.layer_types[i] for i in kept]
     return student
 
 

@@ -53,7 +53,7 @@ def uninitialized_memory_is_nan(request: pytest.FixtureRequest) -> Iterator[None
 @pytest.fixture(autouse=EMULATED_GPU, scope="session")
 def emulated_gpu() -> Iterator[None]:
     """Let all losses go the way of a GPU on the CPU."""
-    from fp32_products import gpu_rules
+    from emulated_gpu import gpu_rules
 
     with gpu_rules():
         yield

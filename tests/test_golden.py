@@ -20,6 +20,15 @@ from fused_distill import topk_logprobs
 from torch import Tensor
 
 FILE = Path(__file__).with_name("golden.json")
+NEW_DIVERGENCES: dict[str, dict[str, Any]] = {
+    "skew-forward": {"divergence": "skew_forward_kl", "alpha": 0.1},
+    "skew-reverse": {"divergence": "skew_reverse_kl", "alpha": 0.1},
+    "mixed": {"divergence": "mixed_kl", "reverse_weight": 0.3},
+    "total-variation": {"divergence": "total_variation"},
+    "clipped-0.0": {"beta": 0.0, "entry_clip": 0.05},
+    "clipped-1.0": {"beta": 1.0, "entry_clip": 0.05},
+    "clipped-skew-reverse": {"divergence": "skew_reverse_kl", "alpha": 0.1, "entry_clip": 0.05},
+}
 TOKENS, VOCAB, WIDTH, TEACHER_WIDTH = (2, 3), 2100, 8, 6  # one tile of the kernels and a bit
 
 
@@ -74,6 +83,13 @@ def cases() -> Iterator[tuple[str, Case]]:
             rich = Case(sparse.tensors, keywords, {**sparse.options, **options}, TOPK)
             yield f"{tail}-{beta}-options", rich.with_options(vocab_size=None)
             yield f"{tail}-{beta}-chunks", sparse.with_options(workspace_bytes=sparse.min_workspace())
+    for name, divergence in NEW_DIVERGENCES.items():
+        yield f"full-{name}", full.with_options(**divergence)
+        rich = Case(full.tensors, {**keywords, "teacher_bias": given["teacher_bias"]}, {**options, **teacher})
+        yield f"full-{name}-options", rich.with_options(**divergence, normalizer=17.0)
+        for tail in ("bucket", "renormalize"):
+            sparse = Case((*student, support.logprobs, support.ids), {}, {"tail": tail, **divergence}, TOPK)
+            yield f"{tail}-{name}", sparse
     if BACKEND == "torch":
         yield "full-0.3-float64", full.to(torch.float64).with_options(beta=0.3)
 

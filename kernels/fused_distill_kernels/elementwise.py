@@ -11,6 +11,10 @@ because Triton's interpreter cannot call libdevice.
 import triton
 import triton.language as tl
 
+# The row arithmetic that a divergence takes, by the numbers of `fused_distill.config.DivergenceForm`.
+FORWARD, REVERSE, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SKEW_REVERSE, MIXED, TOTAL_VARIATION = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
+
 TAYLOR_RADIUS = tl.constexpr(0.5)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_LOW = tl.constexpr(1.9259630335e-8)  # the rest of LOG2_E, whose rounding a sum of exponentials keeps
@@ -140,6 +144,13 @@ def pair_terms(p, q, x):
 
 
 @triton.jit
+def stable_prob_diff(a, b, log_ratio):
+    """Return b - a for a, b >= 0, given log_ratio = log(b / a)."""
+    x = -log_ratio
+    return tl.where(tl.abs(x) < TAYLOR_RADIUS, -b * (x + (x * x) * taylor_remainder(x)), b - a)
+
+
+@triton.jit
 def mixture_terms(d, beta, one_minus_beta, HALF: tl.constexpr):
     """Return what the terms of KL(. || m) share, for m = beta p_t + (1 - beta) p_s and d = log p_t - log p_s.
 
@@ -152,6 +163,8 @@ def mixture_terms(d, beta, one_minus_beta, HALF: tl.constexpr):
         w: in [-1, 0].
         remainder: w - log(1 + w), which is >= 0.
         excess: m / q - p / q, the part of the mixture beyond p.
+        ratio: p / q - 1.
+        total: m / q.
     """
     teacher_leads = d > 0
     distance = tl.minimum(tl.abs(d), 1000.0)
@@ -160,10 +173,103 @@ def mixture_terms(d, beta, one_minus_beta, HALF: tl.constexpr):
     ratio = tl.where(distance < TAYLOR_RADIUS, x + x * x * taylor_remainder(x), exp_x - 1.0)
     if HALF:
         w = 0.5 * ratio
-        return teacher_leads, distance, w, log1p_remainder(w), -w
+        return teacher_leads, distance, w, log1p_remainder(w), -w, ratio, 1.0 + w
     share, rest = tl.where(teacher_leads, one_minus_beta, beta), tl.where(teacher_leads, beta, one_minus_beta)
-    w = share * ratio
-    return teacher_leads, distance, w, log_remainder(w, rest + share * exp_x), -rest * ratio
+    w, total = share * ratio, rest + share * exp_x
+    return teacher_leads, distance, w, log_remainder(w, total), -rest * ratio, ratio, total
+
+
+@triton.jit
+def mixture_kl_terms(p_s, p_t, d, beta, one_minus_beta, HALF: tl.constexpr):
+    """Return the terms of KL(p_s || m) and KL(p_t || m), which are >= 0, p_t - p_s, and its square over m."""
+    teacher_leads, distance, w, remainder, excess, ratio, total = mixture_terms(d, beta, one_minus_beta, HALF)
+    larger, smaller = tl.maximum(p_s, p_t), tl.minimum(p_s, p_t)
+    x = (w - remainder) + distance  # log m - log of the smaller probability
+    far = tl.maximum(larger * excess - smaller * x, 0.0)
+    kl_smaller = tl.where(x < TAYLOR_RADIUS, smaller * (x * x) * taylor_remainder(x), far)
+    kl_larger = larger * remainder
+    lead = larger * -ratio
+    return (
+        tl.where(teacher_leads, kl_smaller, kl_larger),
+        tl.where(teacher_leads, kl_larger, kl_smaller),
+        tl.where(teacher_leads, lead, -lead),
+        lead * (-ratio / total),
+    )
+
+
+@triton.constexpr_function
+def is_mixture(DIVERGENCE):
+    """Return whether a divergence compares with a mixture of the models, and not with one of them."""
+    return MIXTURE.value <= DIVERGENCE <= SKEW_REVERSE.value
+
+
+@triton.jit
+def divergence_terms(p_s, p_t, d, numbers, DIVERGENCE: tl.constexpr, HALF: tl.constexpr):
+    """Return what losses and their gradients add up, for a KL(p_t || m) + b KL(p_s || m).
+
+    numbers are a, b, the teacher's and the student's share of m, and `Mixture.imbalance`, k. Of the two plain
+    KL divergences a and b are the weights, and k is a - b.
+
+    Returns:
+        term: >= 0, the loss's term less k (p_t - p_s), whose sum is 0.
+        centre: adds up to the sum of `slope`, without its first-order terms, whose sum is 0.
+        difference: p_t - p_s.
+    """
+    a, b, c, rest, k = numbers
+    if is_mixture(DIVERGENCE):
+        kl_s, kl_t, difference, square = mixture_kl_terms(p_s, p_t, d, c, rest, HALF)
+        return a * kl_t + b * kl_s, b * kl_s + (k * rest * c) * square, difference
+    difference, kl_s, kl_t = pair_terms(p_s, p_t, d)
+    kl_s = mul_zero_safe(b, kl_s)  # a weight of 0 drops an infinite term
+    return mul_zero_safe(a, kl_t) + kl_s, kl_s, difference
+
+
+@triton.jit
+def slope(p_s, p_t, d, numbers, DIVERGENCE: tl.constexpr, HALF: tl.constexpr):
+    """Return the derivative of a term by log p_s, plus k p_s; see `divergence_terms`."""
+    a, b, c, rest, k = numbers
+    if is_mixture(DIVERGENCE):
+        leads, distance, w, remainder, _, ratio, total = mixture_terms(d, c, rest, HALF)
+        u = tl.where(leads, (w - remainder) + distance, w - remainder)
+        excess = (k * rest) * (ratio / total)  # of the probability ratio p_t / m or p_s / m over 1
+        return p_s * (tl.where(leads, excess, -excess) - b * u)
+    return a * stable_prob_diff(p_t, p_s, -d) + mul_zero_safe(b * p_s, -d)
+
+
+@triton.jit
+def clipped(p_s, numbers, clip, terms, DIVERGENCE: tl.constexpr):
+    """Return `divergence_terms`, where a term of the loss is at most `clip`, and whether it is clipped."""
+    _, b, c, rest, k = numbers
+    term, centre, difference = terms
+    bound = clip - k * difference
+    is_clipped = term > bound
+    by_difference = 1.0
+    if is_mixture(DIVERGENCE):
+        by_difference = b * c + k * rest
+    return (
+        tl.minimum(term, bound),
+        tl.where(is_clipped, k * p_s + by_difference * difference, centre),
+        is_clipped,
+    )
+
+
+@triton.jit
+def variation_terms(p_s, p_t, d, clip, CLIP: tl.constexpr):
+    """Return the loss's terms of 0.5 sum |p_t - p_s|, where the teacher leads, and where a term is clipped.
+
+    Unclipped, the loss is the sum of p_s - p_t where the teacher does not lead, because both signs of the
+    difference have the same sum.
+    """
+    leads, is_clipped = d > 0, tl.zeros(d.shape, tl.int1)
+    x = tl.minimum(d, 0.0)
+    if CLIP:
+        x = -tl.abs(d)
+    near = -x - (x * x) * (0.5 + x * (1.6666666667e-1 + x * (4.1666666667e-2 + x * 8.3333333333e-3)))
+    gap = tl.where(x > -0.125, near, 1.0 - exp(x))
+    if CLIP:
+        half = 0.5 * tl.maximum(p_s, p_t) * tl.minimum(gap, 1.0)  # `minimum` drops NaN
+        return tl.minimum(half, clip), leads, half > clip
+    return p_s * gap, leads, is_clipped
 
 
 @triton.jit

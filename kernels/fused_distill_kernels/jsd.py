@@ -1,11 +1,11 @@
-"""Row kernels of the generalized Jensen-Shannon divergence over a chunk of float32 logits.
+"""Row kernels of the divergences over a chunk of float32 logits.
 
     statistics_kernel, merge_kernel   softmaxes, KL divergences and entropies; see row_statistics.py
-    mixture_sums_kernel               KL(student || mixture) and KL(teacher || mixture), for 0 < beta < 1
+    divergence_sums_kernel            sums over a row of other divergences, and of those with clipped terms
     gradient_kernel                   the logit gradient
 
 All but merge_kernel run on a grid of (rows, parts): one program loops over every n_parts-th tile of one row.
-beta = 0 and beta = 1 take two passes over the logits, other values three.
+Forward KL, reverse KL and their average take two passes over the logits, all others three.
 """
 
 # The parameters of Triton kernels have no Python types.
@@ -17,7 +17,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import LOG2_E, TAYLOR_RADIUS, exp, mixture_terms, mul_zero_safe, taylor_remainder
+from .elementwise import (
+    FORWARD,
+    LOG2_E,
+    MIXED,
+    MIXTURE,
+    REVERSE,
+    TOTAL_VARIATION,
+    clipped,
+    divergence_terms,
+    exp,
+    is_mixture,
+    mixture_kl_terms,
+    mixture_terms,
+    mul_zero_safe,
+    slope,
+    stable_prob_diff,
+    variation_terms,
+)
 from .row_statistics import (
     LSE_DIFFERENCE,
     MAX_S,
@@ -29,10 +46,6 @@ from .row_statistics import (
     SUM_Y,
 )
 from .tile import WIDTH, gap_beyond, load_pair, rest_of_part, tile_columns
-
-FORWARD = tl.constexpr(0)
-REVERSE = tl.constexpr(1)
-MIXTURE = tl.constexpr(2)
 
 
 @triton.jit
@@ -55,23 +68,47 @@ def distributions(pair, softmax, factor, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
-def mixture_sums(pair, softmax, factor, beta, one_minus_beta, TRANSFORM: tl.constexpr, HALF: tl.constexpr):
-    """Return the groups' sums of the terms of KL(s || m) and KL(t || m), all >= 0."""
-    p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
-    teacher_leads, distance, w, remainder, excess = mixture_terms(d, beta, one_minus_beta, HALF)
-    larger, smaller = tl.maximum(p_s, p_t), tl.minimum(p_s, p_t)
-    x = (w - remainder) + distance  # log m - log of the smaller probability
-    far = tl.maximum(larger * excess - smaller * x, 0.0)
-    kl_smaller = tl.where(x < TAYLOR_RADIUS, smaller * (x * x) * taylor_remainder(x), far)
-    kl_larger = larger * remainder
-    return (
-        tl.sum(tl.where(teacher_leads, kl_smaller, kl_larger), 1),
-        tl.sum(tl.where(teacher_leads, kl_larger, kl_smaller), 1),
-    )
+def row_numbers(numbers, reverse_weight_ptr, row):
+    """Return the numbers of `divergence_terms` in one row, which depend on the row if it has a weight."""
+    a, b, c, rest, k = numbers
+    if reverse_weight_ptr is not None:
+        b = tl.load(reverse_weight_ptr + row)
+        a = 1.0 - b
+        k = a - b
+    return a, b, c, rest, k
 
 
 @triton.jit
-def mixture_sums_kernel(
+def divergence_sums(
+    pair,
+    softmax,
+    factor,
+    numbers,
+    clip,
+    TRANSFORM: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    CLIP: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Return the groups' sums of what `divergence_sums_kernel` adds up; the third of two is 0."""
+    p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
+    three = p_s * 0.0
+    if DIVERGENCE == TOTAL_VARIATION:
+        three, leads, is_clipped = variation_terms(p_s, p_t, d, clip, CLIP)
+        two = tl.where(is_clipped, 0.5 * p_s, tl.where(leads, p_s, 0.0))
+        one = p_s - two
+    elif CLIP:
+        terms = divergence_terms(p_s, p_t, d, numbers, DIVERGENCE, HALF)
+        two, one, _ = clipped(p_s, numbers, clip, terms, DIVERGENCE)
+    elif DIVERGENCE == MIXTURE:
+        one, two, _, _ = mixture_kl_terms(p_s, p_t, d, numbers[2], numbers[3], HALF)
+    else:
+        two, one, _ = divergence_terms(p_s, p_t, d, numbers, DIVERGENCE, HALF)
+    return tl.sum(one, 1), tl.sum(two, 1), tl.sum(three, 1)
+
+
+@triton.jit(do_not_specialize_on_alignment=["reverse_weight_ptr"])
+def divergence_sums_kernel(
     student_ptr,  # (n, V) float32
     student_stride,
     teacher_ptr,  # (n, V) float32
@@ -79,22 +116,32 @@ def mixture_sums_kernel(
     student_bias_ptr,  # (V,) float32 or None
     teacher_bias_ptr,  # (V,) float32 or None
     merged_ptr,  # (n, PART) float32
-    sums_ptr,  # (n, 2, n_parts) float32, written
+    reverse_weight_ptr,  # (n,) float32 or None
+    sums_ptr,  # (n, 2 or 3, n_parts) float32, written
     n_columns,
     student_scale,
     teacher_scale,
     student_softcap,
     teacher_softcap,
     factor,
-    beta,
-    one_minus_beta,
+    teacher_weight,
+    student_weight,
+    teacher_share,
+    student_share,
+    imbalance,
+    clip,
     TRANSFORM: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    CLIP: tl.constexpr,
     HALF: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Sum the terms of KL(student || mixture) and KL(teacher || mixture) over one part of one row.
+    """Sum the terms of a divergence over one part of one row.
 
-    Reads 8 bytes per column, and 4 more per bias. Writes 8 bytes per part.
+    The sums are KL(student || mixture) and KL(teacher || mixture) for the Jensen-Shannon divergence; the
+    student's probability of the tokens where it leads, and of those where the teacher leads, and the loss for
+    the total variation; the sum of `slope` and the loss for all others.
+    Reads 8 bytes per column, and 4 more per bias. Writes 8 or 12 bytes per part.
     """
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n_parts = tl.num_programs(1)
@@ -105,32 +152,40 @@ def mixture_sums_kernel(
         teacher_bias_ptr,
     )
     transform = (student_scale, teacher_scale, student_softcap, teacher_softcap)
+    numbers = row_numbers(
+        (teacher_weight, student_weight, teacher_share, student_share, imbalance), reverse_weight_ptr, row
+    )
     softmax = softmax_parts(merged_ptr + row * PART)
     lanes = tile_columns(GROUPS, WIDTH)
     half: tl.constexpr = GROUPS * WIDTH
     block: tl.constexpr = 2 * half
-    kl_s = tl.zeros([GROUPS], tl.float32)
-    kl_t = tl.zeros([GROUPS], tl.float32)
+    one = tl.zeros([GROUPS], tl.float32)
+    two = tl.zeros([GROUPS], tl.float32)
+    three = tl.zeros([GROUPS], tl.float32)
 
     for tile in range(index, n_columns // block, n_parts):
         columns = tile * block + lanes
-        one = load_pair(pointers, columns, n_columns, transform, TRANSFORM, False)
-        two = load_pair(pointers, columns + half, n_columns, transform, TRANSFORM, False)
-        one_s, one_t = mixture_sums(one, softmax, factor, beta, one_minus_beta, TRANSFORM, HALF)
-        two_s, two_t = mixture_sums(two, softmax, factor, beta, one_minus_beta, TRANSFORM, HALF)
-        kl_s += one_s + two_s
-        kl_t += one_t + two_t
+        left = load_pair(pointers, columns, n_columns, transform, TRANSFORM, False)
+        right = load_pair(pointers, columns + half, n_columns, transform, TRANSFORM, False)
+        l1, l2, l3 = divergence_sums(left, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
+        r1, r2, r3 = divergence_sums(right, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
+        one += l1 + r1
+        two += l2 + r2
+        three += l3 + r3
     first, stop = rest_of_part(index, n_parts, n_columns, block, half)
     for tile in range(first, stop):
         pair = load_pair(pointers, tile * half + lanes, n_columns, transform, TRANSFORM, True)
-        s, t = mixture_sums(pair, softmax, factor, beta, one_minus_beta, TRANSFORM, HALF)
-        kl_s += s
-        kl_t += t
+        l1, l2, l3 = divergence_sums(pair, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
+        one += l1
+        two += l2
+        three += l3
 
-    out = sums_ptr + row * (2 * n_parts) + index
+    out = sums_ptr + row * ((3 if DIVERGENCE == TOTAL_VARIATION else 2) * n_parts) + index
     invalid = tl.load(merged_ptr + row * PART + LSE_DIFFERENCE) * 0.0  # NaN logits are lost by tl.maximum
-    tl.store(out, tl.sum(kl_s, 0) + invalid)
-    tl.store(out + n_parts, tl.sum(kl_t, 0) + invalid)
+    tl.store(out, tl.sum(one, 0) + invalid)
+    tl.store(out + n_parts, tl.sum(two, 0) + invalid)
+    if DIVERGENCE == TOTAL_VARIATION:
+        tl.store(out + 2 * n_parts, tl.sum(three, 0) + invalid)
 
 
 @triton.jit
@@ -138,24 +193,43 @@ def logit_gradient(
     pair,
     softmax,
     factor,
-    kl,
-    beta,
-    one_minus_beta,
+    sums,
+    numbers,
+    clip,
     TRANSFORM: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    CLIP: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Return the divergence's gradient with respect to the student's z, over 1 - beta for a mixture."""
+    """Return the divergence's gradient with respect to the student's z.
+
+    That of the Jensen-Shannon divergence is over 1 - beta. sums are the first two of the row's sums, or its
+    reverse KL.
+    """
     p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
+    centre, teacher_leads = sums
+    if DIVERGENCE == TOTAL_VARIATION:
+        _, leads, is_clipped = variation_terms(p_s, p_t, d, clip, CLIP)
+        slope_of_clipped = 0.5 * (teacher_leads - centre)
+        return p_s * tl.where(is_clipped, slope_of_clipped, tl.where(leads, -centre, teacher_leads))
+    if CLIP:
+        terms = divergence_terms(p_s, p_t, d, numbers, DIVERGENCE, HALF)
+        _, _, is_clipped = clipped(p_s, numbers, clip, terms, DIVERGENCE)
+        unclipped = slope(p_s, p_t, d, numbers, DIVERGENCE, HALF)
+        return tl.where(is_clipped, numbers[4] * p_s, unclipped) - p_s * centre
     if DIVERGENCE == FORWARD:
-        return tl.where(tl.abs(d) < TAYLOR_RADIUS, -p_s * (d + (d * d) * taylor_remainder(d)), p_s - p_t)
+        return stable_prob_diff(p_t, p_s, -d)
     if DIVERGENCE == REVERSE:
-        return mul_zero_safe(p_s, -kl - d)
-    teacher_leads, distance, w, remainder, _ = mixture_terms(d, beta, one_minus_beta, HALF)
-    return p_s * ((remainder - w) - tl.where(teacher_leads, distance + kl, kl))
+        return mul_zero_safe(p_s, -centre - d)
+    if DIVERGENCE == MIXED:
+        return numbers[0] * stable_prob_diff(p_t, p_s, -d) + mul_zero_safe(numbers[1] * p_s, -centre - d)
+    if DIVERGENCE == MIXTURE:
+        teacher_leads, distance, w, remainder, _, _, _ = mixture_terms(d, numbers[2], numbers[3], HALF)
+        return p_s * ((remainder - w) - tl.where(teacher_leads, distance + centre, centre))
+    return slope(p_s, p_t, d, numbers, DIVERGENCE, HALF) - p_s * centre
 
 
-@triton.jit(do_not_specialize_on_alignment=["weight_ptr", "labels_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["weight_ptr", "labels_ptr", "reverse_weight_ptr"])
 def gradient_kernel(
     student_ptr,  # (n, V) float32
     student_stride,
@@ -164,8 +238,9 @@ def gradient_kernel(
     student_bias_ptr,  # (V,) float32 or None
     teacher_bias_ptr,  # (V,) float32 or None
     merged_ptr,  # (n, PART) float32
-    kl_ptr,  # (n, ...) float32: KL(student || mixture)
-    kl_stride,
+    sums_ptr,  # (n, ...) float32, of `divergence_sums_kernel` if it was run
+    sums_stride,
+    reverse_weight_ptr,  # (n,) float32 or None
     grad_ptr,  # (n, V), written; may be student_ptr
     grad_stride,
     weight_ptr,  # (n,) float32
@@ -177,13 +252,18 @@ def gradient_kernel(
     teacher_softcap,
     factor,
     label_factor,
-    beta,
-    one_minus_beta,
+    teacher_weight,
+    student_weight,
+    teacher_share,
+    student_share,
+    imbalance,
+    clip,
     soft_factor,
     hard_factor,
     TRANSFORM: tl.constexpr,
     WANT_Y: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    CLIP: tl.constexpr,
     HALF: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -202,11 +282,14 @@ def gradient_kernel(
     transform = (student_scale, teacher_scale, student_softcap, teacher_softcap)
     merged = merged_ptr + row * PART
     softmax = softmax_parts(merged)
-    kl = 0.0
-    if DIVERGENCE == REVERSE:
-        kl = tl.load(merged + REVERSE_KL)
-    if DIVERGENCE == MIXTURE:
-        kl = tl.load(kl_ptr + row * kl_stride)
+    numbers = row_numbers(
+        (teacher_weight, student_weight, teacher_share, student_share, imbalance), reverse_weight_ptr, row
+    )
+    sums = (0.0, 0.0)
+    if CLIP or is_mixture(DIVERGENCE) or DIVERGENCE == TOTAL_VARIATION:
+        sums = (tl.load(sums_ptr + row * sums_stride), tl.load(sums_ptr + row * sums_stride + 1))
+    elif DIVERGENCE != FORWARD:
+        sums = (tl.load(merged + REVERSE_KL), 0.0)
     weight = tl.load(weight_ptr + row)
     soft_factor, hard_factor = soft_factor * weight, hard_factor * weight
     label, y_factor = 0, 0.0
@@ -227,7 +310,7 @@ def gradient_kernel(
             columns = tile * block + lanes
             pair = load_pair(pointers, columns, n_columns, transform, TRANSFORM, MASKED)
             grad = soft_factor * logit_gradient(
-                pair, softmax, factor, kl, beta, one_minus_beta, TRANSFORM, DIVERGENCE, HALF
+                pair, softmax, factor, sums, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF
             )
             if labels_ptr is not None:
                 p_y = exp((pair[0] - softmax[0]) * label_factor)

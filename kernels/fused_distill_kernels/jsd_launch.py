@@ -1,4 +1,4 @@
-"""Launches of the row kernels of the generalized Jensen-Shannon divergence."""
+"""Launches of the row kernels of the divergences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .jsd import FORWARD, MIXTURE, REVERSE, gradient_kernel, mixture_sums_kernel
+from .elementwise import FORWARD, MIXED, MIXTURE, REVERSE, TOTAL_VARIATION
+from .jsd import divergence_sums_kernel, gradient_kernel
 from .launch import MAX_PARTS, THREADS, launch_options
 from .row_statistics import PART, merge_kernel, statistics_kernel
 from .tile import LINEAR, SEPARATE, SOFTCAP, WIDTH
@@ -26,7 +27,7 @@ class JSDKernels:
     """Launches of the row kernels on one chunk of logits. Only `gradient` may overwrite the logits.
 
     Where the columns are a shard of the vocabulary, the caller gathers the results of `statistics` over the
-    shards, merges them, and adds up the results of `mixture_sums`.
+    shards, merges them, and adds up the results of `sums`.
     """
 
     student_logits: Tensor  # (n, V) float32, columns contiguous
@@ -35,6 +36,7 @@ class JSDKernels:
     teacher_bias: Tensor | None  # (V,) float32
     labels: Tensor | None  # (n,) int64; -100: no label; V or more: not a column
     config: LossConfig
+    reverse_weight: Tensor | None = None  # (n,) float32, for divergence="mixed_kl"
 
     def statistics(self) -> Tensor:
         """Return the row statistics, (n, PART) float32, whose columns row_statistics.py names."""
@@ -48,8 +50,8 @@ class JSDKernels:
             *self._transform,
             self.factor,
             self.label_factor,
-            WANT_REVERSE=config.return_stats or config.divergence == REVERSE.value,
-            WANT_FORWARD=config.return_stats or config.divergence == FORWARD.value,
+            WANT_REVERSE=config.return_stats or config.form in (REVERSE.value, MIXED.value),
+            WANT_FORWARD=config.return_stats or config.form in (FORWARD.value, MIXED.value),
             WANT_STATS=config.return_stats,
             WANT_Y=self.wants_y,
         )
@@ -75,32 +77,41 @@ class JSDKernels:
                 )
         return merged
 
-    def mixture_sums(self, merged: Tensor) -> Tensor:
-        """Return KL(student || mixture) and KL(teacher || mixture), (n, 2) float32."""
-        sums = self._new(2, self._n_parts)
+    @property
+    def needs_sums(self) -> bool:
+        """True if the statistics do not give the loss."""
+        return self._clips or self.config.form not in (FORWARD.value, REVERSE.value, MIXED.value)
+
+    def sums(self, merged: Tensor) -> Tensor:
+        """Return the sums of `divergence_sums_kernel`, (n, 2 or 3) float32."""
+        sums = self._new(3 if self.config.form == TOTAL_VARIATION.value else 2, self._n_parts)
         self._launch(
-            mixture_sums_kernel,
+            divergence_sums_kernel,
             *self._logits,
             merged,
+            self.reverse_weight,
             sums,
             *self._transform,
             self.factor,
-            *self._mixture,
-            HALF=self.config.beta == 0.5,
+            *self._numbers,
+            **self._constants,
         )
         return sums.sum(-1)
 
-    def gradient(self, merged: Tensor, mixture_kls: Tensor | None, weight: Tensor, out: Tensor) -> None:
+    def gradient(self, merged: Tensor, sums: Tensor | None, weight: Tensor, out: Tensor) -> None:
         """Write weight (n,) times the gradient of the rows' losses to out (n, V), of any floating dtype."""
         config = self.config
-        kls = merged if mixture_kls is None else mixture_kls
+        sums = merged if sums is None else sums
         soft_factor = config.soft_weight * self._student_scale * config.inv_temperature
+        if config.form == MIXTURE.value and not self._clips:
+            soft_factor *= config.mixture.student_share
         self._launch(
             gradient_kernel,
             *self._logits,
             merged,
-            kls,
-            kls.stride(0),
+            sums,
+            sums.stride(0),
+            self.reverse_weight,
             out,
             out.stride(0),
             weight,
@@ -108,12 +119,11 @@ class JSDKernels:
             *self._transform,
             self.factor,
             self.label_factor,
-            *self._mixture,
-            soft_factor * (config.one_minus_beta if config.divergence == MIXTURE.value else 1.0),
+            *self._numbers,
+            soft_factor,
             config.hard_weight * self._student_scale,
             WANT_Y=self.wants_y,
-            DIVERGENCE=int(config.divergence),
-            HALF=config.beta == 0.5,
+            **self._constants,
         )
 
     @property
@@ -143,8 +153,20 @@ class JSDKernels:
         return float(self.config.student_logit_scale)
 
     @property
-    def _mixture(self) -> tuple[float, float]:
-        return float(self.config.beta), self.config.one_minus_beta
+    def _clips(self) -> bool:
+        return self.config.entry_clip is not None
+
+    @property
+    def _numbers(self) -> tuple[float, ...]:
+        """The numbers of `divergence_terms` and the clip; a weight per row replaces some of them."""
+        config = self.config
+        return *config.mixture, config.mixture.imbalance, config.entry_clip or 0.0
+
+    @property
+    def _constants(self) -> dict[str, Any]:
+        config = self.config
+        half = config.mixture.teacher_share == 0.5
+        return {"DIVERGENCE": int(config.form), "CLIP": self._clips, "HALF": half}
 
     @property
     def wants_y(self) -> bool:

@@ -18,10 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import exp_sub_max, mul_zero_safe
+from .elementwise import FORWARD, MIXTURE, REVERSE, exp_sub_max, mul_zero_safe
 from .elementwise64 import expm1, from_parts, log_gap, logaddexp, transform_derivative
-from .jsd import FORWARD, MIXTURE, REVERSE
-from .outcomes import load_outcomes, log_prob_gradient, outcome_terms, tail_parts
+from .outcomes import (
+    is_jsd,
+    jsd_terms,
+    load_outcomes,
+    log_prob_gradient,
+    row_numbers,
+    summed_terms,
+    tail_parts,
+)
 from .support_columns import float_parts, support_block, support_warps
 
 if TYPE_CHECKING:  # not imported at run time: any object with these attributes works
@@ -63,11 +70,15 @@ def support_loss_kernel(
     scale_low,
     softcap,
     softcap_low,
-    beta,
-    beta_low,
+    teacher_share,
+    teacher_share_low,
+    clip,
+    clip_low,
+    reverse_weight_ptr,  # (n,) float32 or None
     soft_weight,
     hard_weight,
     DIVERGENCE: tl.constexpr,
+    CLIP: tl.constexpr,
     TAIL: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -91,8 +102,9 @@ def support_loss_kernel(
     columns_ptr += row * k
     inv_temperature = from_parts(inv_temperature, inv_temperature_low)
     scale, softcap = from_parts(scale, scale_low), from_parts(softcap, softcap_low)
-    beta = from_parts(beta, beta_low)
-    one_minus_beta = 1.0 - beta
+    teacher_share, clip = from_parts(teacher_share, teacher_share_low), from_parts(clip, clip_low)
+    numbers = row_numbers(reverse_weight_ptr, row, teacher_share, DIVERGENCE)
+    student_share = numbers[3]
     lanes = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.float64)
 
@@ -149,12 +161,12 @@ def support_loss_kernel(
         z = y * inv_temperature
         z_t = tl.where(nothing, float("-inf"), logprob)
         p_s, p_t, d = exp_sub_max(z, lse_s), exp_sub_max(z_t, lse_t), log_gap(z, z_t) - lse_gap
-        student, teacher = outcome_terms(p_s, p_t, d, beta, one_minus_beta, DIVERGENCE, TAIL != TRUNCATE)
+        student, teacher = summed_terms(p_s, p_t, d, numbers, clip, DIVERGENCE, CLIP, TAIL != TRUNCATE)
         kl_s += student
         kl_t += teacher
         if WANT_STATS:
-            forward += outcome_terms(p_s, p_t, d, beta, one_minus_beta, FORWARD, TAIL != TRUNCATE)[1]
-            reverse += outcome_terms(p_s, p_t, d, beta, one_minus_beta, REVERSE, TAIL != TRUNCATE)[0]
+            forward += jsd_terms(p_s, p_t, d, teacher_share, student_share, FORWARD, TAIL != TRUNCATE)[1]
+            reverse += jsd_terms(p_s, p_t, d, teacher_share, student_share, REVERSE, TAIL != TRUNCATE)[0]
             entropy_s += mul_zero_safe(p_s, lse_s - z)
             entropy_t += mul_zero_safe(p_t, lse_t - z_t)
             top = top_z
@@ -165,13 +177,13 @@ def support_loss_kernel(
     if TAIL == BUCKET:
         tail_p_s, tail_p_t = exp_sub_max(tail_s, lse_s), exp_sub_max(tail_t, lse_t)
         tail_d = log_gap(tail_s, tail_t) - lse_gap
-        student, teacher = outcome_terms(tail_p_s, tail_p_t, tail_d, beta, one_minus_beta, DIVERGENCE, True)
+        student, teacher = summed_terms(tail_p_s, tail_p_t, tail_d, numbers, clip, DIVERGENCE, CLIP, True)
         kl_s += student
         kl_t += teacher
 
-    soft = kl_s
-    if DIVERGENCE == MIXTURE:
-        soft = beta * kl_t + one_minus_beta * kl_s
+    soft = kl_t
+    if is_jsd(DIVERGENCE, CLIP) and DIVERGENCE == MIXTURE:
+        soft = teacher_share * kl_t + student_share * kl_s
     loss = soft_weight * soft
     grad_weight = tl.load(grad_weight_ptr + row).to(tl.float64)
     hard_scale = 0.0 * grad_weight
@@ -187,8 +199,8 @@ def support_loss_kernel(
         forward, reverse = tl.sum(forward, 0), tl.sum(reverse, 0)
         entropy_s, entropy_t = tl.sum(entropy_s, 0), tl.sum(entropy_t, 0)
         if TAIL == BUCKET:
-            forward += outcome_terms(tail_p_s, tail_p_t, tail_d, beta, one_minus_beta, FORWARD, True)[1]
-            reverse += outcome_terms(tail_p_s, tail_p_t, tail_d, beta, one_minus_beta, REVERSE, True)[0]
+            forward += jsd_terms(tail_p_s, tail_p_t, tail_d, teacher_share, student_share, FORWARD, True)[1]
+            reverse += jsd_terms(tail_p_s, tail_p_t, tail_d, teacher_share, student_share, REVERSE, True)[0]
             entropy_s += mul_zero_safe(tail_p_s, lse_s - tail_s)
             entropy_t += mul_zero_safe(tail_p_t, lse_t - tail_t)
         stats_ptr += row * N_STATS
@@ -202,17 +214,19 @@ def support_loss_kernel(
 
     if WANT_GRAD:
         soft_scale = grad_weight * soft_weight * inv_temperature
-        if DIVERGENCE == FORWARD:
+        if not is_jsd(DIVERGENCE, CLIP):
+            total = kl_s
+        elif DIVERGENCE == FORWARD:
             total = -mass_t
         elif DIVERGENCE == REVERSE:
             total = mass_s + kl_s
         else:
-            total = one_minus_beta * kl_s
+            total = student_share * kl_s
         if HAS_TAIL:
             factor_z = 0.0 * grad_weight
             if TAIL == BUCKET:
                 factor_z = (
-                    log_prob_gradient(tail_p_s, tail_p_t, tail_d, beta, one_minus_beta, DIVERGENCE)
+                    log_prob_gradient(tail_p_s, tail_p_t, tail_d, numbers, clip, DIVERGENCE, CLIP)
                     - tail_p_s * total
                 )
             elif TAIL == TRUNCATE:
@@ -236,7 +250,7 @@ def support_loss_kernel(
             z = y * inv_temperature
             z_t = tl.where(nothing, float("-inf"), logprob)
             p_s, p_t, d = exp_sub_max(z, lse_s), exp_sub_max(z_t, lse_t), log_gap(z, z_t) - lse_gap
-            grad = log_prob_gradient(p_s, p_t, d, beta, one_minus_beta, DIVERGENCE) - p_s * total
+            grad = log_prob_gradient(p_s, p_t, d, numbers, clip, DIVERGENCE, CLIP) - p_s * total
             grad *= soft_scale
             if HAS_LABELS:
                 at_label = tl.where((column == label) & (column >= 0), 1.0, 0.0)
@@ -266,6 +280,7 @@ def support_loss(
     tail: Tensor | None,  # (n, 4, n_parts) float64, of `tail_sums`
     labels: Tensor | None,  # (n,) int64
     label_y: Tensor | None,  # (n,) float64
+    reverse_weight: Tensor | None,  # (n,) float32, for divergence="mixed_kl"
     grad: Tensor | None,  # (n, K) any float, written
 ) -> SupportLoss:
     """Return losses, statistics and the numbers of the tail's gradient; write the support's gradient."""
@@ -299,10 +314,13 @@ def support_loss(
             *float_parts(config.inv_temperature),
             *float_parts(config.student_logit_scale),
             *float_parts(config.student_softcap or 1.0),
-            *float_parts(config.beta),
+            *float_parts(config.mixture.teacher_share),
+            *float_parts(config.entry_clip or 0.0),
+            reverse_weight,
             float(config.soft_weight),
             float(config.hard_weight),
-            DIVERGENCE=int(config.divergence),
+            DIVERGENCE=int(config.form),
+            CLIP=config.entry_clip is not None,
             TAIL=TAIL_OPTIONS[config.tail].value,
             HAS_TAIL=tail is not None,
             HAS_SOFTCAP=config.student_softcap is not None,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .chunked.teacher import FullTeacher, TopKTeacher
 from .chunked.tensors import LossTensors
-from .config import Backend, Reduction, Surplus, Tail
+from .config import Backend, Divergence, Reduction, Surplus, Tail
+from .stats import WeightFunction
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,11 +30,16 @@ class _Keywords(TypedDict, total=False):
 
     mask: Tensor | None
     student_bias: Tensor | None
+    divergence: Divergence
     beta: float
+    alpha: float
+    reverse_weight: float | Tensor
+    entry_clip: float | None
     temperature: float
     student_logit_scale: float
     student_softcap: float | None
-    token_weight: Tensor | None
+    token_weight: Tensor | WeightFunction | None
+    token_data: Mapping[str, Tensor] | None
     labels: Tensor | None
     hard_weight: float
     soft_weight: float

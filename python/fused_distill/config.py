@@ -19,21 +19,49 @@ Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "triton", "torch", "reference"]
 Tail = Literal["bucket", "renormalize", "truncate"]
 Surplus = Literal["ignore", "count"]
+Divergence = Literal["jsd", "skew_forward_kl", "skew_reverse_kl", "mixed_kl", "total_variation"]
 
 
-class Divergence(IntEnum):
-    """The three forms of the generalized Jensen-Shannon divergence. The kernels use the same numbers."""
+class DivergenceForm(IntEnum):
+    """The row arithmetic that a divergence takes. The kernels use the same numbers."""
 
     FORWARD_KL = 0
     REVERSE_KL = 1
-    MIXTURE = 2
+    MIXTURE = 2  # of the generalized Jensen-Shannon divergence
+    SKEW_FORWARD_KL = 3
+    SKEW_REVERSE_KL = 4
+    MIXED_KL = 5
+    TOTAL_VARIATION = 6
+
+
+class Mixture(NamedTuple):
+    """The constants of a KL(p_t || m) + b KL(p_s || m) with m = c p_t + (1 - c) p_s."""
+
+    teacher_weight: float  # a
+    student_weight: float  # b
+    teacher_share: float  # c
+    student_share: float  # 1 - c
+
+    @property
+    def imbalance(self) -> float:
+        """Return a (1 - c) - b c, the factor of p_t / m in the gradient, which is 0 for "jsd"."""
+        a, b, c, rest = self
+        return a * rest - b * c
+
+    @property
+    def log_student_share(self) -> float:
+        """Return log(1 - c)."""
+        return math.log1p(-self.teacher_share) if self.teacher_share < 0.5 else math.log(self.student_share)
 
 
 class Scalars(NamedTuple):
     """The numbers of a `LossConfig` as 0-d tensors, so that new values cause no recompilation."""
 
-    beta: Tensor
-    one_minus_beta: Tensor
+    teacher_weight: Tensor
+    student_weight: Tensor
+    teacher_share: Tensor
+    student_share: Tensor
+    imbalance: Tensor
     inv_temperature: Tensor
     student_logit_scale: Tensor
     teacher_logit_scale: Tensor
@@ -41,6 +69,7 @@ class Scalars(NamedTuple):
     teacher_softcap: Tensor
     hard_weight: Tensor
     soft_weight: Tensor
+    entry_clip: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +80,10 @@ class LossConfig:
         ValueError, TypeError: an option is invalid (the message names it).
     """
 
+    divergence: Divergence = "jsd"
     beta: float = 0.5
+    alpha: float = 0.1
+    entry_clip: float | None = None
     temperature: float = 1.0
     student_logit_scale: float = 1.0
     teacher_logit_scale: float = 1.0
@@ -74,24 +106,47 @@ class LossConfig:
                 object.__setattr__(self, name, require(name, getattr(self, name)))
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta must be between 0 (forward KL) and 1 (reverse KL), got {self.beta}")
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"alpha must be at least 0 and less than 1, got {self.alpha}")
+        require_choice("divergence", self.divergence, get_args(Divergence))
+        _require_used(self, "beta", 'divergence "jsd"', self.divergence == "jsd")
+        _require_used(self, "alpha", "a skewed KL", self.divergence.startswith("skew"))
         require_choice("surplus", self.surplus, get_args(Surplus))
         require_choice("reduction", self.reduction, get_args(Reduction))
         require_choice("backend", self.backend, get_args(Backend))
         _require_process_group(self.process_group, self.backend)
         if self.process_group is not None and self.surplus == "count":
             raise ValueError('surplus must be "ignore" with process_group, got "count"')
+        if self.entry_clip is not None and self.surplus == "count":
+            raise ValueError('surplus must be "ignore" with entry_clip, got "count"')
 
     @property
-    def divergence(self) -> Divergence:
-        """The form of the divergence that beta selects."""
-        if self.beta == 0:
-            return Divergence.FORWARD_KL
-        return Divergence.REVERSE_KL if self.beta == 1 else Divergence.MIXTURE
+    def form(self) -> DivergenceForm:
+        """The row arithmetic of the divergence, which its parameters may reduce to a plain KL."""
+        if self.divergence == "mixed_kl":
+            return DivergenceForm.MIXED_KL
+        if self.divergence == "total_variation":
+            return DivergenceForm.TOTAL_VARIATION
+        mixture = self.mixture
+        if mixture.teacher_share == 0:
+            return DivergenceForm.FORWARD_KL
+        if mixture.student_share == 0:
+            return DivergenceForm.REVERSE_KL
+        if mixture.student_weight == 0:
+            return DivergenceForm.SKEW_FORWARD_KL
+        return DivergenceForm.MIXTURE if mixture.teacher_weight else DivergenceForm.SKEW_REVERSE_KL
 
     @property
-    def one_minus_beta(self) -> float:
-        """The student's weight in the mixture."""
-        return 1.0 - self.beta
+    def mixture(self) -> Mixture:
+        """The constants of the divergence, which must be "jsd" or a skewed KL (others: those of "jsd")."""
+        beta, alpha = self.beta, self.alpha
+        if self.divergence == "skew_forward_kl":
+            return Mixture(1.0, 0.0, alpha, 1.0 - alpha)
+        if self.divergence == "skew_reverse_kl":
+            return Mixture(0.0, 1.0, 1.0 - alpha, alpha)
+        if beta in (0, 1):  # forward and reverse KL
+            return Mixture(1.0 - beta, beta, beta, 1.0 - beta)
+        return Mixture(beta, 1.0 - beta, beta, 1.0 - beta)
 
     @property
     def inv_temperature(self) -> float:
@@ -115,8 +170,10 @@ class LossConfig:
         return False
 
     def scalars(self, dtype: torch.dtype) -> Tensor:
-        """(9,) CPU tensor of the options that enter the row arithmetic, in the order of `Scalars`."""
-        numbers = (getattr(self, name) for name in Scalars._fields)
+        """(13,) CPU tensor of the options that enter the row arithmetic, in the order of `Scalars`."""
+        mixture = self.mixture
+        owners = (mixture if hasattr(mixture, name) else self for name in Scalars._fields)
+        numbers = [getattr(owner, name) for owner, name in zip(owners, Scalars._fields, strict=True)]
         values = [1.0 if number is None else number for number in numbers]
         return torch.tensor(values, dtype=dtype, device="cpu")
 
@@ -137,6 +194,9 @@ class TopKLossConfig(LossConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("tail", self.tail, get_args(Tail))
+        if self.tail == "truncate" and (self.divergence != "jsd" or self.entry_clip is not None):
+            given = f"divergence {self.divergence!r} and entry_clip {self.entry_clip}"
+            raise ValueError(f'tail "truncate" goes with divergence "jsd" without entry_clip, got {given}')
 
     @property
     def projects_support_only(self) -> bool:
@@ -211,9 +271,9 @@ def require_count(name: str, value: object) -> int | None:
 
 
 _CHECKS: dict[Callable[[str, object], object], tuple[str, ...]] = {
-    require_number: ("beta",),
+    require_number: ("beta", "alpha"),
     require_positive: ("temperature", "student_logit_scale", "teacher_logit_scale"),
-    require_positive_or_none: ("student_softcap", "teacher_softcap"),
+    require_positive_or_none: ("student_softcap", "teacher_softcap", "entry_clip"),
     require_non_negative: ("hard_weight", "soft_weight"),
     require_count: ("vocab_size", "workspace_bytes"),
 }
@@ -223,6 +283,15 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Require one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _require_used(config: LossConfig, name: str, user: str, used: bool) -> None:
+    """Require the default of an option that the divergence does not use."""
+    default = type(config).__dataclass_fields__[name].default
+    if not used and getattr(config, name) != default:
+        raise ValueError(
+            f"{name} is an option of {user}, got {getattr(config, name)} with {config.divergence!r}"
+        )
 
 
 def _require_process_group(group: object, backend: str) -> None:

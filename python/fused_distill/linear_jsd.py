@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from .arguments import JSDKeywords, tensors_from
 from .chunked.loop import fused_loss
 from .chunked.teacher import FullTeacher
-from .config import Backend, LossConfig, Reduction, Surplus, config_from, keywords_of
-from .stats import DistillStats
+from .config import Backend, Divergence, LossConfig, Reduction, Surplus, config_from, keywords_of
+from .stats import DistillStats, WeightFunction
 from .tracing import untraced
 
 if TYPE_CHECKING:
@@ -45,13 +46,18 @@ def fused_linear_jsd(
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
     teacher_bias: Tensor | None = None,  # (Vt,)
+    divergence: Divergence = "jsd",
     beta: float = 0.5,
+    alpha: float = 0.1,
+    reverse_weight: float | Tensor = 0.5,  # or (...)
+    entry_clip: float | None = None,
     temperature: float = 1.0,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...) float
+    token_weight: Tensor | WeightFunction | None = None,  # (...) float
+    token_data: Mapping[str, Tensor] | None = None,  # (...) each
     labels: Tensor | None = None,  # (...) int64 / int32
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
@@ -75,7 +81,18 @@ def fused_linear_jsd(
         D = beta KL(p_t || m) + (1 - beta) KL(p_s || m)             for 0 < beta < 1,
             with m = beta p_t + (1 - beta) p_s
 
-    (Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649). The loss is
+    (Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649). The other
+    choices of `divergence` are
+
+        "skew_forward_kl"   D = KL(p_t || alpha p_t + (1 - alpha) p_s)
+        "skew_reverse_kl"   D = KL(p_s || alpha p_s + (1 - alpha) p_t)
+        "mixed_kl"          D = (1 - reverse_weight) KL(p_t || p_s) + reverse_weight KL(p_s || p_t)
+        "total_variation"   D = 0.5 sum |p_t - p_s|
+
+    (skewed KL: Ko et al., DistiLLM, https://arxiv.org/abs/2402.03898). docs/divergences.md compares them.
+    With `entry_clip` = c each vocabulary entry's term of D, e.g. p_t log(p_t / p_s), is replaced by
+    min(term, c), and a clipped term has no gradient. This is a surrogate, not a divergence: it may be
+    negative, and it is not 0 for equal models alone. The loss is
     not rescaled by temperature**2. The gradient is computed in the forward pass, chunk by chunk, and scaled
     in the backward pass. A second backward pass through a retained graph recomputes it. Only student_hidden,
     student_weight and student_bias receive gradients. Logits, losses and accumulated gradients are float32
@@ -92,14 +109,28 @@ def fused_linear_jsd(
             compute, and NaN there is ignored. None: all tokens are valid.
         student_bias: (Vs,) bias of the student's LM head.
         teacher_bias: (Vt,) bias of the teacher's LM head.
-        beta: in [0, 1], see above.
+        divergence: "jsd", "skew_forward_kl", "skew_reverse_kl", "mixed_kl" or "total_variation", see above.
+        beta: in [0, 1], of "jsd", see above.
+        alpha: in [0, 1), of the skewed KL divergences, the share of the first model in the mixture. 0 gives
+            the forward or the reverse KL.
+        reverse_weight: in [0, 1], the weight of the reverse KL in "mixed_kl": a number, or a float tensor
+            that is 0-d or has the shape (...) of the tokens. It receives no gradient. A tensor's values are
+            checked on a CPU only.
+        entry_clip: > 0, see above. None: no bound. It goes without surplus="count".
         temperature: > 0, divides both models' logits.
         student_logit_scale: > 0, multiplies the student's logits before the softcap.
         teacher_logit_scale: > 0, multiplies the teacher's logits before the softcap.
         student_softcap: > 0, turns the student's logits into softcap * tanh(logits / softcap). None: no
             softcap.
         teacher_softcap: > 0, the same for the teacher's logits.
-        token_weight: (...) multiplies each token's loss; it receives no gradient.
+        token_weight: (...) multiplies each token's loss; it receives no gradient. It may be a function that
+            returns these weights, e.g. `lambda stats: (stats.teacher_entropy < 2.0).float()`. It is called
+            under no_grad for one chunk after another, with the `DistillStats` of the chunk's n valid tokens,
+            (n,) each and in order, and returns (n,) weights. It must give the same weights for the same
+            tokens, because a second pass calls it again. It costs no further product, except that with
+            float16 products on a GPU the logits are computed twice.
+        token_data: tensors of shape (...) by name, which a function token_weight receives by keyword, as (n,)
+            entries of its tokens: `token_weight=lambda stats, position: ...` with {"position": positions}.
         labels: (...) token ids below vocab_size for the cross entropy at temperature 1; -100 means no label.
             Those of masked tokens are ignored.
         hard_weight: >= 0, weight of the cross entropy.
@@ -178,8 +209,10 @@ class FusedLinearJSDLoss(nn.Module):
         mask: Tensor | None = None,  # (...) bool
         student_bias: Tensor | None = None,  # (Vs,)
         teacher_bias: Tensor | None = None,  # (Vt,)
-        token_weight: Tensor | None = None,  # (...)
+        token_weight: Tensor | WeightFunction | None = None,  # (...)
+        token_data: Mapping[str, Tensor] | None = None,  # (...) each
         labels: Tensor | None = None,  # (...)
+        reverse_weight: float | Tensor = 0.5,  # or (...)
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
         """Return the loss, or (loss, DistillStats) with return_stats; see `fused_linear_jsd`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from .arguments import TopKJSDKeywords, tensors_from
 from .chunked.loop import fused_loss
 from .chunked.teacher import TopKTeacher
-from .config import Backend, Reduction, Surplus, Tail, TopKLossConfig, config_from, keywords_of
-from .stats import DistillStats
+from .config import Backend, Divergence, Reduction, Surplus, Tail, TopKLossConfig, config_from, keywords_of
+from .stats import DistillStats, WeightFunction
 from .tracing import untraced
 
 if TYPE_CHECKING:
@@ -45,11 +46,16 @@ def fused_linear_topk_jsd(
     tail: Tail = "bucket",
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
+    divergence: Divergence = "jsd",
     beta: float = 0.5,
+    alpha: float = 0.1,
+    reverse_weight: float | Tensor = 0.5,  # or (...)
+    entry_clip: float | None = None,
     temperature: float = 1.0,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...) float
+    token_weight: Tensor | WeightFunction | None = None,  # (...) float
+    token_data: Mapping[str, Tensor] | None = None,  # (...) each
     labels: Tensor | None = None,  # (...) int64 / int32
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
@@ -93,12 +99,18 @@ def fused_linear_topk_jsd(
         tail: how probability outside the K ids is treated, see above.
         mask: (...) bool, True for valid tokens, which count in the loss. None: all tokens are valid.
         student_bias: (Vs,) bias of the student's LM head.
-        beta: in [0, 1].
+        divergence: as in `fused_linear_jsd`. "truncate" goes with "jsd" only.
+        beta: in [0, 1], of "jsd".
+        alpha: in [0, 1), of the skewed KL divergences.
+        reverse_weight: in [0, 1], a number, 0-d or (...), of "mixed_kl".
+        entry_clip: > 0, bounds each outcome's term from above; see `fused_linear_jsd`. Not with "truncate".
         temperature: > 0, divides the student's logits.
         student_logit_scale: > 0, multiplies the student's logits before the softcap.
         student_softcap: > 0, turns the student's logits into softcap * tanh(logits / softcap). None: no
             softcap.
-        token_weight: (...) multiplies each token's loss; it receives no gradient.
+        token_weight: (...) multiplies each token's loss, or a function of the statistics, as in
+            `fused_linear_jsd`. It receives no gradient.
+        token_data: (...) tensors by name for a function token_weight, as in `fused_linear_jsd`.
         labels: (...) token ids for the cross entropy at temperature 1 over all columns; -100 means no label.
             Those of masked tokens are ignored.
         hard_weight: >= 0, weight of the cross entropy. If it is not 0, "renormalize" projects the whole
@@ -165,8 +177,10 @@ class FusedLinearTopKJSDLoss(nn.Module):
         *,
         mask: Tensor | None = None,  # (...) bool
         student_bias: Tensor | None = None,  # (Vs,)
-        token_weight: Tensor | None = None,  # (...)
+        token_weight: Tensor | WeightFunction | None = None,  # (...)
+        token_data: Mapping[str, Tensor] | None = None,  # (...) each
         labels: Tensor | None = None,  # (...)
+        reverse_weight: float | Tensor = 0.5,  # or (...)
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
         """Return the loss, or (loss, DistillStats) with return_stats; see `fused_linear_topk_jsd`."""

@@ -14,7 +14,8 @@ from .chunked.memory import memory_of
 from .chunked.teacher import FullTeacher
 from .chunked.tensors import LossTensors
 from .chunked.workspace import ChunkPlan
-from .config import Divergence, LossConfig
+from .config import DivergenceForm, LossConfig
+from .validation import DEFAULT_REVERSE_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def plan(
     teacher_bias: Tensor | None = None,  # (Vt,)
     token_weight: Tensor | None = None,  # (...)
     labels: Tensor | None = None,  # (...)
+    reverse_weight: float | Tensor = DEFAULT_REVERSE_WEIGHT,
     normalizer: float | Tensor | None = None,
     **options: Any,
 ) -> LossPlan:
@@ -112,6 +114,7 @@ def plan(
         teacher_bias: (Vt,).
         token_weight: (...); it changes no size.
         labels: (...); they change no size.
+        reverse_weight: it changes no size.
         normalizer: it changes no size.
         **options: the other options of `fused_linear_jsd`.
 
@@ -137,7 +140,9 @@ def plan(
         FullTeacher(teacher_hidden, teacher_weight, teacher_bias),
         mask,
         token_weight,
+        token_data=None,
         labels=None,
+        reverse_weight=reverse_weight,
         normalizer=None,
     )
     shard = tensors.check(replace(config, hard_weight=0.0))
@@ -165,9 +170,11 @@ def plan(
 def triton_launches(config: LossConfig, *, with_grad: bool) -> int:
     """Return how many Triton kernels run per chunk, besides small PyTorch operations on its rows' sums.
 
-    Two compute the row statistics. A mixture's divergence and the gradient take one more each.
+    Two compute the row statistics, which give the plain KL divergences. Every other divergence, one with
+    entry_clip, and the gradient take one more each.
     """
-    return 2 + (config.divergence is Divergence.MIXTURE) + with_grad
+    plain = (DivergenceForm.FORWARD_KL, DivergenceForm.REVERSE_KL, DivergenceForm.MIXED_KL)
+    return 2 + (config.form not in plain or config.entry_clip is not None) + with_grad
 
 
 def _on_meta(tensors: LossTensors) -> LossTensors:
@@ -192,6 +199,8 @@ def _on_meta(tensors: LossTensors) -> LossTensors:
         None,
         None,
         None,
+        None,
+        tensors.reverse_weight if isinstance(tensors.reverse_weight, float) else DEFAULT_REVERSE_WEIGHT,
         None,
     )
 

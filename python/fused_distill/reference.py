@@ -6,6 +6,7 @@ Simple instead of fast or frugal. The tests compare every backend with it in flo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -15,9 +16,19 @@ from torch.nn import functional as F
 from .arguments import JSDKeywords, TopKJSDKeywords, tensors_from
 from .chunked.teacher import FullTeacher, TopKTeacher
 from .chunked.tensors import LossTensors
-from .config import Backend, LossConfig, Reduction, Surplus, Tail, TopKLossConfig, config_from
+from .config import (
+    Backend,
+    Divergence,
+    DivergenceForm,
+    LossConfig,
+    Reduction,
+    Surplus,
+    Tail,
+    TopKLossConfig,
+    config_from,
+)
 from .rows.base import MIN_TEACHER_TAIL_PROB
-from .stats import DistillStats
+from .stats import DistillStats, WeightFunction
 from .tracing import check_has_data, untraced
 from .validation import FORBIDDEN_LOGPROB, check_probabilities
 
@@ -48,13 +59,18 @@ def linear_jsd(
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
     teacher_bias: Tensor | None = None,  # (Vt,)
+    divergence: Divergence = "jsd",
     beta: float = 0.5,
+    alpha: float = 0.1,
+    reverse_weight: float | Tensor = 0.5,  # or (...)
+    entry_clip: float | None = None,
     temperature: float = 1.0,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...)
+    token_weight: Tensor | WeightFunction | None = None,  # (...)
+    token_data: Mapping[str, Tensor] | None = None,  # (...) each
     labels: Tensor | None = None,  # (...) int64
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
@@ -97,11 +113,16 @@ def linear_topk_jsd(
     tail: Tail = "bucket",
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
+    divergence: Divergence = "jsd",
     beta: float = 0.5,
+    alpha: float = 0.1,
+    reverse_weight: float | Tensor = 0.5,  # or (...)
+    entry_clip: float | None = None,
     temperature: float = 1.0,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
-    token_weight: Tensor | None = None,  # (...)
+    token_weight: Tensor | WeightFunction | None = None,  # (...)
+    token_data: Mapping[str, Tensor] | None = None,  # (...) each
     labels: Tensor | None = None,  # (...) int64
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
@@ -149,12 +170,26 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
         log_s, log_t, stats = _topk_outcomes(log_s, logprobs, ids, config)
         log_q = log_t
 
-    loss = config.soft_weight * _jsd(log_s, log_t, log_q, config.beta)
+    reverse_weight = tensors.reverse_weight
+    if isinstance(reverse_weight, Tensor):
+        reverse_weight = reverse_weight.detach().expand(mask.shape)[mask].unsqueeze(-1)
+    terms = _terms(log_s, log_t, log_q, reverse_weight, config)
+    if config.entry_clip is not None:
+        clipped = terms > config.entry_clip
+        # An infinite term would have the gradient NaN.
+        log_s, log_t, log_q = (log_p.masked_fill(clipped, 0) for log_p in (log_s, log_t, log_q))
+        terms = _terms(log_s, log_t, log_q, reverse_weight, config)
+        terms = torch.where(clipped, config.entry_clip, terms)
+    loss = config.soft_weight * terms.sum(-1)
     if tensors.labels is not None and config.hard_weight != 0:
         labels = tensors.labels[mask].long()
         loss = loss + config.hard_weight * F.cross_entropy(y_s, labels, reduction="none")
-    if tensors.token_weight is not None:
+    if isinstance(tensors.token_weight, Tensor):
         loss = loss * tensors.token_weight.detach()[mask]
+    elif tensors.token_weight is not None:
+        with torch.no_grad():
+            data = {name: tensor[mask] for name, tensor in (tensors.token_data or {}).items()}
+            loss = loss * tensors.token_weight(stats, **data)
     if config.reduction == "none":
         result = _scatter(mask, loss)
     elif config.reduction == "mean" and len(loss):
@@ -245,24 +280,46 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str, co
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _jsd(log_s: Tensor, log_t: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """Return the generalized JSD of https://arxiv.org/abs/2306.13649, with its limits at beta 0 and 1.
+def _terms(
+    log_s: Tensor, log_t: Tensor, log_q: Tensor, reverse_weight: float | Tensor, config: LossConfig
+) -> Tensor:
+    """Return each outcome's term of the divergence, with its limits where m is one of the two models.
 
-    log_q is log_t without zeros, for the limit at 1, which they would make infinite.
+    log_q is log_t without zeros, for the limit of reverse KL, which they would make infinite.
     """
-    if beta == 0:
-        return _kl(log_t, log_s)
-    if beta == 1:
-        return _kl(log_s, log_q)
-    pair = torch.stack([log_t + math.log(beta), log_s + math.log1p(-beta)])
+    form, (of_teacher, of_student, teacher_share, student_share) = config.form, config.mixture
+    if form is DivergenceForm.TOTAL_VARIATION:
+        return 0.5 * (log_t.exp() - log_s.exp()).abs()
+    if form is DivergenceForm.MIXED_KL:
+        weight = torch.as_tensor(reverse_weight, dtype=log_s.dtype, device=log_s.device)
+        # A weight of 0 drops an infinite divergence, and its gradient.
+        forward, reverse = (
+            [log_p.masked_fill(factor == 0, 0) for log_p in pair]
+            for factor, pair in ((1 - weight, (log_t, log_s)), (weight, (log_s, log_q)))
+        )
+        return (1 - weight) * _kl_terms(*forward) + weight * _kl_terms(*reverse)
+    if form is DivergenceForm.FORWARD_KL:
+        return _kl_terms(log_t, log_s)
+    if form is DivergenceForm.REVERSE_KL:
+        return _kl_terms(log_s, log_q)
+    pair = torch.stack([log_t + math.log(teacher_share), log_s + math.log(student_share)])
     log_m = torch.logsumexp(pair.masked_fill((pair == -math.inf).all(0), 0), 0)  # 0 where both are absent
-    return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+    terms = torch.zeros_like(log_s)
+    if of_teacher:
+        terms = terms + of_teacher * _kl_terms(log_t, log_m)
+    if of_student:
+        terms = terms + of_student * _kl_terms(log_s, log_m)
+    return terms
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return the terms of KL(p || q) with 0 log 0 = 0."""
+    gap = torch.where(log_p.exp() == 0, 0.0, log_p - log_q)
+    return log_p.exp() * gap
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p || q) with 0 log 0 = 0."""
-    gap = torch.where(log_p.exp() == 0, 0.0, log_p - log_q)
-    return (log_p.exp() * gap).sum(-1)
+    return _kl_terms(log_p, log_q).sum(-1)
 
 
 def _stats(log_s: Tensor, log_t: Tensor, log_q: Tensor) -> DistillStats:

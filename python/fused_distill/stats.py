@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class DistillStats(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> DistillStats:
         """Apply a function to every field that is not None."""
         return DistillStats(*(None if c is None else function(c) for c in self))  # pyright: ignore[reportArgumentType]
+
+
+# Returns (n,) token weights for the statistics of n tokens, and for the entries of token_data by keyword.
+WeightFunction: TypeAlias = Callable[..., Tensor]
 
 
 class RowResult(NamedTuple):

@@ -12,6 +12,7 @@ from .config import require_number
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORED_LABEL = -100
+DEFAULT_REVERSE_WEIGHT = 0.5
 
 # A stock vLLM server writes -inf as -9999.0, which bfloat16 rounds to this.
 FORBIDDEN_LOGPROB = -9984.0
@@ -90,17 +91,54 @@ def check_no_dtensors(tensors: Mapping[str, Tensor | None]) -> None:
             )
 
 
-def check_tokens(
-    shape: torch.Size, device: torch.device, mask: Tensor | None, token_weight: Tensor | None
-) -> None:
-    """Require a bool mask and float token weights in the shape of the tokens, or None."""
+def check_tokens(shape: torch.Size, device: torch.device, mask: Tensor | None, token_weight: object) -> None:
+    """Require a bool mask, and float weights or a function of statistics, in the shape of the tokens."""
     if mask is not None:
         check_per_token("mask", mask, shape, device)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool (mask.bool() makes it so), got {mask.dtype}")
-    if token_weight is not None:
-        check_float("token_weight", token_weight)
-        check_per_token("token_weight", token_weight, shape, device)
+    if token_weight is not None and not callable(token_weight):
+        check_per_token("token_weight", check_float("token_weight", token_weight), shape, device)
+
+
+def check_token_data(
+    token_data: object, token_weight: object, shape: torch.Size, device: torch.device
+) -> None:
+    """Require None, or for a function token_weight tensors by name in the shape of the tokens."""
+    if token_data is None:
+        return
+    if not callable(token_weight):
+        raise ValueError("token_data goes with a function as token_weight, got it without one")
+    if not isinstance(token_data, Mapping):
+        raise TypeError(f"token_data must be a dict of tensors, got {type(token_data).__name__}")
+    for name, tensor in token_data.items():
+        check_per_token(f"token_data[{name!r}]", tensor, shape, device)
+
+
+def check_reverse_weight(
+    value: float | Tensor, divergence: str, shape: torch.Size, device: torch.device, mask: Tensor | None
+) -> None:
+    """Require a number, a 0-d tensor or one value per token between 0 and 1, only with "mixed_kl".
+
+    The values of a tensor are checked on a CPU alone, because reading them from a GPU would wait for it.
+    Masked tokens may have any value.
+    """
+    name, expected = "reverse_weight", "between 0 (forward KL) and 1 (reverse KL)"
+    given = isinstance(value, Tensor) or value != DEFAULT_REVERSE_WEIGHT
+    if divergence != "mixed_kl" and given:
+        raise ValueError(f'{name} is an option of divergence "mixed_kl", got it with {divergence!r}')
+    if not isinstance(value, Tensor):
+        if not 0 <= require_number(name, value) <= 1:
+            raise ValueError(f"{name} must be {expected}, got {value}")
+        return
+    check_float(name, value)
+    if value.dim():
+        check_per_token(name, value, shape, device)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        values = value[mask] if value.dim() and mask is not None and not mask.is_meta else value
+        wrong = values[~((values >= 0) & (values <= 1))].reshape(-1)
+        if len(wrong):
+            raise ValueError(f"{name} must be {expected}, got {wrong[0].item()}")
 
 
 def check_float(name: str, tensor: object) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import INTERPRETED
-from fp32_products import emulated_fp32_products
+from emulated_gpu import emulated_fp32_products
 from fused_distill.chunked import gemm as gemm_module
 from fused_distill.chunked.gemm import Fp32Output, gemm, supports_fp32_output
 from torch import Tensor

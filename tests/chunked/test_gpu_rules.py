@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import HALF, INTERPRETED, TOPK, Case, LossResult, cases
 from checks import assert_close, rounding_of, with_few_examples
-from fp32_products import gpu_rules
+from emulated_gpu import gpu_rules
 from fused_distill import fused_linear_jsd
 from fused_distill.chunked.grad_scale import float16_grad_scale, largest_logit_gradient
 from fused_distill.chunked.lm_head import LMHead

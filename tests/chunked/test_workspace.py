@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp32_products import gpu_rules
+from emulated_gpu import gpu_rules
 from fused_distill import fused_linear_jsd, fused_linear_topk_jsd, topk_logprobs
 from fused_distill.chunked.workspace import Workspace, plan_chunks
 from fused_distill.config import Tail
@@ -104,6 +104,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no statistics": {"return_stats": False},
     "forward KL": {"beta": 0.0},
     "reverse KL": {"beta": 1.0},
+    "skewed KL with clipped terms": {"divergence": "skew_reverse_kl", "entry_clip": 0.01},
+    "mixed KL": {"divergence": "mixed_kl", "reverse_weight": torch.rand(300)},
     "each token's loss": {"reduction": "none"},
     "fewer columns": {"vocab_size": 1700},
     "token weights": {"token_weight": torch.rand(300)},

@@ -3,11 +3,12 @@
 FUSED_DISTILL_TEST_DEVICE=cuda puts their tensors on a GPU, where the Triton kernels are tested (`make
 test-gpu`). By default they are on the CPU, where the kernels run under TRITON_INTERPRET=1 only. With
 emulated-cuda they are on the CPU too, drawn in bfloat16 and float16, and go the way of a GPU: its chunks, its
-half-precision products and logit gradients (`fp32_products`).
+half-precision products and logit gradients (`emulated_gpu`).
 """
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Callable
@@ -80,6 +81,12 @@ class Case:
     def with_options(self, **options: Any) -> Case:
         """Return the same call with other keywords."""
         return replace(self, options={**self.options, **options})
+
+    @property
+    def divergence(self) -> dict[str, Any]:
+        """The options of the divergence, without a weight of each token."""
+        names = ("divergence", "beta", "alpha", "reverse_weight", "entry_clip")
+        return {name: self.options[name] for name in names if name in self.options}
 
     def loss(self, **options: Any) -> Tensor:
         """Return the loss on the backend under test, without statistics and gradients."""
@@ -201,6 +208,27 @@ def _dimensions(
     return randn, draw(shapes), vocab, draw(st.sampled_from([0.3, 1.0, 3.0]))
 
 
+def _divergences(tail: str | None) -> st.SearchStrategy[dict[str, Any]]:
+    """Return the options of any divergence that goes with a top-k teacher's tail; None: another teacher.
+
+    Of three "mixed_kl", "per token" stands for a weight of each token.
+    """
+    jsd = st.sampled_from([{"beta": beta} for beta in (0.0, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0)])
+    if tail == "truncate":
+        return jsd
+    skewed = st.builds(
+        lambda name, alpha: {"divergence": name, "alpha": alpha},
+        st.sampled_from(["skew_forward_kl", "skew_reverse_kl"]),
+        st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+    )
+    mixed = st.sampled_from(
+        [{"divergence": "mixed_kl", "reverse_weight": weight} for weight in (0.0, 0.3, 1.0, "per token")]
+    )
+    variation = st.just({"divergence": "total_variation"})
+    clips = st.sampled_from([{}, {}, {"entry_clip": 0.3}, {"entry_clip": 0.02}])
+    return st.builds(operator.or_, st.one_of(jsd, skewed, mixed, variation), clips)
+
+
 @st.composite
 def _with_common_keywords(draw: st.DrawFn, case: Case, randn: Callable[..., Tensor], n_columns: int) -> Case:
     """Draw the keywords that all losses share, labels below `n_columns`, and add them to the case."""
@@ -209,12 +237,15 @@ def _with_common_keywords(draw: st.DrawFn, case: Case, randn: Callable[..., Tens
     keyword_tensors = dict(case.keyword_tensors)
     options: dict[str, Any] = {
         **case.options,
-        "beta": draw(st.sampled_from([0.0, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0])),
+        **draw(_divergences(case.options.get("tail"))),
         "temperature": draw(st.sampled_from([1.0, 0.7, 2.5])),
         "student_logit_scale": draw(st.sampled_from([1.0, 0.25])),
         "student_softcap": draw(st.sampled_from([None, 5.0])),
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
     }
+    if options.get("reverse_weight") == "per token":
+        del options["reverse_weight"]
+        keyword_tensors["reverse_weight"] = torch.rand(shape, generator=generator).to(dtype)
     if options["reduction"] == "mean" and draw(st.booleans()):
         options["normalizer"] = 17.0
     if draw(st.booleans()):

@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from cases import EMULATED_GPU, HALF, INTERPRETED, Case, LossResult
 from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+# Options of each divergence with arithmetic of its own.
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    **{f"jsd-{beta}": {"beta": beta} for beta in BETAS},
+    **{name: {"divergence": name, "alpha": 0.2} for name in ("skew_forward_kl", "skew_reverse_kl")},
+    "mixed_kl": {"divergence": "mixed_kl", "reverse_weight": 0.3},
+    "total_variation": {"divergence": "total_variation"},
+}
+for_each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
+some_divergence = st.sampled_from(list(DIVERGENCES.values()))
 TAILS = ["bucket", "renormalize", "truncate"]
+for_each_tail_and_divergence = pytest.mark.parametrize(
+    ("tail", "divergence"),
+    [
+        pytest.param(tail, options, id=f"{tail}-{name}")
+        for tail in TAILS
+        for name, options in DIVERGENCES.items()
+        if tail != "truncate" or name.startswith("jsd")
+    ],
+)
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 with_examples = settings(max_examples=12 if INTERPRETED else 80)
 with_few_examples = settings(max_examples=5 if INTERPRETED else 25)
 
 # Half-precision gradients of a GPU are rounded twice, as logit gradients and as those of the inputs.
-GPU_ROUNDINGS = 3.0 if EMULATED_GPU else 0.0
+# Where a few labels dominate a weight gradient, its own rounding may be small by chance.
+GPU_ROUNDINGS = 4.0 if EMULATED_GPU else 0.0
 _FEW = 64  # numbers
+
+
+def finite_where_forbidden(by: str, divergence: dict[str, Any]) -> dict[str, Any]:
+    """Return options of a divergence whose loss is finite where one model alone, "teacher" or "student",
+    forbids a token: the KL divergence that would be infinite has weight 0 or is clipped.
+    """
+    infinite_beta = 1.0 if by == "teacher" else 0.0
+    if "reverse_weight" in divergence:
+        return {**divergence, "reverse_weight": 1 - infinite_beta}
+    return {**divergence, "entry_clip": 0.3} if divergence.get("beta") == infinite_beta else divergence
 
 
 def assert_close(
@@ -24,7 +57,7 @@ def assert_close(
 ) -> None:
     """Check the norm of the difference against the norm of `expected`, and a floor for values near 0.
 
-    Through an emulated GPU, three roundings more are allowed to half-precision gradients.
+    Through an emulated GPU, four roundings more are allowed to half-precision gradients.
     """
     assert (actual is None) == (expected is None)
     if actual is None or expected is None:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from fused_distill.trainer.config import load_config
 from fused_distill.trainer.loop import train
+from fused_distill.trainer.teachers import LocalTeacher
+from torch.distributed.fsdp import FSDPModule
 
 
 def main(strategy: str, *configs: str) -> None:
     PartialState(cpu=True)
+    targets = LocalTeacher.targets
+
+    def checked(self: LocalTeacher, *arguments: Any) -> Any:
+        assert isinstance(self.model, FSDPModule) == (strategy == "fsdp2")
+        return targets(self, *arguments)
+
+    LocalTeacher.targets = checked  # pyright: ignore[reportAttributeAccessIssue]
     end_training = Accelerator.end_training
     for path in configs:
         if strategy == "fsdp2":  # accelerate offers FSDP2 on accelerators only

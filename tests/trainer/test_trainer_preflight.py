@@ -7,7 +7,7 @@ import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_an_lm_head_that_no_longer_fits_is_a_cross(lab: Lab, tmp_path: Path) -> 
             return 2 * super().forward(input)
 
     scaled = Scaled(16, 98, bias=False)
-    scaled.weight = run.model.get_output_embeddings().weight
+    scaled.weight = cast(torch.nn.Linear, run.model.get_output_embeddings()).weight
     run.model.set_output_embeddings(scaled)
     head = preflight(run)[0]
     assert (head.level, head.name) == ("error", "student's LM head")

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fused_distill.trainer.cache_teacher import store_teacher
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import NonFiniteLoss, Trainer, train
 from fused_distill.trainer.preflight import preflight
+from fused_distill.trainer.teachers import load_teachers
 from plain_loop import BETAS, assert_equals_plain_steps
-from trainer_cases import NOT_INTERPRETED, SETTINGS, Lab, losses, metrics, save_model
+from trainer_cases import NOT_INTERPRETED, SETTINGS, Lab, losses, metrics, save_model, transformers
 from trainer_cases import lab as lab
 
 pytestmark = NOT_INTERPRETED
@@ -140,6 +142,14 @@ def test_an_error_of_one_teacher_has_its_key(lab: Lab, tmp_path: Path) -> None:
         Trainer(config)
 
 
+def test_several_models_are_refused_if_they_would_be_sharded(lab: Lab, tmp_path: Path) -> None:
+    config = settings(lab, tmp_path, math="model: /nowhere", code="url: http://localhost:1")
+    with pytest.raises(ConfigError, match="^teachers: with FSDP only a single teacher may have a model"):
+        load_teachers(
+            config, transformers.AutoTokenizer.from_pretrained(lab.student), torch.device("cpu"), shard=True
+        )
+
+
 def test_a_store_is_of_one_teacher(lab: Lab, tmp_path: Path) -> None:
     config = settings(lab, tmp_path, math=f"model: {lab.teacher}, targets: topk")
     with pytest.raises(ConfigError, match="teachers: a store holds one teacher"):
@@ -149,8 +159,6 @@ def test_a_store_is_of_one_teacher(lab: Lab, tmp_path: Path) -> None:
 def test_a_loss_of_one_teacher_that_is_not_finite_names_its_tokens(
     lab: Lab, other: Path, tmp_path: Path
 ) -> None:
-    import torch
-
     trainer = Trainer(
         settings(lab, tmp_path, "lmbda=0", math=f"model: {lab.teacher}", code=f"model: {other}")
     )

@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..config import Divergence, LossConfig
+from ..config import DivergenceForm, LossConfig
 
 _LARGEST = 15  # logit gradients stay below 2^15, half of float16's largest number
 _LARGEST_POWER = 60  # leaves the scaled gradients within float32's range
 # Reverse KL's gradient p_s (log p_s - log p_t - KL) is at most a quarter of the largest difference of two
 # log ratios. This is for differences of 512.
 _LARGEST_REVERSE_KL = 128.0
+_REVERSE_KL = (DivergenceForm.REVERSE_KL, DivergenceForm.MIXED_KL)  # or a share of it
 
 
 def largest_logit_gradient(config: LossConfig) -> float:
@@ -21,9 +22,15 @@ def largest_logit_gradient(config: LossConfig) -> float:
 
     That of forward KL, p_s - p_t, is at most 1, as is that of the cross entropy. That of the mixture is at
     most (1 - beta) (beta - log(1 - beta)) < 1, because log(m / p_s) is between log(1 - beta) and
-    beta p_t / p_s.
+    beta p_t / p_s. That of KL(p_t || m) is at most 1 - alpha, because p_s p_t / m <= p_t / (1 - alpha). That
+    of KL(p_s || m) is p_s (h - sum p_s h) with h = log(p_s / m) + (1 - alpha) p_t / m, where p_s h >= -1/e
+    and 0 <= sum p_s h <= max h <= 1 - log(alpha). A clipped term has h = 0, which is within these limits.
     """
-    divergence = _LARGEST_REVERSE_KL if config.divergence is Divergence.REVERSE_KL else 1.0
+    divergence = 1.0
+    if config.form in _REVERSE_KL:
+        divergence = _LARGEST_REVERSE_KL
+    elif config.form is DivergenceForm.SKEW_REVERSE_KL:
+        divergence = 1.5 - math.log(config.alpha)
     soft = config.soft_weight * config.inv_temperature * divergence
     return config.student_logit_scale * (soft + config.hard_weight)
 
@@ -34,7 +41,7 @@ def excess_over_bound(config: LossConfig, logprobs: Tensor) -> Tensor | None:
     Reverse KL's gradient is at most a quarter of the largest -log p_t, which may be thousands at a token that
     the teacher forbids.
     """
-    if config.divergence is not Divergence.REVERSE_KL:
+    if config.form not in _REVERSE_KL:
         return None
     surprise = torch.where(logprobs == -torch.inf, 0.0, -logprobs).amax(-1)
     return (surprise / (4 * _LARGEST_REVERSE_KL)).clamp_min(1.0)

@@ -19,7 +19,7 @@ from ..rows.compiled import NeedsEagerPlanError
 from ..stats import DistillStats, RowResult
 from ..tracing import check_has_data
 from .autograd import FusedLoss, Gradients, LossOutput, Student
-from .gemm import accumulation_dtype, autocast_dtype
+from .gemm import accumulation_dtype, autocast_dtype, float64_if_supported
 from .grad_scale import excess_over_bound, float16_grad_scale
 from .lm_head import IndexedLMHead, LMHead, logit_buffer
 from .memory import CallMemory, call_memory, memory_of
@@ -79,8 +79,11 @@ def prepare(
         device,
         accumulation_dtype(hidden, tensors.student_weight, *teacher.products.values()),
         autocast_dtype(hidden.device if hidden.device.type != "meta" else device),
-        None if token_weight is None else token_weight.detach().reshape(-1),
+        token_weight.detach().reshape(-1) if isinstance(token_weight, Tensor) else None,
+        None if isinstance(token_weight, Tensor) else token_weight,
+        {name: t.detach().reshape(-1) for name, t in (tensors.token_data or {}).items()},
         None if labels is None or config.hard_weight == 0 else labels.reshape(-1).long().contiguous(),
+        _per_token(tensors.reverse_weight, hidden) if config.divergence == "mixed_kl" else None,
         valid_token_ids,
     )
     config = replace(config, backend=choose_backend(config.backend, device, inputs.dtype))
@@ -90,6 +93,13 @@ def prepare(
     )
     needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
     return ChunkLoop(student, inputs, config, row_loss, needs_grad)
+
+
+def _per_token(value: float | Tensor, hidden: Tensor) -> Tensor:
+    """Return a number or a tensor of the tokens' shape as (N,), as a view where it can be."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(value, dtype=float64_if_supported(hidden.device), device=hidden.device)
+    return value.detach().expand(hidden.shape[:-1]).reshape(-1)
 
 
 def chunked_loss(
@@ -168,6 +178,8 @@ class ChunkLoop:
         memory, plan = self.plan(memory_of(inputs.device))
         columns = shard.student_size
         head = memory.head.over(student.weight[:columns])
+        if head.dtype == torch.float16 and inputs.weight_function is not None and any(self.needs_grad):
+            return self._with_weights_first(token_weight)
         bias = None if student.bias is None else student.bias[:columns].to(dtype).contiguous()
         gradients = self._empty_gradients(head.rows_written_by_first_chunk)
         grad_scale = self._grad_scale(head.dtype, token_weight)
@@ -184,7 +196,9 @@ class ChunkLoop:
             grad_rows = min(plan.grad_buffer_rows, plan.n_tokens)
             grad_buffer = logit_buffer(grad_rows, head.n_logits, head.dtype, student.hidden.device)
 
-        results: list[RowResult] = []
+        config, results = self.config, list[RowResult]()
+        if inputs.weight_function is not None:
+            config = replace(config, return_stats=True)
         for part in plan.grad_chunks():
             tokens = self._positions(part)
             hidden = student.hidden[tokens].to(head.dtype)
@@ -201,7 +215,7 @@ class ChunkLoop:
                     self.row_loss(
                         self._student_rows(chunk, projected, bias, token_weight, grad_scale),
                         teacher_rows,
-                        self.config,
+                        config,
                         grad=grad if grad_buffer is None else grad_buffer[in_part],
                         group=shard.group,
                         block_rows=plan.block_rows,
@@ -212,7 +226,23 @@ class ChunkLoop:
         if gradients.hidden is not None:
             shard.group.all_reduce_sum_(gradients.hidden)
         factor = None if grad_scale is None else grad_scale.reciprocal()
-        return RowResult.concatenate(results), gradients, factor
+        rows_of_call = RowResult.concatenate(results)
+        if not self.config.return_stats:
+            rows_of_call = rows_of_call._replace(stats=None)
+        return rows_of_call, gradients, factor
+
+    def _with_weights_first(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
+        """Compute the statistics of all tokens, then their weights, then the loss with those weights.
+
+        Float16 gradients take this way, because their scale depends on the largest weight of the call.
+        """
+        constant = replace(self, inputs=replace(self.inputs, weight_function=None, token_data={}))
+        config = replace(self.config, return_stats=True)
+        rows, _, _ = replace(constant, config=config, needs_grad=(False,) * 3).run(None)
+        assert rows.stats is not None
+        weight = self.inputs.weigh(rows.stats, self._positions(slice(None)))
+        weight = _scatter_to_tokens(self.inputs.valid_token_ids, len(self.student.hidden), weight)
+        return constant.run(weight if token_weight is None else weight * token_weight)
 
     def _grad_scale(self, product_dtype: torch.dtype, token_weight: Tensor | None) -> Tensor | None:
         """Return the power of two that the logit gradients are multiplied by; None: 1."""
@@ -238,7 +268,7 @@ class ChunkLoop:
         token_weight: Tensor,
         grad_scale: Tensor | None,
     ) -> StudentRows:
-        inputs, tokens = self.inputs, self._positions(chunk)
+        inputs, tokens, mix = self.inputs, self._positions(chunk), self.inputs.reverse_weight
         # Kernels read vectors as contiguous, and a fixed layout avoids recompilation.
         weight = token_weight[tokens].to(inputs.dtype).contiguous()
         return StudentRows(
@@ -247,6 +277,8 @@ class ChunkLoop:
             bias,
             None if inputs.labels is None else inputs.shard.local_labels(inputs.labels[tokens]),
             None if grad_scale is None else weight * grad_scale,
+            None if mix is None else mix[tokens].to(inputs.dtype).contiguous(),
+            None if inputs.weight_function is None else partial(inputs.weigh, tokens=tokens),
         )
 
     def _empty_gradients(self, rows_written_by_first_chunk: int) -> Gradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from ..config import LossConfig
 from ..parallel.vocab_shard import VocabShard
-from ..validation import check_float, check_hidden_and_head, check_labels, check_normalizer, check_tokens
+from ..stats import DistillStats, WeightFunction
+from ..validation import (
+    check_float,
+    check_hidden_and_head,
+    check_labels,
+    check_normalizer,
+    check_reverse_weight,
+    check_token_data,
+    check_tokens,
+)
 from .autograd import Student
 from .teacher import Teacher
 from .workspace import shard_of_call
@@ -24,8 +34,10 @@ class LossTensors(NamedTuple):
     student_bias: Tensor | None  # (Vs,)
     teacher: Teacher
     mask: Tensor | None  # (...) bool
-    token_weight: Tensor | None  # (...)
+    token_weight: Tensor | WeightFunction | None  # (...)
+    token_data: Mapping[str, Tensor] | None  # (...) each
     labels: Tensor | None  # (...)
+    reverse_weight: float | Tensor  # or (...)
     normalizer: float | Tensor | None
 
     def check(self, config: LossConfig) -> VocabShard:
@@ -34,6 +46,8 @@ class LossTensors(NamedTuple):
         device, shape = hidden.device, hidden.shape[:-1]
         check_hidden_and_head("student_", hidden, self.student_weight, self.student_bias, device)
         check_tokens(shape, device, self.mask, self.token_weight)
+        check_reverse_weight(self.reverse_weight, config.divergence, shape, device, self.mask)
+        check_token_data(self.token_data, self.token_weight, shape, device)
         check_normalizer(self.normalizer, config.reduction, self.mask, shape.numel())
         self.teacher.check(hidden)
         student = {name: getattr(self, name) for name in self._fields[:3]}
@@ -54,13 +68,34 @@ class LossInputs:
     dtype: torch.dtype  # of logits, losses and accumulated gradients
     autocast: torch.dtype | None  # dtype of the products under autocast
     token_weight: Tensor | None  # (N,)
+    weight_function: WeightFunction | None
+    token_data: dict[str, Tensor]  # (N,) each, arguments of weight_function
     labels: Tensor | None  # (N,) int64
+    reverse_weight: Tensor | None  # (N,), None unless the divergence is "mixed_kl"
     valid_token_ids: Tensor | None  # (n,) int64 positions of the tokens that count; None: all tokens
+
+    def weigh(self, stats: DistillStats, tokens: slice | Tensor) -> Tensor:
+        """Return the weights that weight_function gives for the n tokens of a chunk, (n,) in dtype.
+
+        Raises:
+            ValueError, TypeError: the result has another shape, or is no tensor.
+        """
+        assert self.weight_function is not None
+        weight = self.weight_function(stats, **{k: v[tokens] for k, v in self.token_data.items()})
+        n = stats.forward_kl.shape
+        if not isinstance(weight, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"token_weight must return a torch.Tensor, got {type(weight).__name__}")
+        if weight.shape != n:
+            expected = f"one weight per token of its statistics, shape {tuple(n)}"
+            raise ValueError(f"token_weight must return {expected}, got {tuple(weight.shape)}")
+        return weight.to(self.dtype)
 
     @property
     def constants(self) -> dict[str, Tensor | None]:
         """Return the caller's tensors that receive no gradient, by argument name."""
-        return {**self.teacher.tensors, "token_weight": self.token_weight, "labels": self.labels}
+        own = {name: getattr(self, name) for name in ("token_weight", "labels", "reverse_weight")}
+        data = {f"token_data[{name!r}]": tensor for name, tensor in self.token_data.items()}
+        return {**self.teacher.tensors, **own, **data}
 
     def n_valid(self, student: Student) -> int:
         """Return the number of tokens that count."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..chunked.workspace import Workspace
 from ..config import LossConfig
 from ..parallel.vocab_shard import ShardGroup
-from ..stats import RowResult
+from ..stats import DistillStats, RowResult
 
 # The teacher's smallest probability of a tail or of surplus rows. Below float32 resolution; it keeps reverse
 # KL finite (the same clamp as TRL's).
@@ -25,11 +26,21 @@ class StudentRows(NamedTuple):
     bias: Tensor | None = None  # (V,)
     labels: Tensor | None = None  # (n,) int64; -100: no label; V or more: a column of another rank
     scaled_weight: Tensor | None = None  # (n,) like weight: weight times a factor that the loop undoes
+    reverse_weight: Tensor | None = None  # (n,) like weight, given for divergence="mixed_kl"
+    weigh: Callable[[DistillStats], Tensor] | None = None  # returns (n,) like weight, another factor
 
     @property
     def grad_weight(self) -> Tensor:
         """Return the (n,) factor of each row's logit gradient."""
         return self.weight if self.scaled_weight is None else self.scaled_weight
+
+    def weighted(self, stats: DistillStats | None) -> StudentRows:
+        """Return the rows with the factors that `weigh` gives for their statistics, if there is one."""
+        if self.weigh is None or stats is None:
+            return self
+        factor = self.weigh(stats)
+        scaled = None if self.scaled_weight is None else self.scaled_weight * factor
+        return self._replace(weight=self.weight * factor, scaled_weight=scaled, weigh=None)
 
     def split(self, n_columns: int) -> tuple[StudentRows, StudentRows]:
         """Return the rows' first n_columns columns, and the surplus ones."""

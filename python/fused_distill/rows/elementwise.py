@@ -9,7 +9,8 @@ eager and compiled. With d = log p_t - log p_s:
 - p_t - p_s = sign(d) max(p_t, p_s) (1 - e^-|d|) (`stable_prob_diff`).
 - KL(p || m) = sum p (e^x - 1 - x) with x = log m - log p. Every term is >= 0, and a Taylor polynomial gives
   e^x - 1 - x near 0 (`kl_terms`).
-- log m - log p = log1p(k expm1(-|d|)), from the side where the argument is in (-1, 0] (`mixture_log_ratios`).
+- log m - log p = log1p(k expm1(-|d|)), from the side where the argument is in (-1, 0] (`mixture_log_ratios`),
+  and (p_t - p_s) / m from the same side (`mixture_ratio`).
 
 Constants inside the functions are literals, because torch.compile(dynamic=True) treats a global float as an
 input of the compiled function.
@@ -89,6 +90,15 @@ def mixture_log_ratios(d: Tensor, beta: Tensor, one_minus_beta: Tensor) -> tuple
         torch.where(teacher_leads, toward_smaller, toward_larger),
         torch.where(teacher_leads, toward_larger, toward_smaller),
     )
+
+
+def mixture_ratio(d: Tensor, beta: Tensor, one_minus_beta: Tensor) -> Tensor:
+    """Return (p_t - p_s) / m for m = beta p_t + (1 - beta) p_s, with 0 < beta < 1."""
+    teacher_leads = d > 0
+    teacher, student = teacher_leads.to(d.dtype), 1 - teacher_leads.to(d.dtype)
+    share, rest = teacher * one_minus_beta + student * beta, teacher * beta + student * one_minus_beta
+    lead = expm1(-d.abs()) / (rest + share * torch.exp(-d.abs()))
+    return torch.where(teacher_leads, -lead, lead)
 
 
 def mul_zero_safe(p: Tensor, x: Tensor) -> Tensor:

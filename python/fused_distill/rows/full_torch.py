@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..chunked.gemm import float64_if_supported
 from ..chunked.workspace import Workspace
-from ..config import Divergence, LossConfig, Scalars
+from ..config import DivergenceForm, LossConfig, Scalars
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
 from .base import StudentRows, TailStatistics, TeacherRows
 from .compiled import EAGER, StageRunner
+from .divergences import Outcomes, led_parts, terms_and_slopes
 from .elementwise import (
     gap_beyond,
     kl_terms,
@@ -35,12 +36,19 @@ from .elementwise import (
 from .surplus import Surplus
 from .tail_torch import TorchTail
 
+# Divergences whose unclipped gradient takes a plain KL divergence, so that nothing large cancels in it.
+_BY_KL = (
+    DivergenceForm.FORWARD_KL,
+    DivergenceForm.REVERSE_KL,
+    DivergenceForm.MIXTURE,
+    DivergenceForm.MIXED_KL,
+)
 _EAGER_TEMPORARIES = 26  # tensors of a block's size that the largest eager stage holds at once
 
 
 @dataclass(frozen=True)
 class TorchJSD:
-    """The generalized JSD of each row, in PyTorch."""
+    """The divergence of each row, in PyTorch."""
 
     stages: StageRunner = EAGER
 
@@ -79,6 +87,7 @@ class TorchJSD:
                 teacher.values[block],
                 *biases,
                 None if student.labels is None else student.labels[block],
+                None if student.reverse_weight is None else student.reverse_weight[block],
                 scalars,
                 config.student_softcap is not None,
                 config.teacher_softcap is not None,
@@ -96,31 +105,33 @@ class TorchJSD:
         if surplus_rows is not None:
             tail = passes.statistics(surplus_rows.logits, surplus_rows.bias, config, block_rows=block_rows)
             softmax, surplus = softmax.with_surplus(tail)
-        loss, kl_student, *stats = group.all_reduce_sum(
-            *run(
-                _losses,
-                lambda block: (rows(block), softmax.block(block), config.divergence, config.return_stats),
-            )
+        kind = config.form, config.entry_clip is not None
+        loss, centre, *stats = group.all_reduce_sum(
+            *run(_losses, lambda block: (rows(block), softmax.block(block), *kind, config.return_stats))
         )
         if surplus is not None:
-            loss, kl_student, stats = surplus.added_to(loss, kl_student, stats, config)
+            loss, centre, stats = surplus.added_to(loss, centre, stats, config, student.reverse_weight)
+        result_stats = DistillStats(*stats) if config.return_stats else None
+        student = student.weighted(result_stats)
         if grad is not None:
 
             def gradient_arguments(block: slice) -> tuple[Any, ...]:
                 block_of_rows = rows(block)
-                kl = None if kl_student is None else kl_student[block]
+                centre_of_block = None if centre is None else centre[block]
                 in_place = grad is student.logits
                 out = block_of_rows.student if in_place else grad[block, : block_of_rows.student.shape[1]]
                 weight = student.grad_weight[block]
-                return block_of_rows, softmax.block(block), config.divergence, kl, weight, out
+                return block_of_rows, softmax.block(block), *kind, centre_of_block, weight, out
 
             run(_gradient, gradient_arguments)
             if surplus is not None and surplus_rows is not None:
                 x, bias, weight = surplus_rows.logits, surplus_rows.bias, student.grad_weight
                 out = x if grad is student.logits else grad[:, teacher.values.shape[1] :]
-                factors = surplus.gradient_factors(config, kl_student, weight, student.labels)
+                factors = surplus.gradient_factors(
+                    config, centre, weight, student.labels, student.reverse_weight
+                )
                 passes.gradient(x, bias, config, surplus.tail, *factors, out, block_rows=block_rows)
-        return RowResult(loss * student.weight, DistillStats(*stats) if config.return_stats else None)
+        return RowResult(loss * student.weight, result_stats)
 
 
 class _Rows(NamedTuple):
@@ -131,7 +142,8 @@ class _Rows(NamedTuple):
     student_bias: Tensor | None  # (V,)
     teacher_bias: Tensor | None  # (V,)
     labels: Tensor | None  # (n,)
-    scalars: Tensor  # (9,) float64, see `Scalars`
+    reverse_weight: Tensor | None  # (n,)
+    scalars: Tensor  # (13,) float64, see `Scalars`
     student_has_softcap: bool
     teacher_has_softcap: bool
     rounds_logits: bool  # logits over temperature are not the projections themselves
@@ -200,27 +212,40 @@ def _sums(
 
 
 def _losses(
-    rows: _Rows, softmax: _SoftmaxParts, divergence: Divergence, return_stats: bool
+    rows: _Rows, softmax: _SoftmaxParts, form: DivergenceForm, clips: bool, return_stats: bool
 ) -> tuple[Tensor | None, ...]:
-    """Return (n,) losses, KL(p_s || m), which the gradient needs, and with return_stats their statistics.
+    """Return (n,) losses, what the gradient subtracts, and with return_stats their statistics.
 
-    m is the mixture, or p_t for reverse KL. For forward KL the gradient needs no KL, and None is returned.
+    The second result is the sum of `slope`, without the weight b for a mixture of "jsd", where it is
+    KL(p_s || m), and for reverse KL, also in "mixed_kl". It is None for forward KL, whose slopes add up to 0.
+    For the total variation it is (n, 2), see `led_parts`.
     """
     scalars = rows.numbers(rows.student.dtype)
-    beta, one_minus_beta = scalars.beta, scalars.one_minus_beta
+    beta, one_minus_beta = scalars.teacher_share, scalars.student_share
     y_s, _, z_s, z_t = _logits(rows)
     p_s, p_t, d = _distributions(rows, z_s, z_t, softmax)
     prob_diff = stable_prob_diff(p_s, p_t, d)
 
-    kl_student = None
-    if divergence is Divergence.FORWARD_KL:
+    centre = None
+    if clips or form not in _BY_KL:
+        terms, slopes = terms_and_slopes(
+            Outcomes(p_s, p_t, d, prob_diff), scalars, rows.reverse_weight, form, clips
+        )
+        soft, centre = terms.sum(-1), slopes.sum(-1)
+        if form is DivergenceForm.TOTAL_VARIATION:
+            centre = torch.stack([part.sum(-1) for part in led_parts(p_s, slopes)], -1)
+    elif form is DivergenceForm.FORWARD_KL:
         soft = kl_terms(p_t, -d, -prob_diff).sum(-1)
-    elif divergence is Divergence.REVERSE_KL:
-        soft = kl_student = kl_terms(p_s, d, prob_diff).sum(-1)
+    elif form is not DivergenceForm.MIXTURE:
+        soft = centre = kl_terms(p_s, d, prob_diff).sum(-1)
+        if rows.reverse_weight is not None:  # a weight of 0 drops an infinite divergence
+            forward = kl_terms(p_t, -d, -prob_diff).sum(-1)
+            weight = rows.reverse_weight
+            soft = mul_zero_safe(1 - weight, forward) + mul_zero_safe(weight, centre)
     else:
         u, v = mixture_log_ratios(d, beta, one_minus_beta)
-        kl_student = kl_terms(p_s, u, beta * prob_diff).sum(-1)
-        soft = beta * kl_terms(p_t, v, -one_minus_beta * prob_diff).sum(-1) + one_minus_beta * kl_student
+        centre = kl_terms(p_s, u, beta * prob_diff).sum(-1)
+        soft = beta * kl_terms(p_t, v, -one_minus_beta * prob_diff).sum(-1) + one_minus_beta * centre
     loss = scalars.soft_weight * soft
 
     if rows.labels is not None and softmax.sum_y is not None:
@@ -229,10 +254,10 @@ def _losses(
         loss = loss + torch.where(rows.labels == label, scalars.hard_weight * nll.squeeze(-1), 0.0)
 
     if not return_stats:
-        return loss, kl_student
+        return loss, centre
     return (
         loss,
-        kl_student,
+        centre,
         mul_zero_safe(p_s, softmax.sum_s.log() - (z_s - softmax.max_s)).sum(-1),
         mul_zero_safe(p_t, softmax.sum_t.log() - (z_t - softmax.max_t)).sum(-1),
         kl_terms(p_t, -d, -prob_diff).sum(-1),
@@ -244,8 +269,9 @@ def _losses(
 def _gradient(
     rows: _Rows,
     softmax: _SoftmaxParts,
-    divergence: Divergence,
-    kl_student: Tensor | None,
+    form: DivergenceForm,
+    clips: bool,
+    centre: Tensor | None,
     weight: Tensor,
     out: Tensor,  # (n, V), may be rows.student
 ) -> tuple[()]:
@@ -253,13 +279,24 @@ def _gradient(
     scalars = rows.numbers(rows.student.dtype)
     y_s, dlogit_dproj, z_s, z_t = _logits(rows)
     p_s, p_t, d = _distributions(rows, z_s, z_t, softmax)
-    if divergence is Divergence.FORWARD_KL or kl_student is None:
+    if centre is None:
         grad = -stable_prob_diff(p_s, p_t, d)
-    elif divergence is Divergence.REVERSE_KL:
-        grad = mul_zero_safe(p_s, -d - kl_student.unsqueeze(-1))
+    elif clips or form not in _BY_KL:
+        outcomes = Outcomes(p_s, p_t, d, stable_prob_diff(p_s, p_t, d))
+        _, slopes = terms_and_slopes(outcomes, scalars, rows.reverse_weight, form, clips)
+        if form is DivergenceForm.TOTAL_VARIATION:
+            (by_student, by_teacher), masses = led_parts(p_s, slopes), centre.unsqueeze(-1)
+            grad = by_student * masses[:, 1] - by_teacher * masses[:, 0]
+        else:
+            grad = slopes - mul_zero_safe(p_s, centre.unsqueeze(-1))
+    elif form is not DivergenceForm.MIXTURE:
+        grad = mul_zero_safe(p_s, -d - centre.unsqueeze(-1))
+        if rows.reverse_weight is not None:
+            share = rows.reverse_weight.unsqueeze(-1)
+            grad = mul_zero_safe(share, grad) - (1 - share) * stable_prob_diff(p_s, p_t, d)
     else:
-        u, _ = mixture_log_ratios(d, scalars.beta, scalars.one_minus_beta)
-        grad = scalars.one_minus_beta * mul_zero_safe(p_s, -u - kl_student.unsqueeze(-1))
+        u, _ = mixture_log_ratios(d, scalars.teacher_share, scalars.student_share)
+        grad = scalars.student_share * mul_zero_safe(p_s, -u - centre.unsqueeze(-1))
     grad = grad * (scalars.inv_temperature * scalars.soft_weight)
     if rows.labels is not None and softmax.sum_y is not None:
         has_label = (rows.labels >= 0).unsqueeze(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..chunked.workspace import Workspace
-from ..config import Divergence, LossConfig, Scalars
+from ..config import DivergenceForm, LossConfig, Scalars
 from ..stats import DistillStats
 from .base import MIN_TEACHER_TAIL_PROB, StudentRows, TailStatistics, TeacherRows
 from .elementwise import log_gap, mixture_log_ratios, mul_zero_safe, transform_logits
@@ -25,11 +25,16 @@ class Support(NamedTuple):
     y: Tensor  # (n, K) student's logits at temperature 1, -inf where absent
     z: Tensor  # (n, K) y over temperature
     logprobs: Tensor  # (n, K) the teacher's
+    reverse_weight: Tensor | None  # (n,)
 
     @classmethod
-    def from_logits(cls, y: Tensor, teacher: TeacherRows, config: LossConfig) -> Support:
+    def from_logits(
+        cls, y: Tensor, student: StudentRows, teacher: TeacherRows, config: LossConfig
+    ) -> Support:
         """Return the support for student's logits y (n, K) at temperature 1."""
-        return cls(valid_local(teacher), y, y / config.temperature, teacher.values)
+        mix = student.reverse_weight
+        weight = None if mix is None else mix.to(y.dtype)
+        return cls(valid_local(teacher), y, y / config.temperature, teacher.values, weight)
 
     @property
     def present(self) -> Tensor:
@@ -95,7 +100,7 @@ def bucketed(
     tail_t = torch.where(tail.sum_z == 0, 0.0, (1 - named).clamp_min(MIN_TEACHER_TAIL_PROB))
     z = torch.cat([support.z, (tail.max_z + tail.sum_z.log()).unsqueeze(-1)], -1)
     logprobs = torch.cat([support.logprobs, tail_t.log().unsqueeze(-1)], -1)
-    loss, grad, stats = _outcome_divergence(z, logprobs, config)
+    loss, grad, stats = _outcome_divergence(z, logprobs, support.reverse_weight, config)
     k = support.z.shape[-1]
     return loss, grad[:, :k], grad[:, k], stats
 
@@ -108,16 +113,22 @@ def renormalized(support: Support, config: LossConfig) -> tuple[Tensor, Tensor, 
     only_outcome[:, 0] = (z == -torch.inf).all(-1)
     logprobs = logprobs.masked_fill(only_outcome.any(-1, keepdim=True), -torch.inf)
     z, logprobs = z.masked_fill(only_outcome, 0.0), logprobs.masked_fill(only_outcome, 0.0)
-    return _outcome_divergence(z, logprobs, config)
+    return _outcome_divergence(z, logprobs, support.reverse_weight, config)
 
 
 def _outcome_divergence(
-    z: Tensor, logprobs: Tensor, config: LossConfig
+    z: Tensor, logprobs: Tensor, reverse_weight: Tensor | None, config: LossConfig
 ) -> tuple[Tensor, Tensor, DistillStats | None]:
-    """Return the generalized JSD of each row's few outcomes, and its gradient by z."""
+    """Return the divergence of each row's few outcomes, and its gradient by z."""
     grad = torch.empty_like(z)
-    outcomes = LossConfig(beta=config.beta, return_stats=config.return_stats)
-    rows = StudentRows(z, torch.ones_like(z[:, 0]))
+    outcomes = LossConfig(
+        divergence=config.divergence,
+        beta=config.beta,
+        alpha=config.alpha,
+        entry_clip=config.entry_clip,
+        return_stats=config.return_stats,
+    )
+    rows = StudentRows(z, torch.ones_like(z[:, 0]), reverse_weight=reverse_weight)
     loss, stats = TorchJSD()(rows, TeacherRows(logprobs), outcomes, grad=grad)
     return loss, grad, stats
 
@@ -129,12 +140,12 @@ def truncated(
     log_normalizer = log_normalizer_of(support.z, tail.max_z, tail.sum_z)
     log_s, log_t = support.z - log_normalizer.unsqueeze(-1), support.logprobs
     scalars = Scalars(*config.scalars(log_s.dtype).unbind())
-    beta, one_minus_beta = scalars.beta, scalars.one_minus_beta
+    beta, one_minus_beta = scalars.teacher_share, scalars.student_share
     p_s, p_t, d = log_s.exp(), log_t.exp(), log_gap(log_s, log_t)
     forward, reverse = mul_zero_safe(p_t, d).sum(-1), mul_zero_safe(p_s, -d).sum(-1)
-    if config.divergence is Divergence.FORWARD_KL:
+    if config.form is DivergenceForm.FORWARD_KL:
         loss, grad_logp = forward, -p_t
-    elif config.divergence is Divergence.REVERSE_KL:
+    elif config.form is DivergenceForm.REVERSE_KL:
         loss, grad_logp = reverse, mul_zero_safe(p_s, 1 - d)
     else:
         u, v = mixture_log_ratios(d, beta, one_minus_beta)

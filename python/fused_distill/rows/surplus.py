@@ -3,9 +3,10 @@
 The sums over the compared tokens have the terms of `elementwise`, with the student's softmax over all rows. P
 is the student's probability of all surplus rows together, and e = 1e-7. The outcome adds
 
-    P                                to forward KL and, times (1 - beta), to KL(p_t || m), because p_t is 0
-    P (-beta - log(1 - beta))        to KL(p_s || m), because m = (1 - beta) p_s
+    P                                to forward KL and, times (1 - c), to KL(p_t || m), because p_t is 0
+    P (-c - log(1 - c))              to KL(p_s || m), because m = (1 - c) p_s
     P log(P / e) - P + log(1 + e)    to reverse KL, where the teacher has (p_t, e) / (1 + e)
+    P / 2                            to the total variation
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import Divergence, LossConfig
+from ..config import DivergenceForm, LossConfig
 from .base import MIN_TEACHER_TAIL_PROB, TailStatistics
 from .elementwise import mul_zero_safe
+
+_REVERSE_KL = (DivergenceForm.REVERSE_KL, DivergenceForm.MIXED_KL)  # or a share of it
 
 
 class Surplus(NamedTuple):
@@ -57,57 +60,79 @@ class Surplus(NamedTuple):
 
     def mixture_kls(self, config: LossConfig) -> tuple[Tensor, Tensor]:
         """Return the outcome's terms of KL(p_s || m) and KL(p_t || m)."""
-        beta = config.beta
-        return self.mass * (-beta - math.log1p(-beta)), self.mass * config.one_minus_beta
+        mixture = config.mixture
+        of_student = -mixture.teacher_share - mixture.log_student_share
+        return self.mass * of_student, self.mass * mixture.student_share
+
+    def term(self, config: LossConfig, reverse_weight: Tensor | None) -> Tensor:
+        """Return the outcome's term of the divergence."""
+        if config.form is DivergenceForm.FORWARD_KL:
+            return self.mass
+        if config.form is DivergenceForm.REVERSE_KL:
+            return self.reverse_kl
+        if config.form is DivergenceForm.TOTAL_VARIATION:
+            return 0.5 * self.mass
+        if reverse_weight is not None:
+            return (1 - reverse_weight) * self.mass + mul_zero_safe(reverse_weight, self.reverse_kl)
+        of_student, of_teacher = self.mixture_kls(config)
+        return config.mixture.teacher_weight * of_teacher + config.mixture.student_weight * of_student
 
     def added_to(
         self,
         loss: Tensor,  # (n,)
-        kl_student: Tensor | None,  # (n,) KL(p_s || m) or reverse KL; None for forward KL
+        centre: Tensor | None,  # (n,) or (n, 2), what the gradient of the compared columns subtracts
         stats: list[Tensor],  # the first five columns of `DistillStats`, or none
         config: LossConfig,
+        reverse_weight: Tensor | None,  # (n,)
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Return sums over the compared tokens with this outcome's terms.
 
-        The result for kl_student is what the gradient takes, which is reverse KL less log(1 + e).
+        The result for centre is what the gradient takes, which is for reverse KL, also in "mixed_kl", the
+        divergence less log(1 + e).
         """
 
         def plus(column: Tensor, term: Tensor) -> Tensor:
             return (column.to(term.dtype) + term).clamp_min(0.0).to(column.dtype)
 
-        if config.divergence is Divergence.FORWARD_KL or kl_student is None:
-            soft = self.mass
-        elif config.divergence is Divergence.REVERSE_KL:
-            soft = self.reverse_kl
-            kl_student = kl_student + (soft - self.log_teacher_sum).to(kl_student.dtype)
-        else:
-            of_student, of_teacher = self.mixture_kls(config)
-            soft = config.beta * of_teacher + config.one_minus_beta * of_student
-            kl_student = plus(kl_student, of_student)
+        if centre is not None:
+            if config.form in _REVERSE_KL:
+                centre = centre + (self.reverse_kl - self.log_teacher_sum).to(centre.dtype)
+            elif config.form is DivergenceForm.MIXTURE:
+                centre = plus(centre, self.mixture_kls(config)[0])
+            elif config.form is DivergenceForm.TOTAL_VARIATION:
+                centre = centre + torch.stack([self.mass, torch.zeros_like(self.mass)], -1).to(centre.dtype)
+            else:
+                centre = centre + self._mixture_slope(config).to(centre.dtype)
         if stats:
             entropy, teacher_entropy, forward_kl, reverse_kl, agreement = stats
             forward_kl, reverse_kl = plus(forward_kl, self.mass), plus(reverse_kl, self.reverse_kl)
             stats = [plus(entropy, self.entropy), teacher_entropy, forward_kl, reverse_kl, agreement]
-        return plus(loss, config.soft_weight * soft), kl_student, stats
+        return plus(loss, config.soft_weight * self.term(config, reverse_weight)), centre, stats
 
     def gradient_factors(
         self,
         config: LossConfig,
-        kl_student: Tensor | None,  # (n,) what the gradient of the compared columns is computed with
+        centre: Tensor | None,  # (n,) or (n, 2), what the gradient of the compared columns subtracts
         weight: Tensor,  # (n,) factor of each row's gradient
         labels: Tensor | None,  # (n,) int64
+        reverse_weight: Tensor | None,  # (n,)
     ) -> tuple[Tensor, Tensor | None]:
         """Return the factors of e^(z - max_z) and e^(y - max_y) in the gradient by the surplus logits, (n,).
 
-        kl_student is KL(p_s || m) for a mixture, and for reverse KL the divergence less log(1 + e).
+        centre is KL(p_s || m) for a mixture of "jsd", and the divergence less log(1 + e) for reverse KL, also
+        in "mixed_kl". For the total variation it has the sums of `divergences.led_parts`, (n, 2).
         """
-        if config.divergence is Divergence.FORWARD_KL or kl_student is None:
+        if centre is None:
             by_outcome = self.mass
-        elif config.divergence is Divergence.REVERSE_KL:
-            by_outcome = mul_zero_safe(self.mass, self._log_ratio - kl_student)
+        elif config.form in _REVERSE_KL:
+            by_outcome = mul_zero_safe(self.mass, self._log_ratio - centre)
+            if reverse_weight is not None:
+                by_outcome = (1 - reverse_weight) * self.mass + mul_zero_safe(reverse_weight, by_outcome)
+        elif config.form is DivergenceForm.TOTAL_VARIATION:
+            by_outcome = self.mass * centre[:, 1]
         else:
-            log_ratio = -math.log1p(-config.beta)
-            by_outcome = config.one_minus_beta * self.mass * (log_ratio - kl_student)
+            factor = config.mixture.student_weight if config.form is DivergenceForm.MIXTURE else 1.0
+            by_outcome = self._mixture_slope(config) - self.mass * (factor * centre)
         by_outcome = by_outcome * weight * (config.soft_weight / config.temperature)
         factor_z = torch.where(self.tail.sum_z == 0, 0.0, by_outcome / self.tail.sum_z)
         if labels is None:
@@ -117,3 +142,8 @@ class Surplus(NamedTuple):
     @property
     def _log_ratio(self) -> Tensor:
         return (self.mass / MIN_TEACHER_TAIL_PROB).log()
+
+    def _mixture_slope(self, config: LossConfig) -> Tensor:
+        """Return the outcome's `divergences.slope` for a mixture."""
+        mixture = config.mixture
+        return self.mass * (mixture.imbalance - mixture.student_weight * mixture.log_student_share)

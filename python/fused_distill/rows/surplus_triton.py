@@ -13,7 +13,7 @@ import torch
 from fused_distill_kernels import JSDKernels, row_statistics, tail_gradient, tail_sums
 from torch import Tensor
 
-from ..config import Divergence, LossConfig
+from ..config import DivergenceForm, LossConfig
 from .base import StudentRows, TailStatistics
 from .elementwise import exp_sub_max, mul_zero_safe
 from .surplus import Surplus
@@ -64,23 +64,38 @@ class TritonSurplus:
             statistics[:, column.value].clamp_min_(0.0)
         return cls(rows, outcome, config)
 
-    def add_mixture(self, kls: Tensor) -> None:
-        """Add the terms of KL(student || mixture) and KL(teacher || mixture) to their sums (n, 2)."""
-        kls += torch.stack(self.outcome.mixture_kls(self.config), -1)
+    def add_to_sums(self, sums: Tensor) -> None:
+        """Add the outcome's terms to the sums of `JSDKernels.sums`, (n, 2 or 3)."""
+        outcome, config = self.outcome, self.config
+        if config.form is DivergenceForm.TOTAL_VARIATION:
+            terms = (outcome.mass, torch.zeros_like(outcome.mass), outcome.mass)
+        elif config.form is DivergenceForm.MIXTURE:
+            terms = outcome.mixture_kls(config)
+        else:
+            mixture, (of_student, _) = config.mixture, outcome.mixture_kls(config)
+            by_ratio = mixture.imbalance * mixture.teacher_share * outcome.mass
+            terms = (mixture.student_weight * of_student + by_ratio, outcome.term(config, None))
+        sums += torch.stack(terms, -1)
 
-    def gradient(self, statistics: Tensor, mixture_kls: Tensor | None, grad: Tensor) -> Tensor:
-        """Write the gradient by the surplus logits to grad (n, Vs - V), which may be those logits.
+    def gradient(self, statistics: Tensor, sums: Tensor | None, grad: Tensor, weight: Tensor) -> Tensor:
+        """Write weight (n,) times the gradient by the surplus logits to grad (n, Vs - V).
+
+        grad may be those logits.
 
         Returns:
             The row statistics (n, PART) that the gradient of the compared columns takes.
         """
         rows, outcome, config = self.rows, self.outcome, self.config
-        kl_student = None if mixture_kls is None else mixture_kls[:, 0]
-        if config.divergence is Divergence.REVERSE_KL:
+        centre = None if sums is None else sums[:, 0]
+        if sums is not None and config.form is DivergenceForm.TOTAL_VARIATION:
+            centre = sums[:, :2]
+        if config.form in (DivergenceForm.REVERSE_KL, DivergenceForm.MIXED_KL):
             statistics = statistics.clone()
-            kl_student = statistics[:, row_statistics.REVERSE_KL.value]
-            kl_student -= outcome.log_teacher_sum
-        factor_z, factor_y = outcome.gradient_factors(config, kl_student, rows.grad_weight, rows.labels)
+            centre = statistics[:, row_statistics.REVERSE_KL.value]
+            centre -= outcome.log_teacher_sum
+        factor_z, factor_y = outcome.gradient_factors(
+            config, centre, weight, rows.labels, rows.reverse_weight
+        )
         columns = [outcome.tail.max_z, factor_z]
         if factor_y is not None:
             columns += [outcome.tail.max_y, factor_y]

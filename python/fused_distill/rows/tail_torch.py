@@ -84,7 +84,7 @@ class _Rows(NamedTuple):
 
     x: Tensor  # (n, V), -inf in the columns of the support
     bias: Tensor | None  # (V,)
-    scalars: Tensor  # (9,), see `Scalars`
+    scalars: Tensor  # (13,), see `Scalars`
     has_softcap: bool
 
     @classmethod

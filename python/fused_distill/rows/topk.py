@@ -64,15 +64,16 @@ class SupportRowLoss:
         del block_rows
         y, dlogit_dproj = support_logits(student.logits, teacher, config, student.bias)
         (y,) = group.all_reduce_sum(y)
-        support = Support.from_logits(y, teacher, config)
-        weight = student.weight.to(y.dtype)
+        support = Support.from_logits(y, student, teacher, config)
         soft, grad_support, stats = renormalized(support, config)
+        if stats is not None:
+            stats = _in_dtype(with_masses(stats, support, None), student.logits.dtype)
+            student = student.weighted(stats)
+        weight = student.weight.to(y.dtype)
         if grad is not None:
             scale = student.grad_weight.to(y.dtype) * (config.soft_weight / config.temperature)
             grad.copy_(local_gradient(grad_support * scale.unsqueeze(-1), dlogit_dproj, teacher, grad.dtype))
-        if stats is not None:
-            stats = with_masses(stats, support, None)
-        return _result(weight * (config.soft_weight * soft), stats, student.logits.dtype)
+        return RowResult((weight * (config.soft_weight * soft)).to(student.logits.dtype), stats)
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,18 @@ class TailRowLoss:
         _exclude_support(logits, teacher)
         tail = self.passes.statistics(logits, bias, config, block_rows=block_rows)
         y, label, tail = _over_ranks(group, y, label, tail)
-        support = Support.from_logits(y, teacher, config)
+        support = Support.from_logits(y, student, teacher, config)
 
-        weight = student.weight.to(y.dtype)
         divergence = {"bucket": bucketed, "truncate": truncated}.get(config.tail)
         if divergence is None:
             soft, grad_support, stats = renormalized(support, config)
             grad_tail = torch.zeros_like(soft)
         else:
             soft, grad_support, grad_tail, stats = divergence(support, tail, config)
+        if stats is not None:
+            stats = _in_dtype(with_masses(stats, support, tail), student.logits.dtype)
+            student = student.weighted(stats)
+        weight = student.weight.to(y.dtype)
         loss = config.soft_weight * soft
         grad_weight = student.grad_weight.to(y.dtype)
         scale = grad_weight * (config.soft_weight / config.temperature)
@@ -131,9 +135,7 @@ class TailRowLoss:
             if label is not None and hard is not None:
                 label.write_gradient(hard, factor_z, tail.max_z, config.temperature, grad)
             grad.scatter_add_(-1, ids, grad_support)
-        if stats is not None:
-            stats = with_masses(stats, support, tail)
-        return _result(weight * loss, stats, student.logits.dtype)
+        return RowResult((weight * loss).to(logits.dtype), stats)
 
 
 class _Label(NamedTuple):
@@ -220,7 +222,5 @@ def _exclude_support(logits: Tensor, teacher: TeacherRows) -> None:
     logits.scatter_reduce_(-1, teacher.ids, marks, "amin")
 
 
-def _result(loss: Tensor, stats: DistillStats | None, dtype: torch.dtype) -> RowResult:
-    if stats is not None:
-        stats = stats.map(lambda c: c if c.dtype == torch.bool else c.to(dtype))
-    return RowResult(loss.to(dtype), stats)
+def _in_dtype(stats: DistillStats, dtype: torch.dtype) -> DistillStats:
+    return stats.map(lambda c: c if c.dtype == torch.bool else c.to(dtype))

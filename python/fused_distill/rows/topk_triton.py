@@ -7,6 +7,7 @@ outcomes, the tail's gradient, and the support's gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from fused_distill_kernels import put_support, support_loss, tail_gradient, tail_sums, take_support
@@ -50,19 +51,8 @@ class TritonSupportRowLoss:
             student.logits, columns, logprobs, config, bias=student.bias, labels=None, gather=False
         )
         (y,) = group.all_reduce_sum(y)
-        result = support_loss(
-            y,
-            logprobs,
-            columns,
-            student.weight,
-            config,
-            grad_weight=student.grad_weight,
-            tail=None,
-            labels=None,
-            label_y=None,
-            grad=grad,
-        )
-        return _row_result(result, has_tail=False)
+        outcomes = _Outcomes(y, logprobs, columns, config)
+        return _row_result(outcomes.loss(student, grad), has_tail=False)
 
 
 @dataclass(frozen=True)
@@ -96,22 +86,48 @@ class TritonTailRowLoss:
         if group.process_group is not None:
             y, label_y, tail = _over_ranks(group, y, label_y, tail, config.needs_two_softmaxes)
         support_grad = None if grad is None else grad.new_empty(columns.shape)
-        result = support_loss(
-            y,
-            logprobs,
-            columns,
-            student.weight,
-            config,
-            grad_weight=student.grad_weight,
-            tail=tail,
-            labels=labels,
-            label_y=label_y,
-            grad=support_grad,
-        )
+        result = _Outcomes(y, logprobs, columns, config, tail, labels, label_y).loss(student, support_grad)
         if grad is not None and support_grad is not None and result.factors is not None:
             tail_gradient(logits, result.factors, grad, config, bias=bias, want_y=labels is not None)
             put_support(grad, columns, support_grad, labels=labels, label_grad=result.label_grad)
         return _row_result(result, has_tail=True)
+
+
+class _Outcomes(NamedTuple):
+    """What `support_loss` reads of a chunk of n rows, besides their weights."""
+
+    y: Tensor  # (n, K) float64
+    logprobs: Tensor  # (n, K)
+    columns: Tensor  # (n, K) int64
+    config: TopKLossConfig
+    tail: Tensor | None = None  # (n, 4, n_parts) float64; None: the tail does not count
+    labels: Tensor | None = None  # (n,) int64
+    label_y: Tensor | None = None  # (n,) float64
+
+    def loss(self, student: StudentRows, grad: Tensor | None) -> SupportLoss:
+        """Return losses and statistics, and write the support's gradient to grad (n, K).
+
+        Weights that depend on the statistics take another launch, which computes those.
+        """
+        if student.weigh is not None:
+            unweighted = self._launch(student, None)
+            student = student.weighted(_row_result(unweighted, has_tail=self.tail is not None).stats)
+        return self._launch(student, grad)
+
+    def _launch(self, student: StudentRows, grad: Tensor | None) -> SupportLoss:
+        return support_loss(
+            self.y,
+            self.logprobs,
+            self.columns,
+            student.weight,
+            self.config,
+            grad_weight=student.grad_weight,
+            tail=self.tail,
+            labels=self.labels,
+            label_y=self.label_y,
+            reverse_weight=student.reverse_weight,
+            grad=grad,
+        )
 
 
 def _support_workspace(k: int) -> Workspace:

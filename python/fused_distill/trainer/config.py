@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
-from ..config import Surplus, Tail
+from ..config import Divergence, LossConfig, Surplus, Tail, TopKLossConfig
 from ..serving.protocol.urls import without_credentials
 
 Targets = Literal["full", "topk", "student_topk"]
@@ -144,6 +144,21 @@ class LoraConfig(_Section):
     merge: bool = Field(False, description="save student/ as a whole model, with the adapters merged into it")
 
 
+class TokenWeightConfig(_Section):
+    """One rule that gives some tokens weight 1 and all others weight 0. The loss is still a mean over all."""
+
+    entropy_below: float | None = Field(None, gt=0, description="nats; tokens whose teacher entropy is lower")
+    top_fraction: float | None = Field(
+        None, gt=0, le=1, description="fraction of a forward pass's tokens, those of highest student entropy"
+    )
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> TokenWeightConfig:
+        if (self.entropy_below is None) == (self.top_fraction is None):
+            raise ValueError("must have one of entropy_below and top_fraction")
+        return self
+
+
 class TrainConfig(_Section):
     """On-policy distillation of a student."""
 
@@ -173,7 +188,14 @@ class TrainConfig(_Section):
     objective: Literal["divergence", "sampled"] = Field(
         "divergence", description="sampled: policy gradient on the sampled tokens only, see docs"
     )
-    beta: float = Field(0.5, ge=0, le=1, description="0: forward KL, 1: reverse KL, in between: JSD")
+    divergence: Divergence = Field("jsd", description="see docs/divergences.md")
+    beta: float = Field(0.5, ge=0, le=1, description="of jsd; 0: forward KL, 1: reverse KL, in between: JSD")
+    alpha: float = Field(0.1, ge=0, lt=1, description="of skew_forward_kl and skew_reverse_kl")
+    reverse_weight: float = Field(0.5, ge=0, le=1, description="of mixed_kl: weight of the reverse KL")
+    entry_clip: float | None = Field(
+        None, gt=0, description="largest term of a vocabulary entry in the divergence"
+    )
+    token_weight: TokenWeightConfig | None = Field(None, description="null: all tokens count alike")
     temperature: float = Field(1.0, gt=0, description="divides both models' logits in the loss")
     surplus: Surplus = Field(
         "ignore", description="count: penalize a student that uses rows of its LM head that the teacher lacks"
@@ -200,10 +222,21 @@ class TrainConfig(_Section):
     )
     seed: int = Field(0, ge=0, lt=1 << 20)
 
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The settings that are options of the losses."""
+        names = ("divergence", "beta", "alpha", "entry_clip", "temperature", "surplus")
+        return {name: getattr(self, name) for name in names}
+
     @model_validator(mode="after")
     def _check_combination(self) -> TrainConfig:
         if (self.teacher is None) == (not self.teachers):
             raise ValueError("one of teacher and teachers must be set")
+        if self.divergence != "mixed_kl" and self.reverse_weight != 0.5:
+            raise ValueError(f"reverse_weight is a setting of divergence mixed_kl, got {self.divergence}")
+        for teacher in self.all_teachers.values():
+            tail: dict[str, Any] = {} if teacher.targets == "full" else {"tail": teacher.tail}
+            (TopKLossConfig if tail else LossConfig)(**self.loss_options, **tail)
         if self.uses_store and self.lmbda > 0:
             raise ValueError("lmbda must be 0 with teacher.stored, which knows the data's completions only")
         if self.objective == "sampled":

@@ -61,7 +61,7 @@ class Trainer:
         say(data)
         self.samples, self.held_out = split_data(data, config)
         say("loading the teacher")
-        self.teachers = load_teachers(config, self.tokenizer, self.device)
+        self.teachers = load_teachers(config, self.tokenizer, self.device, self.sharded)
         completion = config.rollouts.max_completion_length
         check_limits(self.teachers, config, lambda: longest_for_teacher(data.samples, completion))
         say(f"loading the student {config.student}")

@@ -56,10 +56,13 @@ def load_student(config: TrainConfig) -> PreTrainedModel:
     return model
 
 
-def check_lm_head(model: PreTrainedModel, key: str) -> None:
-    """Raise a ConfigError that names the key if the losses cannot compute the model's logits."""
+def check_lm_head(model: PreTrainedModel, key: str, run: Callable[..., Any] | None = None) -> None:
+    """Raise a ConfigError that names the key if the losses cannot compute the model's logits.
+
+    `run` is what calls the model if it is sharded; all processes then call this together.
+    """
     try:
-        checked_head(model)
+        checked_head(model, run)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, TypeAlias
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +33,7 @@ class TopKTargets(NamedTuple):
 
 
 Targets: TypeAlias = FullTargets | TopKTargets
+_Loss: TypeAlias = Callable[..., tuple[Tensor, DistillStats]]
 
 
 class Teacher(Protocol):
@@ -109,15 +113,34 @@ def distillation_loss(
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
     options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": teacher.vocab_size}
-    options["token_weight"] = token_weight
-    options |= {"beta": config.beta, "temperature": config.temperature, "surplus": config.surplus}
-    options |= head.options("student_")
+    options |= config.loss_options | {"reverse_weight": config.reverse_weight} | head.options("student_")
     if isinstance(targets, TopKTargets):
-        options["tail"] = teacher.settings.tail
-        return fused_linear_topk_jsd(hidden, head.weight, *targets, return_stats=True, **options)
-    options |= targets.head.options("teacher_")
-    of_teacher = targets.hidden, targets.head.weight
-    return fused_linear_jsd(hidden, head.weight, *of_teacher, return_stats=True, **options)
+        loss = partial(fused_linear_topk_jsd, hidden, head.weight, *targets, tail=teacher.settings.tail)
+    else:
+        options |= targets.head.options("teacher_")
+        loss = partial(fused_linear_jsd, hidden, head.weight, targets.hidden, targets.head.weight)
+    compute = cast("_Loss", partial(loss, return_stats=True, **options))
+    return compute(**_token_weight(compute, config, token_weight))
+
+
+def _token_weight(compute: _Loss, config: TrainConfig, factor: Tensor | None) -> dict[str, Any]:
+    """Return the arguments that weigh the tokens of the loss that `compute` computes without them."""
+    rule = config.token_weight
+    if rule is None:
+        return {"token_weight": factor}
+    if rule.entropy_below is not None:
+        limit = rule.entropy_below
+
+        def weigh(stats: DistillStats, factor: Tensor | float = 1.0) -> Tensor:
+            return factor * (stats.teacher_entropy < limit)
+
+        return {"token_weight": weigh, "token_data": None if factor is None else {"factor": factor}}
+    assert rule.top_fraction is not None
+    with torch.no_grad():  # the losses' chunks do not see all tokens at once
+        entropy = compute()[1].student_entropy
+    k = math.ceil(rule.top_fraction * len(entropy))
+    weight = torch.zeros_like(entropy).index_fill_(0, entropy.topk(k).indices, 1.0)
+    return {"token_weight": weight if factor is None else weight * factor}
 
 
 def describe_non_finite(scored: Scored, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -20,6 +20,7 @@ from ..serving.client.retry import ServerError
 from .config import ConfigError, TeacherConfig, TrainConfig
 from .data import Batch
 from .long_sequences import check_positions, set_attention
+from .sharding import shard_teacher
 from .stored import StoredTeacher
 from .student import check_lm_head, load_pretrained
 from .targets import FullTargets, Targets, Teacher, TopKTargets, topk_targets
@@ -39,9 +40,9 @@ class LocalTeacher:
     @torch.no_grad()
     def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
         """See Teacher."""
-        head, _ = checked_head(self.model)
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.attention, "use_cache": False}
         hidden = batch.pack(last_hidden_states(self.model, **inputs))
+        head, _ = checked_head(self.model)  # whole by now if the model is sharded
         if student_ids is None and self.settings.targets == "full":
             return FullTargets(hidden, head)
         return topk_targets(hidden, head, self.config, self, student_ids)
@@ -99,13 +100,21 @@ class ServedTeacher:
 
 
 def load_teachers(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, shard: bool = False
 ) -> dict[str, Teacher]:
-    """Load the teachers that the settings name, for a student with the given tokenizer."""
+    """Load the teachers that the settings name, for a student with the given tokenizer.
+
+    With `shard` a model is sharded between all processes, which then compute together.
+    """
+    if shard and len(config.all_teachers) > 1 and any(t.model for t in config.all_teachers.values()):
+        raise ConfigError(
+            "teachers: with FSDP only a single teacher may have a model, which is sharded, because processes "
+            "ask several teachers at different times. Serve the models (teachers.NAME.url)"
+        )
     teachers: dict[str, Teacher] = {}
     for name, settings in config.all_teachers.items():
         try:
-            teachers[name] = _load_teacher(config, settings, tokenizer, device)
+            teachers[name] = _load_teacher(config, settings, tokenizer, device, shard)
         except ConfigError as error:
             raise _renamed(error, name) from error
     return teachers
@@ -122,7 +131,11 @@ def _renamed(error: ConfigError, name: str) -> ConfigError:
 
 
 def _load_teacher(
-    config: TrainConfig, settings: TeacherConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: TrainConfig,
+    settings: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    shard: bool,
 ) -> Teacher:
     fingerprint = tokenizer_fingerprint(tokenizer)
     vocab_size = load_pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
@@ -131,11 +144,15 @@ def _load_teacher(
         if teacher_tokenizer is not None:
             _check_tokenizer("teacher.model", fingerprint, tokenizer_fingerprint(teacher_tokenizer))
         dtype = weights_dtype(settings.dtype, device.type)
-        # FSDP's low-memory loading leaves weights empty until FSDP fills them; it does not wrap the teacher.
+        # FSDP's low-memory loading leaves weights empty until accelerate fills those of the student.
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
             model = load_pretrained(AutoModelForCausalLM, "teacher.model", settings.model, dtype=dtype)
-        model.to(device).eval().requires_grad_(False)
-        check_lm_head(model, "teacher.model")
+        model.eval().requires_grad_(False)
+        if shard and all(p.is_floating_point() for p in model.parameters()):  # not if quantized
+            shard_teacher(model, device)
+        else:
+            model.to(device)
+        check_lm_head(model, "teacher.model", model)
         set_attention(model, config)
         _check_embedding(model, config, vocab_size)
         teacher = LocalTeacher(model, config, settings, min(vocab_size, len(checked_head(model)[0].weight)))

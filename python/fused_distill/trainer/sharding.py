@@ -1,0 +1,27 @@
+"""A local teacher that is sharded between the processes of a run, as the student is."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+from .long_sequences import checkpointed_layers
+
+
+def shard_teacher(model: PreTrainedModel, device: torch.device) -> None:
+    """Shard a model's layers by FSDP2 and move each process's part to its device.
+
+    All processes must run the model together. What is outside the layers, e.g. embedding and LM head, is
+    whole in every process after the first forward pass, because the loss needs the whole LM head.
+
+    Args:
+        model: on the CPU, where it may be larger than the memory of a device.
+        device: of this process.
+    """
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for layer in checkpointed_layers(model):  # each is moved when it is sharded
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
