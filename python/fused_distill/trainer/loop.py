@@ -27,6 +27,8 @@ from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, sample_stream, split_data
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
 from .rollouts import StudentRollouts
+from .sources import fingerprints
+from .stored import StoredTeacher
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
 from .teachers import check_limits, load_teacher
@@ -59,6 +61,9 @@ class Trainer:
         check_limits(
             self.teacher, config, lambda: max(map(len, data.samples["prompt"]), default=0) + completion
         )
+        self.sources = fingerprints(data.samples, self.tokenizer, self.teacher)
+        if isinstance(self.teacher, StoredTeacher):
+            self.teacher.check(data, self.sources["data"])
         torch.manual_seed(config.seed)
         model = load_student(config)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -212,7 +217,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     run = Trainer(config)
     config = run.config
     if checkpoints:
-        run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
+        run.step = load_checkpoint(run.accelerator, config, run.sources)
     logger = MetricsLogger(run.accelerator, config, run.step)
     with ExitStack() as cleanup:
         cleanup.callback(run.rollouts.close)
@@ -240,7 +245,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 logger.log(run.step, "evaluation", *run.evaluate())
             stopping = run.accelerator.check_trigger()  # SIGTERM in any process
             if last or stopping or run.step % config.save_every == 0:
-                save_checkpoint(run.accelerator, config, run.step)
+                save_checkpoint(run.accelerator, config, run.sources, run.step)
                 if run.rollouts.weights_synced_step != run.step:
                     run.rollouts.weights_synced_step = None  # sync, as a run resumed here would
             if stopping:
