@@ -27,6 +27,7 @@ SHARED = ("data.evaluation_prompts=6", "evaluate_every=2", "save_every=2")
 RUNS = {
     "one_slice": ("lmbda=0",),
     "two_slices": ("lmbda=0", "gradient_accumulation_steps=2"),
+    "long": ("lmbda=0", "tokens_per_forward=24", "gradient_checkpointing=true"),
     "adapters": ("lmbda=0", "lora.r=2", "gradient_accumulation_steps=2"),
     "untied": ("lmbda=0", "student=UNTIED", "teacher.targets=student_topk", "teacher.k=5"),
     "on_policy": ("gradient_accumulation_steps=2", "rollouts.num_generations=2"),
@@ -66,7 +67,7 @@ def runs(lab: Lab, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.mark.parametrize("name", ["one_slice", "two_slices", "adapters", "untied"])
+@pytest.mark.parametrize("name", ["one_slice", "two_slices", "long", "adapters", "untied"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_log_the_metrics_of_one(runs: Path, strategy: str, name: str) -> None:
     one, two = runs / "one" / name, runs / strategy / name
@@ -77,7 +78,7 @@ def test_two_processes_log_the_metrics_of_one(runs: Path, strategy: str, name: s
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", ["one_slice", "two_slices", "untied"])
+@pytest.mark.parametrize("name", ["one_slice", "two_slices", "long", "untied"])
 def test_two_processes_save_the_student_of_one(runs: Path, strategy: str, name: str) -> None:
     want, got = (weights(runs / run / name / "student") for run in ("one", strategy))
     assert want.keys() == got.keys()
@@ -90,9 +91,9 @@ def test_the_first_loss_does_not_depend_on_slices_processes_and_shards(runs: Pat
     first = [
         losses(runs / run / name)[0]
         for run in ("one", *STRATEGIES)
-        for name in ("one_slice", "two_slices", "adapters")
+        for name in ("one_slice", "two_slices", "long", "adapters")
     ]
-    assert first == pytest.approx([first[0]] * 9, rel=1e-5)
+    assert first == pytest.approx([first[0]] * 12, rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -107,7 +107,7 @@ def test_a_float16_store_holds_rounded_logprobs_of_the_same_ids(lab: Lab, tmp_pa
 def test_finite_logprobs_stay_finite_in_float16() -> None:
     class FarApart:
         vocab_size = 98
-        fingerprint = None
+        fingerprint: str | None = None
 
         def targets(self, batch: Batch, student_ids: torch.Tensor | None) -> TopKTargets:
             logprobs = torch.tensor([-0.5, -1e6, -torch.inf]).expand(len(batch.valid), 3)

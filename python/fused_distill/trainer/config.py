@@ -132,6 +132,15 @@ class TrainConfig(_Section):
     steps: int = Field(ge=1, description="optimizer steps")
     prompts_per_step: int = Field(16, ge=1, description="prompts per optimizer step, over all processes")
     gradient_accumulation_steps: int = Field(1, ge=1, description="slices of a step in each process")
+    tokens_per_forward: int | None = Field(
+        None, ge=1, description="split slices so that a forward pass has at most so many tokens with padding"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, about a third more time"
+    )
+    attention: Literal["sdpa", "flash_attention_2", "eager"] | None = Field(
+        None, description="of the student and of teacher.model; null: transformers' choice"
+    )
     lmbda: float = Field(1.0, ge=0, le=1, description="fraction of on-policy data")
     beta: float = Field(0.5, ge=0, le=1, description="0: forward KL, 1: reverse KL, in between: JSD")
     temperature: float = Field(1.0, gt=0, description="divides both models' logits in the loss")
@@ -167,6 +176,7 @@ class TrainConfig(_Section):
 # Settings that may change on resume: the length of the run, its files and its machines.
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
+    **dict.fromkeys(("tokens_per_forward", "gradient_checkpointing", "attention"), True),
     **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints"), True),
     "data": {"path"},
     "teacher": {"model", "url", "stored", "deadline_seconds"},

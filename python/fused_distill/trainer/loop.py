@@ -25,6 +25,7 @@ from ..stats import DistillStats
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, sample_stream, split_data
+from .long_sequences import check_positions, split_by_tokens
 from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
 from .rollouts import StudentRollouts
 from .sources import fingerprints
@@ -58,14 +59,17 @@ class Trainer:
         self.samples, self.held_out = split_data(data, config)
         self.teacher = load_teacher(config, self.tokenizer, self.device)
         completion = config.rollouts.max_completion_length
-        check_limits(
-            self.teacher, config, lambda: max(map(len, data.samples["prompt"]), default=0) + completion
-        )
+
+        def longest() -> int:
+            return max(map(len, data.samples["prompt"]), default=0) + completion
+
+        check_limits(self.teacher, config, longest)
         self.sources = fingerprints(data.samples, self.tokenizer, self.teacher)
         if isinstance(self.teacher, StoredTeacher):
             self.teacher.check(data, self.sources["data"])
         torch.manual_seed(config.seed)
         model = load_student(config)
+        check_positions("student", model.config, config, longest)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -109,6 +113,12 @@ class Trainer:
             for part in split_on_groups(completions, slices)
         ]
 
+    def collate(self, slices: list[list[Sample]]) -> list[Batch]:
+        """Return batches for one forward pass each, as many as in every other process."""
+        if self.config.tokens_per_forward is not None:
+            slices = split_by_tokens(slices, self.config.tokens_per_forward, self.accelerator)
+        return [Batch.collate(samples, self.device) for samples in slices]
+
     def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, DistillStats, Targets]:
         """Return a batch's summed loss divided by `normalizer`, its per-token statistics and its targets."""
         config, vocab_size = self.config, self.teacher.vocab_size
@@ -131,7 +141,7 @@ class Trainer:
         Raises:
             NonFiniteLoss: the loss or its gradient is not finite; no weight has changed.
         """
-        batches = [Batch.collate(samples, self.device) for samples in buffer]
+        batches = self.collate(buffer)
         n_local = torch.tensor(sum(len(batch.valid) for batch in batches), device=self.device)
         n_tokens = max(1.0, float(self.accelerator.reduce(n_local, "sum")))  # pyright: ignore[reportArgumentType]
         sums: list[Tensor] = []
@@ -162,7 +172,7 @@ class Trainer:
             self.rollouts.sync_weights(self.step)
             [samples] = self.generate(samples, self.config.seed + self.rank, 1)
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
-        batches = [Batch.collate(samples[i : i + EVAL_BATCH_SIZE], self.device) for i in starts]
+        batches = self.collate([samples[i : i + EVAL_BATCH_SIZE] for i in starts])
         sums = [batch_sums(*self.loss(batch, 1.0)[:2]) for batch in batches]
         shown = [str(self.tokenizer.decode(s.tokens)) for s in samples[:N_SHOWN_SAMPLES]]
         return self.read_metrics(sums, batches), shown
@@ -290,6 +300,7 @@ def check_packages(config: TrainConfig) -> None:
         (config.lora is not None, "lora", "peft"),
         (rollouts.engine == "vllm", "rollouts.engine: vllm", "vllm"),
         (rollouts.sync == "nccl", "rollouts.sync: nccl", "vllm"),
+        (config.attention == "flash_attention_2", "attention: flash_attention_2", "flash_attn"),
         *((True, f"trackers: {name}", name) for name in config.trackers),
     ):
         if needed and find_spec(package) is None:

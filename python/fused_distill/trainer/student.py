@@ -15,6 +15,7 @@ from ..huggingface.lm_head import LMHeadParams, checked_head, decoder_of, last_h
 from ..huggingface.loading import load_causal_lm, require_model
 from .config import ConfigError, LoraConfig, TrainConfig
 from .data import Batch
+from .long_sequences import recompute_activations, set_attention
 
 T = TypeVar("T")
 
@@ -45,6 +46,9 @@ def load_student(config: TrainConfig) -> PreTrainedModel:
     if config.lora is not None:
         model = _add_adapters(model, config.lora)
         check_lm_head(model, "student")  # before FSDP shards it
+    set_attention(model, config)  # after the checks, because flash attention does not run on a CPU
+    if config.gradient_checkpointing:
+        recompute_activations(model, "gradient_checkpointing")
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate.utils import patch_environment
@@ -18,6 +19,7 @@ from ..serving.client.client import TeacherClient
 from ..serving.client.retry import ServerError
 from .config import ConfigError, TrainConfig
 from .data import Batch
+from .long_sequences import check_positions, set_attention
 from .stored import StoredTeacher
 from .student import check_lm_head, load_pretrained
 from .targets import FullTargets, Targets, Teacher, TopKTargets, topk_targets
@@ -105,6 +107,8 @@ def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device
             model = load_pretrained(AutoModelForCausalLM, "teacher.model", settings.model, dtype=dtype)
         model.to(device).eval().requires_grad_(False)
         check_lm_head(model, "teacher.model")
+        set_attention(model, config)
+        _check_embedding(model, config, vocab_size)
         vocab_size = min(vocab_size, len(checked_head(model)[0].weight))
         teacher = LocalTeacher(model, config, vocab_size, model_fingerprint(model))
     elif settings.stored is not None:
@@ -141,7 +145,9 @@ def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device
 
 
 def check_limits(teacher: Teacher, config: TrainConfig, length: Callable[[], int]) -> None:
-    """Raise a ConfigError if a teacher server does not take `length()` tokens or the settings' k."""
+    """Raise a ConfigError if the teacher does not take `length()` tokens or, a server, the settings' k."""
+    if isinstance(teacher, LocalTeacher):
+        check_positions("teacher.model", teacher.model.config, config, length)
     if not isinstance(teacher, HiddenStateTeacher | ServedTeacher):
         return
     k = config.teacher.k if config.teacher.targets == "topk" else 0
@@ -149,6 +155,16 @@ def check_limits(teacher: Teacher, config: TrainConfig, length: Callable[[], int
         teacher.client.check_limits(top_logprobs=k, length=length())
     except (ValueError, ServerError) as error:
         raise ConfigError(f"teacher.url: {error}") from None
+
+
+def _check_embedding(teacher: PreTrainedModel, config: TrainConfig, student_rows: int) -> None:
+    """Raise a ConfigError if the student may generate tokens that a local teacher cannot read."""
+    rows = len(cast(Tensor, teacher.get_input_embeddings().weight))
+    if student_rows > rows and (config.lmbda > 0 or config.data.evaluation_prompts > 0):
+        raise ConfigError(
+            f"teacher.model: its embedding has {rows} tokens, fewer than the {student_rows} of the student's "
+            "LM head, so it cannot read every completion that the student may generate"
+        )
 
 
 def _check_tokenizer(key: str, student: str, teacher: str | None) -> None:
