@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import env
+from . import __version__, env
 from .child_processes import end_with_server
 
 # Processes that an engine spawns import this module again before they do anything else.
@@ -72,6 +72,7 @@ def _json_object(text: str) -> dict[str, Any]:
 def make_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
     parser = _Parser(prog="fused-distill", description="Distillation of language models.")
+    parser.add_argument("--version", action="version", version=f"fused-distill {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add_command(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
@@ -106,11 +107,13 @@ def make_parser() -> argparse.ArgumentParser:
     distil = add_command("train", train)
     distil.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
 
+    checker = add_command("check", check)
+
     cache = add_command("cache-teacher", cache_teacher)
     cache.add_argument("--output", type=Path, required=True, help="folder of the store")
     cache.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="default: float32")
 
-    for command in (distil, cache):
+    for command in (distil, checker, cache):
         command.add_argument("config", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. teacher.k=16")
 
@@ -167,6 +170,18 @@ def train(options: argparse.Namespace) -> None:
     student = train(load_config(options.config, options.overrides), options.resume)
     if PartialState().is_local_main_process:
         print(student)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Check a training run before it starts: models, heads, servers, chat formats, time and memory.
+
+    One row per check: a tick, a warning with advice, or a cross. Crosses give exit status 2.
+    """
+    from .trainer.check import check
+    from .trainer.config import load_config
+
+    if not check(load_config(options.config, options.overrides)):
+        sys.exit(2)
 
 
 def cache_teacher(options: argparse.Namespace) -> None:

@@ -13,7 +13,6 @@ from cases import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from fused_distill.trainer import metrics as trainer_metrics  # noqa: E402
 from fused_distill.trainer.config import TrainConfig, load_config  # noqa: E402
 
 NOT_INTERPRETED = pytest.mark.skipif(INTERPRETED, reason="tests the trainer, not the kernels")
@@ -71,11 +70,6 @@ def lab(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
         save_model(folder / "teacher", tiny_model, hidden_size=24, vocab_size=104),
         data,
     )
-
-
-def draw_no_curves() -> None:
-    """Do in a child process what the fixture `report_without_curves` does in this one."""
-    trainer_metrics._plot = lambda rows: ""
 
 
 def metrics(output: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -10,11 +10,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from fused_distill.trainer.config import load_config
 from fused_distill.trainer.loop import train
-from trainer_cases import draw_no_curves
 
 
 def main(strategy: str, *configs: str) -> None:
-    draw_no_curves()
     PartialState(cpu=True)
     end_training = Accelerator.end_training
     for path in configs:

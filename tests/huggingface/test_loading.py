@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fused_distill.huggingface.loading import load_causal_lm, require_model
+from fused_distill.huggingface.loading import load_causal_lm, load_files, require_model
 
 transformers = pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {
@@ -63,11 +64,43 @@ def test_a_tied_lm_head_is_not_missing(kind: str, tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
 
 
-def test_a_weight_file_that_is_cut_off_is_an_error_with_its_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [0, 4, 100, -100])
+def test_a_weight_file_that_is_cut_off_is_named(tmp_path: Path, length: int) -> None:
     weights = Path(saved("LlamaForCausalLM", tmp_path)) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(OSError, match=rf"a weight file of {re.escape(str(tmp_path))} cannot be read"):
+    weights.write_bytes(weights.read_bytes()[:length])
+    with pytest.raises(OSError, match=rf"{re.escape(str(weights))} is not a whole safetensors file"):
         load_causal_lm(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"model', r"config\.json is no JSON, it may be truncated"),
+        ("model.safetensors.index.json", '{"weight', "index of the weights is no JSON"),
+        ("model.safetensors.index.json", "{}", "has an index without weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is not a"),
+        ("pytorch_model.bin", "PK", r"pytorch_model\.bin is no file of torch\.save, it may be truncated"),
+        ("pytorch_model.bin", "", r"pytorch_model\.bin is no file of torch\.save, it may be truncated"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    saved("LlamaForCausalLM", tmp_path)
+    if "config" not in name:
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(OSError, match=message):
+        load_causal_lm(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", r"tokenizer\.json is no JSON"), ("{}", r"the files of .* cannot be read: KeyError")],
+)
+def test_a_damaged_tokenizer_is_named(tiny_model: Path, tmp_path: Path, content: str, message: str) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "damaged")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(OSError, match=message):
+        load_files(transformers.AutoTokenizer.from_pretrained, str(folder))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "../missing", "~/missing", "a/b/c"])

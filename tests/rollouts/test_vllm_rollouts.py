@@ -89,3 +89,34 @@ def test_completions_are_grouped_by_an_explicit_id() -> None:
     completions = vllm(*choices).generate([[5], [5], [5]], Sampling(n=2), groups=[7, 3, 7])
     members = {group: {c.tokens[0] for c in completions if c.group == group} for group in (3, 7)}
     assert members == {7: {0, 1, 4, 5}, 3: {2, 3}}
+
+
+def bodies_of(sampling: Sampling, vocab_size: int | None) -> list[dict[str, Any]]:
+    """Return the requests of a call."""
+    bodies: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        return httpx.Response(200, json={"choices": [choice(0)]})
+
+    transport = httpx.MockTransport(answer)
+    with VllmRollouts("http://vllm", model="m", vocab_size=vocab_size, transport=transport) as rollouts:
+        rollouts.generate([[5]], sampling)
+    return bodies
+
+
+def test_a_server_is_told_further_end_tokens_and_tokens_to_exclude() -> None:
+    [body] = bodies_of(Sampling(stop_token_ids=(3, 4), vocab_size=10), 12)
+    assert body["stop_token_ids"] == [3, 4]
+    assert body["logit_bias"] == {"10": -100.0, "11": -100.0}
+    assert "vocab_size" not in body
+    [body] = bodies_of(Sampling(vocab_size=12), 12)
+    assert "logit_bias" not in body
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "message"), [(None, "vocab_size of the model"), (2000, "at most 1024")]
+)
+def test_tokens_that_cannot_be_excluded_are_an_error(vocab_size: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bodies_of(Sampling(vocab_size=10), vocab_size)

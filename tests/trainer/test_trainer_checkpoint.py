@@ -18,13 +18,14 @@ from fused_distill.cli import main
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
-from trainer_cases import NOT_INTERPRETED, Lab, draw_no_curves, metrics, save_model
+from trainer_cases import NOT_INTERPRETED, Lab, metrics, save_model
 from trainer_cases import lab as lab
 
 pytestmark = [NOT_INTERPRETED, pytest.mark.xdist_group("forks")]
 
 KILLS = int(os.environ.get("FUSED_DISTILL_KILLS", "20"))
-TIMES = ("tokens_per_second", "memory_gib", "rollout_seconds", "teacher_seconds", "update_seconds")
+SECONDS = ("rollout_seconds", "teacher_seconds", "update_seconds", "evaluation_seconds")
+TIMES = ("tokens_per_second", "memory_gib", *SECONDS)
 SETTINGS = (
     "steps=8",
     "save_every=2",
@@ -47,7 +48,6 @@ def start(config: TrainConfig, file_limit: int = resource.RLIM_INFINITY) -> Base
 
 def train_quietly(config: TrainConfig, file_limit: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    draw_no_curves()
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     train(config, resume=True)
 
@@ -111,7 +111,7 @@ def test_a_run_killed_at_the_worst_moment_resumes_bit_for_bit(
 def killed_at(config: TrainConfig, place: str) -> None:
     """Train, and be killed after half a checkpoint, between its rename and pruning, or after half a line."""
     from accelerate import Accelerator
-    from fused_distill.trainer.metrics import MetricsLogger
+    from fused_distill.trainer.logger import MetricsLogger
 
     save_state, log, replace = Accelerator.save_state, MetricsLogger.log, Path.replace
 

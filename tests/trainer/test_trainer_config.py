@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 
+import fused_distill
 import pytest
 import torch
 from fused_distill.cli import main
-from fused_distill.trainer.loop import choose_precision, train
+from fused_distill.trainer import loop
+from fused_distill.trainer.loop import train
+from fused_distill.trainer.start import choose_precision
 from trainer_cases import NOT_INTERPRETED, Lab, load_config
 from trainer_cases import lab as lab
 
@@ -55,6 +60,11 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
         ("teacher={stored: s, targets: full}", "teacher: targets must be topk with stored, got full"),
         ("teacher={stored: s, targets: topk}", "lmbda must be 0 with teacher.stored"),
         ("schedule=wavy", "schedule: Input should be"),
+        ("learning_rate=.inf", "learning_rate: Input should be a finite number"),
+        ("learning_rate=.nan", "learning_rate: Input should be a finite number"),
+        ("rollouts.temperature=.inf", "rollouts.temperature: Input should be a finite number"),
+        ("weight_decay=.inf", "weight_decay: Input should be a finite number"),
+        ("teacher.deadline_seconds=.inf", "teacher.deadline_seconds: Input should be a finite number"),
         ("teacher.targets=[", "teacher.targets: no YAML"),
         ("steps", "an override must be KEY=VALUE, got 'steps'"),
     ],
@@ -82,8 +92,6 @@ SERVER = "rollouts.engine=vllm_server", "rollouts.url=http://x"
             "rollouts: nccl_port must be set exactly with sync nccl",
         ),
         ((*SERVER, "rollouts.nccl_port=29600"), "rollouts: nccl_port must be set exactly with sync nccl"),
-        ((*SERVER, "lora.r=2"), "lora must not be given with rollouts.engine vllm_server"),
-        (("rollouts.engine=vllm", "lora.r=2"), "lora must not be given with rollouts.engine vllm"),
     ],
 )
 def test_rollout_settings_that_do_not_fit_each_other_are_named(
@@ -115,6 +123,29 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str], lab: Lab, comm
     assert set(expected) <= set(listed)
 
 
+def test_help_lists_the_choices_of_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    for key, choices in (
+        ("precision", "(auto | fp32 | bf16 | fp16)"),
+        ("teacher.targets", "(full | topk | student_topk)"),
+        ("trackers", "(tensorboard | trackio | wandb)"),
+        ("schedule", "(constant_with_warmup | linear | cosine)"),
+    ):
+        assert lines[key].endswith(choices), lines[key]
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"fused-distill {fused_distill.__version__}\n")
+
+
+def test_the_gradient_norm_may_be_unlimited(tmp_path: Path) -> None:
+    assert load_config(settings(tmp_path), [*REQUIRED, "max_grad_norm=.inf"]).max_grad_norm == math.inf
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("a: [", "no YAML"), ("- a", "must hold keys and values"), ("student: s", "teacher: Field required")],
@@ -143,8 +174,8 @@ def test_a_missing_file_exits_with_status_2_and_one_line(
             "prompts_per_step: 80 is too many: 40 samples are left for training",
         ),
         ("teacher={model: TEACHER, targets: topk, k: 99}", "teacher.k: 99 is more than the 98 tokens"),
+        ("precision=fp16", "precision: fp16 needs a GPU, but this run is on a CPU"),
         ("lora={target_modules: [nothing]}", "lora.target_modules: "),
-        ("lora={target_modules: [lm_head]}", "lora.target_modules: must not hold the output layer"),
         ("trackers=[trackio]", "trackers: trackio needs trackio beside the trainer: pip install trackio"),
         ("rollouts.engine=vllm", "rollouts.engine: vllm needs vllm beside the trainer: pip install vllm"),
     ],
@@ -163,6 +194,32 @@ def test_settings_that_do_not_fit_the_files_exit_with_status_2_and_one_line(
         override.replace("TEACHER", str(lab.teacher)),
     )
     assert message in line
+
+
+@pytest.mark.parametrize("key", ["student", "teacher.model"])
+def test_truncated_weights_are_named_with_key_and_file_before_anything_is_loaded(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    lab.config(tmp_path)
+    weights = shutil.copytree(lab.student, tmp_path / "damaged") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    monkeypatch.setattr(loop, "load_data", None)
+    paths = [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
+    arguments = [f"output={tmp_path}", *paths, f"{key}={weights.parent}"]
+    line = error_line(capsys, "train", str(tmp_path / "settings.yaml"), *arguments)
+    assert f"{key}: {weights} is not a whole safetensors file" in line
+
+
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_loaded(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.config(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(loop, "Trainer", None)
+    paths = [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
+    arguments = [f"output={tmp_path}/file/run", *paths]
+    line = error_line(capsys, "train", str(tmp_path / "settings.yaml"), *arguments)
+    assert line.endswith(f"output: {tmp_path}/file/run cannot be written: Not a directory")
 
 
 def test_an_unreachable_server_exits_with_status_2_and_one_line(

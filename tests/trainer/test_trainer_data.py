@@ -151,6 +151,32 @@ def test_too_few_samples_are_explained(lab: Lab, tmp_path: Path, tokenizer: Any)
         load(config, tokenizer, completions=False)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("data.max_prompt_length=1",),
+            r"^data\.max_prompt_length: 1 leaves 0 samples, fewer than the 4 of a step \(prompts_per_step\), "
+            r"because 10 are longer: raise it\. .*: 10 rows",
+        ),
+        (
+            ("data.evaluation_prompts=16",),
+            r"^data\.evaluation_prompts: 16 is too many: 0 of 10 samples are left for training, fewer than ",
+        ),
+        (
+            ("data.evaluation_prompts=7",),
+            r"^data\.evaluation_prompts: 7 is too many: 3 of 10 samples .* Hold out fewer, 0 for none",
+        ),
+    ],
+)
+def test_the_setting_that_leaves_too_few_samples_is_named(
+    lab: Lab, tmp_path: Path, tokenizer: Any, overrides: tuple[str, ...], message: str
+) -> None:
+    rows = write_rows(tmp_path, [{"prompt": "abcd"}] * 10)
+    with pytest.raises(ConfigError, match=message):
+        load(lab.config(tmp_path, rows, "prompts_per_step=4", *overrides), tokenizer, completions=False)
+
+
 def test_the_sample_stream_starts_at_any_position() -> None:
     samples = [Sample(i, [1], [])._asdict() for i in range(7)]
     stream = list(islice(sample_stream(samples, 3, 0), 30))

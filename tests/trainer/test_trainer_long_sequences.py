@@ -152,7 +152,7 @@ def test_flash_attention_that_is_not_installed_is_reported_before_any_work(lab: 
 def test_flash_attention_in_float32_is_refused(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fused_distill.trainer.loop.find_spec", lambda _: True)
+    monkeypatch.setattr("fused_distill.trainer.start.find_spec", lambda _: True)
     with pytest.raises(ConfigError, match="flash_attention_2 needs precision bf16 or fp16, got fp32"):
         Trainer(lab.config(tmp_path, "attention=flash_attention_2"))
 

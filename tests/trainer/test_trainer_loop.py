@@ -231,6 +231,6 @@ def test_the_command_prints_the_diagnosis_and_saves_no_checkpoint(
         main(["train", str(tmp_path / "settings.yaml"), *paths])
     assert end.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("fused-distill train: the loss is not finite at ")
+    assert line.startswith("fused-distill train: teacher's loss: the loss is not finite at ")
     assert "the teacher's numbers are NaN" in line
     assert not list(tmp_path.glob("checkpoints/*"))

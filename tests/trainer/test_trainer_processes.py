@@ -23,12 +23,13 @@ from trainer_cases import lab as lab
 pytestmark = [NOT_INTERPRETED, pytest.mark.xdist_group("trainer processes")]  # trained once
 
 SHARED = ("data.evaluation_prompts=6", "evaluate_every=2", "save_every=2")
+HEAD_ADAPTERS = "lora={r: 2, target_modules: [q_proj, down_proj, lm_head], merge: true}"
 # First off-policy runs, whose samples do not depend on the number of processes, then on-policy runs.
 RUNS = {
     "one_slice": ("lmbda=0",),
     "two_slices": ("lmbda=0", "gradient_accumulation_steps=2"),
     "long": ("lmbda=0", "tokens_per_forward=24", "gradient_checkpointing=true"),
-    "adapters": ("lmbda=0", "lora.r=2", "gradient_accumulation_steps=2"),
+    "adapters": ("lmbda=0", HEAD_ADAPTERS, "gradient_accumulation_steps=2"),
     "untied": ("lmbda=0", "student=UNTIED", "teacher.targets=student_topk", "teacher.k=5"),
     "on_policy": ("gradient_accumulation_steps=2", "rollouts.num_generations=2"),
     "on_policy_adapters": ("lora.r=2",),
@@ -78,7 +79,7 @@ def test_two_processes_log_the_metrics_of_one(runs: Path, strategy: str, name: s
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", ["one_slice", "two_slices", "long", "untied"])
+@pytest.mark.parametrize("name", ["one_slice", "two_slices", "long", "adapters", "untied"])
 def test_two_processes_save_the_student_of_one(runs: Path, strategy: str, name: str) -> None:
     want, got = (weights(runs / run / name / "student") for run in ("one", strategy))
     assert want.keys() == got.keys()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -10,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from fused_distill.huggingface.adapters import merged_weights
 from fused_distill.rollouts.base import Sampling
 from fused_distill.rollouts.transformers import TransformersRollouts
 from fused_distill.rollouts.weights import TokenLogprobs, WeightsError, model_logprobs
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.loop import Trainer, train
-from trainer_cases import NOT_INTERPRETED, Lab, losses, metrics, transformers
+from fused_distill.trainer.rollouts import fallback_ends
+from trainer_cases import NOT_INTERPRETED, Lab, losses, metrics, save_model, transformers
 from trainer_cases import lab as lab
 
 pytestmark = NOT_INTERPRETED
@@ -67,7 +71,10 @@ class FakeNccl:
         FakeNccl.calls = [(url, options)]
 
     def sync(self) -> None:
-        FakeNccl.calls.append([p.detach().clone() for p in self.model.parameters()])
+        sent = dict(self.model.named_parameters())
+        if hasattr(self.model, "get_base_model"):
+            sent = dict(merged_weights(self.model, sent))
+        FakeNccl.calls.append({name: tensor.detach().clone() for name, tensor in sent.items()})
 
     def close(self) -> None:
         FakeNccl.calls.append("closed")
@@ -130,10 +137,10 @@ def test_a_server_is_called_by_url_and_its_own_token(
     monkeypatch.setenv("FUSED_DISTILL_TOKEN", "the-teachers-token")
     monkeypatch.delenv("FUSED_DISTILL_ROLLOUT_TOKEN", raising=False)
     Trainer(lab.config(tmp_path, *SERVER))
-    assert FakeEngine.arguments == ["http://x", {"token": None}]
+    assert FakeEngine.arguments == ["http://x", {"token": None, "vocab_size": 98}]
     monkeypatch.setenv("FUSED_DISTILL_ROLLOUT_TOKEN", "secret-of-16-chars")
     Trainer(lab.config(tmp_path, *SERVER))
-    assert FakeEngine.arguments == ["http://x", {"token": "secret-of-16-chars"}]
+    assert FakeEngine.arguments == ["http://x", {"token": "secret-of-16-chars", "vocab_size": 98}]
 
 
 def test_an_engine_in_process_is_built_from_the_settings(lab: Lab, tmp_path: Path) -> None:
@@ -144,7 +151,7 @@ def test_an_engine_in_process_is_built_from_the_settings(lab: Lab, tmp_path: Pat
     ):
         Trainer(lab.config(tmp_path, *IN_PROCESS, *overrides))
         llm, no_options = FakeEngine.arguments
-        assert no_options == {}
+        assert no_options == {"vocab_size": 98}
         assert llm.options == {"model": str(lab.student), **expected}
 
 
@@ -175,9 +182,9 @@ def test_every_process_loads_the_weights_into_its_own_engine_but_one_sends_them_
 def test_nccl_sends_the_students_weights_as_often_as_disk_would(lab: Lab, tmp_path: Path) -> None:
     class Receiver(FakeEngine):
         def generate(self, prompts: Any, sampling: Any) -> Any:
-            self.syncs = sum(isinstance(call, list) for call in FakeNccl.calls)
+            self.syncs = sum(isinstance(call, dict) for call in FakeNccl.calls)
             self.model = transformers.AutoModelForCausalLM.from_pretrained(lab.student)
-            for parameter, sent in zip(self.model.parameters(), FakeNccl.calls[-1], strict=True):
+            for parameter, sent in zip(self.model.parameters(), FakeNccl.calls[-1].values(), strict=True):
                 parameter.data.copy_(sent)
             return super().generate(prompts, sampling)
 
@@ -203,7 +210,7 @@ def test_nccl_sends_the_students_weights_as_often_as_disk_would(lab: Lab, tmp_pa
 def test_missing_vllm_is_reported_before_any_work(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.setattr("fused_distill.trainer.loop.find_spec", lambda _: None)
+    monkeypatch.setattr("fused_distill.trainer.start.find_spec", lambda _: None)
     with pytest.raises(ConfigError) as error:
         Trainer(lab.config(tmp_path, *engine, "student=/nowhere"))
     assert str(error.value) == message
@@ -250,3 +257,53 @@ def test_a_restarted_server_ends_a_run_that_sends_weights_over_nccl(
     engine.calls = 2
     with pytest.raises(WeightsError, match="does not have the weights"):
         trainer.rollouts.generate([[5]], Sampling())
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, (1,)),  # <eos>
+        ("{% for m in messages %}{{ m.content }}<end>{% endfor %}", (1, 98)),
+        ("{{ raise_exception('no') }}", (1,)),
+    ],
+)
+def test_a_student_without_end_token_gets_the_tokenizers_and_the_chat_templates(
+    lab: Lab, tmp_path: Path, template: str | None, expected: tuple[int, ...]
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(lab.student)
+    tokenizer.add_tokens("<end>", special_tokens=True)
+    tokenizer.chat_template = template
+    assert fallback_ends(tokenizer, lab.config(tmp_path)) == expected
+
+
+def test_the_fallback_is_used_where_no_config_names_an_end_token(lab: Lab, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(lab.student, student)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((student / name).read_text())
+        settings["eos_token_id"] = None
+        (student / name).write_text(json.dumps(settings))
+    without = Trainer(lab.config(tmp_path / "without", f"student={student}"))
+    assert without.rollouts.sampling(1, 0).stop_token_ids == (1,)
+    assert Trainer(lab.config(tmp_path)).rollouts.sampling(1, 0).stop_token_ids == ()
+
+
+def test_rollouts_follow_the_settings_and_the_common_vocabulary(lab: Lab, tmp_path: Path) -> None:
+    student = save_model(tmp_path / "student", lab.student, vocab_size=101)
+    options = "rollouts={max_completion_length: 7, temperature: 0.5, top_p: 0.9, top_k: 3, batch_size: 5}"
+    trainer = Trainer(lab.config(tmp_path, options))
+    assert trainer.rollouts.sampling(2, 9) == Sampling(2, 7, 0.5, 0.9, 3, 9)
+    assert trainer.rollouts.engine.batch_size == 5  # pyright: ignore[reportAttributeAccessIssue]
+    wider = lab.config(tmp_path, f"student={student}", f"teacher.model={lab.student}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fused_distill.trainer.teachers._check_embedding", lambda *_: None)
+        assert Trainer(wider).rollouts.sampling(1, 0).vocab_size == 98
+
+
+def test_vllm_refuses_a_student_with_many_tokens_that_the_teacher_lacks(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fused_distill.trainer.teachers._check_embedding", lambda *_: None)
+    student = save_model(tmp_path / "student", lab.student, vocab_size=98 + 1025)
+    with pytest.raises(ConfigError, match=r"rollouts\.engine: vllm_server cannot exclude the 1025 tokens"):
+        Trainer(lab.config(tmp_path, *SERVER, f"student={student}", f"teacher.model={lab.student}"))

@@ -21,6 +21,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens
     seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()  # end a completion, beside the model's own end-of-sequence tokens
+    vocab_size: int | None = None  # tokens from here on are never sampled; None: all rows of the LM head
 
     def __post_init__(self) -> None:
         for name, minimum in (("n", 1), ("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
@@ -28,15 +30,21 @@ class Sampling:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
 
 
 class Completion(NamedTuple):
-    """One completion. The completions of one prompt share its group and may come in any order."""
+    """One completion. The completions of one prompt share its group and may come in any order.
+
+    Log-probabilities are taken before temperature, top_p and top_k, over the tokens below
+    `Sampling.vocab_size` (by vLLM: over all tokens).
+    """
 
     group: int
     prompt: list[int]
     tokens: list[int]  # including the end-of-sequence token, if there is one
-    logprobs: list[float]  # per token, before temperature, top_p and top_k; empty if not requested
+    logprobs: list[float]  # per token, by the model itself, see below
     finish_reason: Literal["stop", "length"]
 
 

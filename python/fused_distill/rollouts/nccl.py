@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..huggingface.adapters import base_weights, merged_weights
 from ..serving.client.retry import RetryingClient, RetryPolicy
 from .vllm import check_reset
 
@@ -26,7 +27,8 @@ class NcclWeightSync:
 
     Args:
         url: the server.
-        model: a model whose parameters have the names of the server's checkpoint.
+        model: a model whose parameters have the names of the server's checkpoint. Of a PEFT model the server
+            gets the weights with the LoRA adapters merged into them.
         address: address of this machine as seen from the server's GPUs.
         port: a free port of this machine.
         token: bearer token.
@@ -65,7 +67,7 @@ class NcclWeightSync:
         self._engine: Any = weight_transfer.WeightTransferTrainerFactory.trainer_init(
             NCCLTrainerInitInfo(rank=rank, master_address=address, master_port=port, world_size=workers + 1),
             client=self._control,
-            source=weight_transfer.ModuleSource(model),
+            source=_weight_source(weight_transfer, model),
         )
 
     def sync(self) -> None:
@@ -78,6 +80,24 @@ class NcclWeightSync:
         """Leave the NCCL group and close the connection."""
         self._engine.shutdown()
         self._control.close()
+
+
+def _weight_source(weight_transfer: Any, model: nn.Module) -> Any:
+    """Return the weights of a model as vLLM's sender reads them."""
+    if not hasattr(model, "get_base_model"):
+        return weight_transfer.ModuleSource(model)
+
+    class MergedWeights(weight_transfer.WeightSource):
+        """The weights of a PEFT model, each merged when it is sent."""
+
+        def metadata(self) -> list[Any]:
+            weights = base_weights(model, dict(model.named_parameters()))
+            return [weight_transfer.ParamMeta(name, w.dtype, tuple(w.shape)) for name, w in weights]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return merged_weights(model, dict(model.named_parameters()))
+
+    return MergedWeights()
 
 
 class _Control(RetryingClient):

@@ -2,96 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import Completion, Sampling, checked_prompts
+from .sampling import random_numbers, sample
 
 
 class TransformersRollouts:
     """See RolloutEngine. Completions come from the model's current weights, on its device.
 
+    Nothing but `eos_token_id` is read from the model's generation_config. A completion depends on its prompt,
+    the seed and its position among all completions; others in its batch change it by rounding only.
+
     Args:
         model: a causal language model.
-        batch_size: prompts per call of the model's `generate`, each with all of its completions.
+        batch_size: completions that are generated at the same time. Their prompts have similar lengths.
         synced: keep all processes in step, as a sharded model requires: every process runs as many forward
             passes as the process that needs the most. All processes must pass the same number of prompts.
-        logprobs: return the tokens' log-probabilities. This keeps the logits of all steps: 4 bytes times the
-            vocabulary size per token of a batch.
     """
 
-    def __init__(self, model: Any, batch_size: int = 32, synced: bool = False, logprobs: bool = True):
-        self.model, self.batch_size, self.synced, self.logprobs = model, batch_size, synced, logprobs
-        ends = model.generation_config.eos_token_id
-        self.ends: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    def __init__(self, model: Any, batch_size: int = 32, synced: bool = False):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model, self.batch_size, self.synced = model, batch_size, synced
+        self.ends = end_tokens(model)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, groups: Sequence[int] | None = None
     ) -> list[Completion]:
-        """See RolloutEngine."""
+        """See RolloutEngine. Without a seed, torch's random numbers give one.
+
+        Raises:
+            FloatingPointError: the model's logits are NaN or infinite.
+        """
         prompts, groups = checked_prompts(prompts, groups)
-        completions: list[Completion] = []
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=int(torch.randint(1 << 62, ())))
+        sequences = sorted(range(len(prompts) * sampling.n), key=lambda i: len(prompts[i // sampling.n]))
+        completions: dict[int, Completion] = {}
         was_training = self.model.training
         self.model.eval()
         try:
-            # The seed starts one random stream for the whole call; the caller's stream is not advanced.
-            devices = [self.model.device] if self.model.device.type == "cuda" else []
-            with torch.random.fork_rng(devices, enabled=sampling.seed is not None):
-                if sampling.seed is not None:
-                    torch.manual_seed(sampling.seed)
-                for start in range(0, len(prompts), self.batch_size):
-                    batch = slice(start, start + self.batch_size)
-                    completions += self._generate_batch(prompts[batch], groups[batch], sampling)
+            with _own_generation_config(self.model):
+                for start in range(0, len(sequences), self.batch_size):
+                    batch = sequences[start : start + self.batch_size]
+                    rows = [prompts[i // sampling.n] for i in batch]
+                    for i, prompt, ended in zip(
+                        batch, rows, self._generate(rows, batch, sampling), strict=True
+                    ):
+                        completions[i] = Completion(groups[i // sampling.n], prompt, *ended)
         finally:
             self.model.train(was_training)
-        return completions
+        return [completions[i] for i in range(len(sequences))]
 
     @torch.no_grad()
-    def _generate_batch(
-        self, prompts: list[list[int]], groups: list[int], sampling: Sampling
-    ) -> list[Completion]:
-        longest = max(map(len, prompts))
-        device = self.model.device
+    def _generate(
+        self, prompts: list[list[int]], sequences: list[int], sampling: Sampling
+    ) -> list[tuple[list[int], list[float], Any]]:
+        """Return tokens, log-probabilities and finish reasons of one batch."""
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        longest, device = max(map(len, prompts)), self.model.device
         padded = [[0] * (longest - len(p)) + p for p in prompts]
         attention = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        options: dict[str, Any] = {}
-        if sampling.temperature > 0:
-            options = {
-                "temperature": float(sampling.temperature),
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "min_p": 0.0,
-            }
-        output = self.model.generate(
+        uniform = random_numbers(sampling, sequences, device)
+        ends = self.ends | {*sampling.stop_token_ids}
+        logprobs: list[Tensor] = []
+
+        def only_the_sampled(ids: Tensor, logits: Tensor) -> Tensor:
+            """Sample here, and leave generate the choice of the single best token."""
+            sampled = sample(logits, uniform[:, ids.shape[1] - longest], sampling)
+            logprobs.append(sampled.logprobs)
+            return logits.fill_(-torch.inf).scatter_(-1, sampled.tokens[:, None], 0.0)
+
+        output: Tensor = self.model.generate(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(attention, device=device),
-            max_new_tokens=sampling.max_tokens,
-            num_return_sequences=sampling.n,
-            do_sample=sampling.temperature > 0,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=self.logprobs,
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+                eos_token_id=sorted(ends) or None,
+            ),
+            logits_processor=LogitsProcessorList([only_the_sampled]),  # pyright: ignore[reportArgumentType]
             synced_gpus=self.synced,
-            # Override the model's generation_config.json: rollouts are samples of the model itself.
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            **options,
         )
-        tokens: Tensor = output.sequences[:, longest:]
-        rows: list[list[int]] = tokens.tolist()
-        steps = [
-            torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, i : i + 1])
-            for i, logits in enumerate(output.logits or ())
-        ]
-        logprobs: list[list[float]] = torch.cat(steps, -1).tolist() if steps else [[]] * len(tokens)
-        completions: list[Completion] = []
-        for i, row in enumerate(rows):
-            end = next((t + 1 for t, token in enumerate(row) if token in self.ends), None)
+        rows: list[list[int]] = output[:, longest:].tolist()
+        steps: list[list[float]] = torch.stack(logprobs, -1).tolist()
+        completions: list[tuple[list[int], list[float], Any]] = []
+        for row, row_logprobs in zip(rows, steps, strict=True):
+            end = next((t + 1 for t, token in enumerate(row) if token in ends), None)
             length = end or len(row)
-            group, prompt = groups[i // sampling.n], prompts[i // sampling.n]
-            reason = "stop" if end else "length"
-            completions.append(Completion(group, prompt, row[:length], logprobs[i][:length], reason))
+            completions.append((row[:length], row_logprobs[:length], "stop" if end else "length"))
         return completions
+
+
+def end_tokens(model: Any) -> set[int]:
+    """Return the tokens that end a text according to the model's generation_config, or else its config."""
+    for config in (model.generation_config, model.config.get_text_config()):
+        ends = getattr(config, "eos_token_id", None)
+        if ends is not None:
+            return {*ends} if isinstance(ends, list | tuple) else {int(ends)}
+    return set()
+
+
+@contextmanager
+def _own_generation_config(model: Any) -> Generator[None, None, None]:
+    """Take away the generation_config, from which `generate` fills in whatever it is not told."""
+    from transformers import GenerationConfig
+
+    # A PEFT model and the model that it wraps have the same one.
+    kept = [(m, m.generation_config) for m in model.modules() if "generation_config" in vars(m)]
+    try:
+        for module, _ in kept:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, config in kept:
+            module.generation_config = config

@@ -31,6 +31,7 @@ _TOKEN_BYTES, _COMPLETION_BYTES = (
     1024,
     16 << 10,
 )  # an answer's bytes are at most so many per token and completion
+MOST_FORBIDDEN = 1024  # tokens that a request excludes one by one
 _CACHE_KEPT = "vLLM did not reset its prefix cache; it refuses while requests run"
 _NAME_WEIGHTS_PATH, _VERSION_PATH = "/update_weight_version", "/weight_info"  # since vLLM 0.32
 _LOADING_ADVICE = (
@@ -49,6 +50,7 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
         url: one server. `sync_from_disk` requires that it runs with VLLM_SERVER_DEV_MODE=1.
         token: bearer token.
         model: model name. None: the first that the server lists.
+        vocab_size: of the model's config. It must be known if `Sampling.vocab_size` is set.
         timeout_seconds: limit between two bytes of a response.
         deadline_seconds: limit of one call, all attempts together.
         batch_size: prompts per request.
@@ -62,6 +64,7 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
         *,
         token: str | None = None,
         model: str | None = None,
+        vocab_size: int | None = None,
         timeout_seconds: float = 600.0,
         deadline_seconds: float = 3600.0,
         batch_size: int = 256,
@@ -69,7 +72,7 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
         transport: httpx.BaseTransport | None = None,
     ):
         self.deadline_seconds, self.batch_size = deadline_seconds, batch_size
-        self._model = model
+        self._model, self._vocab_size = model, vocab_size
         self._weights = WeightsCheck()
         self._version: str | None = None  # of the weights received last, if the server keeps such a version
         self._shapes: Shapes | None = None  # of the model that the server loaded, if they can be known
@@ -106,7 +109,7 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
             body = {
                 "model": model,
                 "prompt": prompts[batch],
-                **_vllm_options(sampling, start),
+                **_vllm_options(sampling, start, self._vocab_size),
                 # Override the model's generation_config.json: rollouts are samples of the model itself.
                 "repetition_penalty": 1.0,
                 "presence_penalty": 0.0,
@@ -233,10 +236,11 @@ class VllmInProcessRollouts:
 
     Args:
         llm: a vllm.LLM. Nothing else may use it at the same time.
+        vocab_size: of the model's config. It must be known if `Sampling.vocab_size` is set.
     """
 
-    def __init__(self, llm: Any):
-        self.llm = llm
+    def __init__(self, llm: Any, vocab_size: int | None = None):
+        self.llm, self._vocab_size = llm, vocab_size
         self._weights = WeightsCheck()
         self._shapes: Shapes | None = None  # of the model that vLLM loaded, if they can be known
 
@@ -247,7 +251,8 @@ class VllmInProcessRollouts:
         from vllm import SamplingParams  # pyright: ignore
 
         prompts, groups = checked_prompts(prompts, groups)
-        params = [SamplingParams(detokenize=False, **_vllm_options(sampling, i)) for i in range(len(prompts))]
+        options = [_vllm_options(sampling, i, self._vocab_size) for i in range(len(prompts))]
+        params = [SamplingParams(detokenize=False, **one) for one in options]
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         completions: list[Completion] = []
         for prompt, group, output in zip(prompts, groups, outputs, strict=True):
@@ -297,10 +302,24 @@ def check_reset(response: httpx.Response) -> None:
         raise ValueError(_CACHE_KEPT)
 
 
-def _vllm_options(sampling: Sampling, prompt: int) -> dict[str, Any]:
+def _vllm_options(sampling: Sampling, prompt: int, vocab_size: int | None) -> dict[str, Any]:
     """Return the options under vLLM's names, which are ours; the seed depends on the prompt's position."""
-    seed = None if sampling.seed is None else sampling.seed + prompt * sampling.n
-    return {**vars(sampling), "seed": seed, "logprobs": 0}
+    options: dict[str, Any] = vars(sampling) | {"stop_token_ids": [*sampling.stop_token_ids], "logprobs": 0}
+    if sampling.seed is not None:
+        options["seed"] = sampling.seed + prompt * sampling.n
+    del options["vocab_size"]
+    common = sampling.vocab_size
+    if common is not None:
+        if vocab_size is None:
+            raise ValueError("vocab_size of the model must be given to the engine if Sampling.vocab_size is")
+        if vocab_size - common > MOST_FORBIDDEN:
+            raise ValueError(
+                f"Sampling.vocab_size must be at most {MOST_FORBIDDEN} below the model's {vocab_size} with "
+                f"vLLM, which excludes tokens one by one, got {common}"
+            )
+        if common < vocab_size:
+            options["logit_bias"] = dict.fromkeys(range(common, vocab_size), -100.0)
+    return options
 
 
 def _completion(

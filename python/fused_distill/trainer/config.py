@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_serializer("url", check_fields=False)
     def _hide_credentials(self, url: list[str] | str | None) -> list[str] | str | None:
@@ -67,7 +67,6 @@ class TeacherConfig(_Section):
     deadline_seconds: float = Field(
         1200.0,
         gt=0,
-        allow_inf_nan=False,
         description="longest wait for an answer of teacher.url, e.g. while the server restarts",
     )
 
@@ -90,7 +89,11 @@ class RolloutConfig(_Section):
     nccl_address: str | None = Field(None, description="address of this machine seen from the vllm_server")
     nccl_port: int | None = Field(None, ge=1, le=65535, description="free port on this machine")
     sync_every: int = Field(1, ge=1, description="optimizer steps between two updates of vLLM's weights")
+    importance_clip: float | None = Field(
+        None, gt=0, description="weight tokens by p_now / p_then of the student, clipped to this; null: by 1"
+    )
     num_generations: int = Field(1, ge=1, description="completions per prompt")
+    batch_size: int = Field(32, ge=1, description="completions at once with engine transformers")
     max_completion_length: int = Field(128, ge=1, description="tokens; the data's completions are cut too")
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
@@ -117,6 +120,7 @@ class LoraConfig(_Section):
     r: int = Field(16, ge=1, description="rank")
     alpha: int = Field(32, ge=1, description="scale of the adapters is alpha / r")
     target_modules: list[str] | str = Field("all-linear", description="module names that get adapters")
+    merge: bool = Field(False, description="save student/ as a whole model, with the adapters merged into it")
 
 
 class TrainConfig(_Section):
@@ -142,6 +146,9 @@ class TrainConfig(_Section):
         None, description="of the student and of teacher.model; null: transformers' choice"
     )
     lmbda: float = Field(1.0, ge=0, le=1, description="fraction of on-policy data")
+    objective: Literal["divergence", "sampled"] = Field(
+        "divergence", description="sampled: policy gradient on the sampled tokens only, see docs"
+    )
     beta: float = Field(0.5, ge=0, le=1, description="0: forward KL, 1: reverse KL, in between: JSD")
     temperature: float = Field(1.0, gt=0, description="divides both models' logits in the loss")
     surplus: Surplus = Field(
@@ -151,13 +158,19 @@ class TrainConfig(_Section):
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warmup")
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    max_grad_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="gradients are clipped to this norm; .inf: never"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="mixed precision; auto: bf16 on a CUDA device that supports it, else fp32"
     )
     evaluate_every: int = Field(50, ge=1, description="steps; evaluation also runs at the start and the end")
     save_every: int = Field(50, ge=1, description="steps between checkpoints; one is also saved at the end")
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics on the console")
     keep_checkpoints: int = Field(2, ge=1, description="number of latest checkpoints to keep")
+    save_dtype: Dtype = Field(
+        "auto", description="of student/; auto: that of the input model. Adapters stay in float32"
+    )
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
         [], description="also log metrics there"
     )
@@ -167,9 +180,10 @@ class TrainConfig(_Section):
     def _check_combination(self) -> TrainConfig:
         if self.teacher.stored is not None and self.lmbda > 0:
             raise ValueError("lmbda must be 0 with teacher.stored, which knows the data's completions only")
-        engine = self.rollouts.engine
-        if self.lora is not None and engine != "transformers":
-            raise ValueError(f"lora must not be given with rollouts.engine {engine}: vLLM gets no adapters")
+        if self.objective == "sampled":
+            for name, value in (("lmbda", self.lmbda), ("temperature", self.temperature)):
+                if value != 1:
+                    raise ValueError(f"{name} must be 1 with objective sampled, got {value}")
         return self
 
 
@@ -177,10 +191,11 @@ class TrainConfig(_Section):
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
     **dict.fromkeys(("tokens_per_forward", "gradient_checkpointing", "attention"), True),
-    **dict.fromkeys(("evaluate_every", "save_every", "keep_checkpoints"), True),
+    **dict.fromkeys(("evaluate_every", "save_every", "log_every", "keep_checkpoints", "save_dtype"), True),
+    "lora": {"merge"},
     "data": {"path"},
     "teacher": {"model", "url", "stored", "deadline_seconds"},
-    "rollouts": {"engine", "url", "engine_options", "sync", "nccl_address", "nccl_port"},
+    "rollouts": {"engine", "batch_size", "url", "engine_options", "sync", "nccl_address", "nccl_port"},
 }
 
 
@@ -189,6 +204,21 @@ def resume_fingerprint(config: TrainConfig) -> dict[str, Any]:
     settings: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE_ON_RESUME)
     sections = {name: settings.pop(name) for name, value in [*settings.items()] if isinstance(value, dict)}
     return {f"{name}.{key}": v for name in sections for key, v in sections[name].items()} | settings
+
+
+def flat_settings(config: BaseModel, changed: bool = False) -> dict[str, Any]:
+    """Return the settings with dotted keys, without passwords; with `changed` those that are no default."""
+
+    def flatten(prefix: str, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in settings.items():
+            if isinstance(value, dict) and value:
+                yield from flatten(f"{prefix}{name}.", value)
+            else:
+                yield f"{prefix}{name}", value
+
+    # pydantic keeps a field with a serializer although it has its default, which is None for all of them.
+    settings = config.model_dump(mode="json", exclude_defaults=changed, exclude_none=changed)
+    return dict(flatten("", settings))
 
 
 def load_config(
@@ -243,4 +273,13 @@ def help_lines(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterat
             yield from help_lines(section, f"{prefix}{name}.")
             continue
         default = "" if field.is_required() else f" [{json.dumps(field.default)}]"
-        yield f"{prefix}{name}{default}  {field.description or ''}".rstrip()
+        choices = " | ".join(_choices(field.annotation))
+        told = f"{field.description or ''} ({choices})" if choices else field.description or ""
+        yield f"{prefix}{name}{default}  {told}".rstrip()
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Return the texts that a setting of a type may have, none if it may have any."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import signal
+import time
 from contextlib import ExitStack, nullcontext
-from datetime import timedelta
-from importlib.util import find_spec
+from functools import partial
 from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ..huggingface.lm_head import LMHeadParams
-from ..rollouts.base import Sampling
 from ..rollouts.grouping import split_on_groups
 from ..stats import DistillStats
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, sample_stream, split_data
+from .header import header
+from .logger import MetricsLogger
 from .long_sequences import check_positions, split_by_tokens
-from .metrics import MetricsLogger, Timer, batch_sums, mean_metrics, memory_gib, sample_counts
+from .metrics import Timer, batch_sums, mean_metrics, memory_gib, policy_losses, sample_counts
+from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sampled_ids
+from .preflight import preflight, require
 from .rollouts import StudentRollouts
+from .saving import save_student, saved_dtype
 from .sources import fingerprints
+from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .stored import StoredTeacher
 from .student import load_pretrained, load_student, run_in_student_forward
-from .targets import Targets, describe_non_finite, distillation_loss, topk_targets
+from .targets import Targets, describe_non_finite, topk_targets
 from .teachers import check_limits, load_teacher
 
 EVAL_BATCH_SIZE = 8
@@ -47,16 +50,20 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         check_packages(config)
+        check_weight_files(config)
         self.accelerator, config = make_accelerator(config)
         self.config = config
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.sharded = self.accelerator.device, self.accelerator.is_fsdp2
         check_shares(config, self.processes)
+        say = partial(self.accelerator.print, flush=True)
+        say(f"loading the tokenizer of {config.student}")
         self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, "student", config.student)
         with self.accelerator.local_main_process_first():  # the other processes read the cache of the first
             data = load_data(config, self.tokenizer, completions=config.lmbda < 1)
-        self.accelerator.print(data)
+        say(data)
         self.samples, self.held_out = split_data(data, config)
+        say("loading the teacher")
         self.teacher = load_teacher(config, self.tokenizer, self.device)
         completion = config.rollouts.max_completion_length
 
@@ -67,6 +74,7 @@ class Trainer:
         self.sources = fingerprints(data.samples, self.tokenizer, self.teacher)
         if isinstance(self.teacher, StoredTeacher):
             self.teacher.check(data, self.sources["data"])
+        say(f"loading the student {config.student}")
         torch.manual_seed(config.seed)
         model = load_student(config)
         check_positions("student", model.config, config, longest)
@@ -78,7 +86,11 @@ class Trainer:
             config.schedule, self.optimizer, config.warmup_steps, config.steps
         )
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.rollouts = StudentRollouts(config, self.accelerator, self.wrapped, self.save)
+        self.saved_dtype = saved_dtype(config)
+        self.rollouts = StudentRollouts(
+            config, self.accelerator, self.wrapped, self.tokenizer, self.teacher.vocab_size
+        )
+        self.importance = ImportanceRatios(config)
         self.timer = Timer(self.device)  # of the current step
         self.step = 0
 
@@ -101,15 +113,17 @@ class Trainer:
     @torch.no_grad()
     def generate(self, samples: list[Sample], seed: int, n: int, slices: int = 1) -> list[list[Sample]]:
         """Return n completions of each prompt by the student, in slices that split no prompt."""
-        settings = self.config.rollouts
-        sampling = Sampling(
-            n, settings.max_completion_length, settings.temperature, settings.top_p, settings.top_k, seed
-        )
+        prompts = [sample.prompt for sample in samples]
         # Autocast casts the weights once for all tokens; FSDP casts its shards itself.
         with nullcontext() if self.sharded else self.accelerator.autocast():
-            completions = self.rollouts.generate([sample.prompt for sample in samples], sampling)
+            completions = self.rollouts.generate(prompts, self.rollouts.sampling(n, seed))
         return [
-            [Sample(samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length") for c in part]
+            [
+                Sample(
+                    samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length", True, c.logprobs
+                )
+                for c in part
+            ]
             for part in split_on_groups(completions, slices)
         ]
 
@@ -125,11 +139,13 @@ class Trainer:
 
         def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats, Targets]:
             ids = None
-            if config.teacher.targets == "student_topk":
+            if config.objective == "sampled":
+                ids = sampled_ids(batch)[:, None]
+            elif config.teacher.targets == "student_topk":
                 ids = topk_targets(hidden, head, config, vocab_size).ids
             with self.timer.measure("teacher_seconds"):
                 targets = self.teacher.targets(batch, ids)
-            loss = distillation_loss(hidden, head, targets, normalizer, config, vocab_size)
+            loss = batch_loss(hidden, head, batch, targets, normalizer, config, vocab_size, self.importance)
             return *loss, targets
 
         with self.accelerator.autocast():
@@ -155,7 +171,8 @@ class Trainer:
             sums.append(batch_sums(loss * n_tokens, stats))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        metrics = self.read_metrics(sums, batches, grad_norm=norm)
+        others = self.importance.read(self.accelerator) | policy_losses(sums, batches, self.accelerator)
+        metrics = self.read_metrics(sums, batches, grad_norm=norm, **others)
         norm = metrics["grad_norm"]
         if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
@@ -165,8 +182,9 @@ class Trainer:
         return metrics | {"learning_rate": float(self.schedule.get_last_lr()[0])}
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[dict[str, float], list[str]]:
+    def evaluate(self) -> tuple[dict[str, float], list[dict[str, str]]]:
         """Return the mean metrics on held-out prompts and a few decoded samples."""
+        start = time.perf_counter()
         samples = self.held_out[self.rank :: self.processes]
         if self.config.teacher.stored is None:
             self.rollouts.sync_weights(self.step)
@@ -174,8 +192,13 @@ class Trainer:
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
         batches = self.collate([samples[i : i + EVAL_BATCH_SIZE] for i in starts])
         sums = [batch_sums(*self.loss(batch, 1.0)[:2]) for batch in batches]
-        shown = [str(self.tokenizer.decode(s.tokens)) for s in samples[:N_SHOWN_SAMPLES]]
-        return self.read_metrics(sums, batches), shown
+        decode: Any = self.tokenizer.decode
+        shown = [
+            {"prompt": decode(s.prompt), "completion": decode(s.completion)}
+            for s in samples[:N_SHOWN_SAMPLES]
+        ]
+        metrics = self.read_metrics(sums, batches)
+        return metrics | {"evaluation_seconds": time.perf_counter() - start}, shown
 
     def read_metrics(self, sums: list[Tensor], batches: list[Batch], **others: Tensor) -> dict[str, float]:
         """Read metrics of all processes and others at once; raise NonFiniteLoss unless the loss is finite."""
@@ -186,6 +209,8 @@ class Trainer:
         metrics = mean_metrics(numbers[:n]) | dict(zip(others, numbers[n:], strict=True))
         if not isfinite(metrics["loss"]):
             raise NonFiniteLoss(self.diagnose(batches))
+        if self.config.objective == "sampled":
+            return {name: value for name, value in metrics.items() if name not in UNKNOWN_IF_SAMPLED}
         return metrics
 
     @torch.no_grad()
@@ -196,16 +221,11 @@ class Trainer:
         return next(filter(None, diagnoses), "the loss is not finite, but every token's is in this process")
 
     def save(self, folder: Path) -> None:
-        """Save the student in the format of transformers and vLLM; all processes call it together."""
-        state = self.accelerator.get_state_dict(self.wrapped)
-        if self.accelerator.is_main_process:
-            # Drop copies of tied weights: transformers does not recognise them when gathered from shards.
-            names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-            tied = names - {name for name, _ in self.model.named_parameters()}
-            state = {name: tensor for name, tensor in state.items() if name not in tied}
-            self.model.save_pretrained(folder, state_dict=state)
-            self.tokenizer.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
+        """Save the student as the settings name; all processes call it together."""
+        merge = self.config.lora is not None and self.config.lora.merge
+        save_student(
+            self.accelerator, self.wrapped, self.tokenizer, folder, merge=merge, dtype=self.saved_dtype
+        )
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
@@ -221,6 +241,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         ConfigError: a setting is invalid (the message names its key).
         NonFiniteLoss: the loss is not finite (the message names the tokens).
     """
+    check_output(config.output)
     checkpoints = list_checkpoints(config.output)
     if checkpoints and not resume:
         raise ConfigError(f"output: {config.output} holds checkpoints; --resume resumes from the last")
@@ -228,9 +249,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     config = run.config
     if checkpoints:
         run.step = load_checkpoint(run.accelerator, config, run.sources)
+    run.accelerator.print(header(run), flush=True)
+    require(preflight(run), run.accelerator.is_main_process)
     logger = MetricsLogger(run.accelerator, config, run.step)
     with ExitStack() as cleanup:
         cleanup.callback(run.rollouts.close)
+        cleanup.callback(logger.close)
         previous_handler = signal.signal(signal.SIGTERM, lambda *_: run.accelerator.set_trigger())
         cleanup.callback(signal.signal, signal.SIGTERM, previous_handler)
         if run.step == 0 and run.held_out:
@@ -258,60 +282,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 save_checkpoint(run.accelerator, config, run.sources, run.step)
                 if run.rollouts.weights_synced_step != run.step:
                     run.rollouts.weights_synced_step = None  # sync, as a run resumed here would
+                logger.write_report()
             if stopping:
                 break
         student = config.output / "student"
         run.save(student)
-        logger.write_report()
+        logger.finish()
         run.accelerator.end_training()
     return student
-
-
-def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
-    """Return accelerate's Accelerator for a run, and the settings with a precision for its device."""
-    cpu = not torch.accelerator.is_available()  # else processes on a CPU would not form a group
-    # Longer than a client retries its server while the other processes wait.
-    timeout = timedelta(hours=2, seconds=config.teacher.deadline_seconds)
-    device: Any = PartialState(cpu, timeout=timeout).device
-    config = choose_precision(config, device)
-    accelerator = Accelerator(
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        cpu=cpu,
-        log_with=[*config.trackers] or None,
-        project_dir=str(config.output),
-    )
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ConfigError("fsdp_version: must be 2 (of accelerate's settings)")
-    return accelerator, config
-
-
-def choose_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """Return the settings with precision auto replaced by bf16 or fp32."""
-    if config.precision != "auto":
-        return config
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
-
-
-def check_packages(config: TrainConfig) -> None:
-    """Raise a ConfigError if a package that the settings need is not installed."""
-    rollouts = config.rollouts
-    for needed, setting, package in (
-        (config.lora is not None, "lora", "peft"),
-        (rollouts.engine == "vllm", "rollouts.engine: vllm", "vllm"),
-        (rollouts.sync == "nccl", "rollouts.sync: nccl", "vllm"),
-        (config.attention == "flash_attention_2", "attention: flash_attention_2", "flash_attn"),
-        *((True, f"trackers: {name}", name) for name in config.trackers),
-    ):
-        if needed and find_spec(package) is None:
-            raise ConfigError(f"{setting} needs {package} beside the trainer: pip install {package}")
-
-
-def check_shares(config: TrainConfig, processes: int) -> None:
-    """Raise a ConfigError unless processes and slices get equal shares of the prompts."""
-    slices, prompts = processes * config.gradient_accumulation_steps, config.data.evaluation_prompts
-    if config.prompts_per_step % slices:
-        shares = f"{slices} (gradient_accumulation_steps times processes)"
-        raise ConfigError(f"prompts_per_step: {config.prompts_per_step} must be a multiple of {shares}")
-    if prompts % processes:
-        raise ConfigError(f"data.evaluation_prompts: {prompts} must be a multiple of {processes} processes")

@@ -1,29 +1,22 @@
-"""Metrics of a run: means over tokens, metrics.jsonl, the console, trackers and a report."""
+"""Metrics of a step or an evaluation: means over tokens, times and memory."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import json
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..stats import DistillStats
-from .config import TrainConfig
 from .data import Batch
 
 STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
-CONSOLE_METRICS = ("loss", *STATISTICS[:2], "top1_agreement", "completion_length", "tokens_per_second")
 
 
 def batch_sums(loss: Tensor, stats: DistillStats) -> Tensor:
@@ -45,6 +38,22 @@ def mean_metrics(numbers: list[float]) -> dict[str, float]:
     means = {"completion_length": tokens / samples, "truncated": truncated / samples, "tokens": tokens}
     names = ("loss", *STATISTICS)
     return means | {name: value / max(tokens, 1) for name, value in zip(names, totals, strict=True)}
+
+
+def policy_losses(sums: list[Tensor], batches: list[Batch], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Return loss and tokens of a step's on-policy and off-policy slices, as far as it has them.
+
+    All processes call it together; each has slices of the same policies.
+    """
+    found = dict[str, Tensor]()
+    for on_policy, name in ((True, "on_policy"), (False, "off_policy")):
+        chosen = [i for i, batch in enumerate(batches) if batch.samples[0].on_policy == on_policy]
+        if chosen:
+            loss = torch.stack([sums[i][..., 0].sum() for i in chosen]).sum()
+            tokens = loss.new_tensor(float(sum(len(batches[i].valid) for i in chosen)))
+            total: Any = accelerator.reduce(torch.stack([loss, tokens]), "sum")
+            found |= {f"{name}/loss": total[0] / total[1].clamp(min=1), f"{name}/tokens": total[1]}
+    return found
 
 
 def memory_gib(device: torch.device) -> float:
@@ -82,70 +91,3 @@ class Timer:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-class MetricsLogger:
-    """Logs metrics on the main process; on other processes its methods do nothing."""
-
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, resumed_step: int):
-        self.accelerator, self.config = accelerator, config
-        self.path = config.output / "metrics.jsonl"
-        if accelerator.is_main_process:
-            config.output.mkdir(parents=True, exist_ok=True)
-            # A resumed run repeats the steps after its checkpoint.
-            kept = [line for line in self.read() if line["step"] <= resumed_step] if resumed_step else []
-            scratch = self.path.with_suffix(".tmp")
-            scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            scratch.replace(self.path)
-        if config.trackers:
-            accelerator.init_trackers("fused-distill", {"config": config.model_dump_json()})
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl, without a truncated last line."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def log(self, step: int, kind: str, metrics: dict[str, float], samples: Sequence[str] = ()) -> None:
-        """Log the metrics of a step (kind "train") or an evaluation (kind "evaluation")."""
-        if not self.accelerator.is_main_process:
-            return
-        line = {"step": step, "kind": kind, **metrics, **({"samples": list(samples)} if samples else {})}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in CONSOLE_METRICS if name in metrics)
-        print(f"{kind} {step}/{self.config.steps}  {shown}", flush=True)
-        if self.config.trackers:
-            self.accelerator.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=step)
-
-    def write_report(self) -> None:
-        """Write report.html: curves, samples of the first and the last evaluation, and settings."""
-        if not self.accelerator.is_main_process:
-            return
-        rows = self.read()
-        sampled = [row for row in rows if "samples" in row]
-        first_and_last = sampled[:1] + sampled[1:][-1:]
-        samples = [f"Step {row['step']}\n{text}" for row in first_and_last for text in row["samples"]]
-        page = (
-            "<!doctype html><meta charset=utf-8><title>Distillation</title>"
-            "<style>body{font:16px sans-serif;max-width:60rem;margin:auto}pre{white-space:pre-wrap}</style>"
-            f"<h1>Distillation of {html.escape(self.config.student)}</h1>"
-            f'<img alt="metrics by step" src="data:image/png;base64,{_plot(rows)}"><h2>Held-out samples</h2>'
-            f"{''.join(f'<pre>{html.escape(sample)}</pre>' for sample in samples)}"
-            f"<h2>Settings</h2><pre>{html.escape(self.config.model_dump_json(indent=1))}</pre>"
-        )
-        (self.config.output / "report.html").write_text(page)
-
-
-def _plot(rows: list[dict[str, Any]]) -> str:
-    """Return a curve of every metric as a PNG in base64."""
-    names = dict.fromkeys(name for row in rows for name in row if isinstance(row[name], float))
-    figure = Figure(figsize=(10, 1.5 * len(names)), layout="constrained")
-    for axes, name in zip(figure.subplots((len(names) + 1) // 2, 2).flat, names, strict=False):
-        for kind, style in (("train", "-"), ("evaluation", "o--")):
-            points = [(row["step"], row[name]) for row in rows if row["kind"] == kind and name in row]
-            axes.plot([step for step, _ in points], [value for _, value in points], style, label=kind)
-        axes.set(title=name, xlabel="optimizer step")
-        axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return base64.b64encode(image.getvalue()).decode()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..rollouts.base import Completion, Sampling
 from ..rollouts.nccl import NcclWeightSync
-from ..rollouts.transformers import TransformersRollouts
-from ..rollouts.vllm import VllmInProcessRollouts, VllmRollouts
+from ..rollouts.transformers import TransformersRollouts, end_tokens
+from ..rollouts.vllm import MOST_FORBIDDEN, VllmInProcessRollouts, VllmRollouts
 from ..rollouts.weights import WeightsError, model_logprobs
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig
+from .conversations import RowError, tokenize_row
+from .saving import save_student
 
 _log = logging.getLogger(__name__)
 
@@ -32,13 +34,23 @@ class StudentRollouts:
         config: TrainConfig,
         accelerator: Accelerator,
         wrapped: PreTrainedModel,  # by accelerator.prepare
-        save: Callable[[Path], None],  # the student to a folder, called by all processes together
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,  # tokens that student and teacher have in common
     ):
-        self._accelerator, self._folder, self._save = accelerator, config.output / "weights", save
-        self._wrapped = wrapped
+        self._accelerator, self._wrapped, self._tokenizer = accelerator, wrapped, tokenizer
+        self._folder = config.output / "weights"
         self._nccl: NcclWeightSync | None = None
         self.weights_synced_step: int | None = None  # None: vLLM has no weights of this run
         settings, model = config.rollouts, accelerator.unwrap_model(wrapped)
+        self._settings = settings
+        self._stop_token_ids = () if end_tokens(model) else fallback_ends(tokenizer, config)
+        rows = model.config.get_text_config().vocab_size
+        self._vocab_size = vocab_size if vocab_size < rows else None
+        if settings.engine != "transformers" and rows - vocab_size > MOST_FORBIDDEN:
+            raise ConfigError(
+                f"rollouts.engine: {settings.engine} cannot exclude the {rows - vocab_size} tokens of the "
+                f"student that the teacher lacks, {MOST_FORBIDDEN} at most; use transformers"
+            )
         token = os.environ.get("FUSED_DISTILL_ROLLOUT_TOKEN")  # not the teacher's
         if settings.engine == "vllm":
             from vllm import LLM  # pyright: ignore[reportMissingImports]
@@ -48,18 +60,32 @@ class StudentRollouts:
             if accelerator.num_processes > 1:  # use the launcher's process group
                 options["distributed_executor_backend"] = "external_launcher"
             self.engine = VllmInProcessRollouts(
-                LLM(model=config.student, **options | settings.engine_options)
+                LLM(model=config.student, **options | settings.engine_options), vocab_size=rows
             )
         elif settings.engine == "vllm_server":
             url, address, port = str(settings.url), settings.nccl_address, settings.nccl_port
-            self.engine = VllmRollouts(url, token=token)
+            self.engine = VllmRollouts(url, token=token, vocab_size=rows)
             if address is not None and port is not None:
                 rank = accelerator.process_index
                 self._nccl = NcclWeightSync(url, model, address=address, port=port, token=token, rank=rank)
         else:
             if accelerator.is_fsdp2:
                 register_fsdp_forward_method(wrapped, "generate")
-            self.engine = TransformersRollouts(model, synced=accelerator.is_fsdp2, logprobs=False)
+            self.engine = TransformersRollouts(model, settings.batch_size, synced=accelerator.is_fsdp2)
+
+    def sampling(self, n: int, seed: int) -> Sampling:
+        """Return the settings' options for n completions per prompt."""
+        settings = self._settings
+        return Sampling(
+            n,
+            settings.max_completion_length,
+            settings.temperature,
+            settings.top_p,
+            settings.top_k,
+            seed,
+            self._stop_token_ids,
+            self._vocab_size,
+        )
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
         """Return completions by the weights of the last `sync_weights`; all processes call it together.
@@ -105,7 +131,7 @@ class StudentRollouts:
         if self._nccl is not None:
             self._nccl.sync()
         else:
-            self._save(self._folder)
+            save_student(self._accelerator, self._wrapped, self._tokenizer, self._folder, merge=True)
             if sends:
                 self.engine.sync_from_disk(self._folder, expected)
         self._accelerator.wait_for_everyone()
@@ -116,3 +142,22 @@ class StudentRollouts:
         """Leave the NCCL group, if there is one."""
         if self._nccl is not None:
             self._nccl.close()
+
+
+def fallback_ends(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> tuple[int, ...]:
+    """Return the tokens that end a text of a model that names none: the tokenizer's and the template's."""
+    eos: Any = tokenizer.eos_token_id
+    ends = set[int]() if eos is None else {int(eos)}
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if tokenizer.chat_template is not None:
+        with suppress(RowError):  # a template may need more than these messages
+            [turn] = tokenize_row({"messages": chat}, tokenizer, config.data)
+            ends |= special & {*(turn.completion or [])[-1:]}
+    if not ends:
+        _log.warning(
+            "student: %s has no eos_token_id in its generation_config, config, tokenizer or chat template, "
+            "so that every completion has rollouts.max_completion_length tokens",
+            config.student,
+        )
+    return tuple(sorted(ends))

@@ -7,13 +7,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..huggingface.adapters import adapted_tied_weights, rename_tied_weights
 from ..huggingface.forward import run_at_head, run_inside_forward
 from ..huggingface.head_check import ordinary_tokens
 from ..huggingface.lm_head import LMHeadParams, checked_head, decoder_of, last_hidden_states, output_layer
-from ..huggingface.loading import load_causal_lm, require_model
-from .config import ConfigError, LoraConfig, TrainConfig
+from ..huggingface.loading import load_causal_lm, load_files, read_tokenizer, require_model
+from .config import ConfigError, TrainConfig
 from .data import Batch
 from .long_sequences import recompute_activations, set_attention
 
@@ -26,10 +27,13 @@ def load_pretrained(auto_class: Any, key: str, name: str, **options: Any) -> Any
     Raises:
         ConfigError: it cannot be loaded; the message names the key.
     """
-    load = load_causal_lm if auto_class is AutoModelForCausalLM else auto_class.from_pretrained
     try:
         require_model(name)
-        return load(name, **options)
+        if auto_class is AutoModelForCausalLM:
+            return load_causal_lm(name, **options)
+        if auto_class is AutoTokenizer:
+            return read_tokenizer(name)
+        return load_files(auto_class.from_pretrained, name, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {name} cannot be loaded: {error}") from error
 
@@ -44,7 +48,7 @@ def load_student(config: TrainConfig) -> PreTrainedModel:
     check_lm_head(model, "student")
     _freeze(model, config.frozen)
     if config.lora is not None:
-        model = _add_adapters(model, config.lora)
+        model = _add_adapters(model, config)
         check_lm_head(model, "student")  # before FSDP shards it
     set_attention(model, config)  # after the checks, because flash attention does not run on a CPU
     if config.gradient_checkpointing:
@@ -88,20 +92,25 @@ def _reached_by(states: Tensor) -> set[int]:
     return reached
 
 
-def _add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
+def _add_adapters(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     import peft
 
+    assert config.lora is not None
+    lora, engine = config.lora, config.rollouts.engine
     adapters = peft.LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
     )
-    head = model.get_output_embeddings()
     try:
         # A PeftModel forwards the attributes of the model that it wraps.
         adapted = cast(PreTrainedModel, peft.get_peft_model(model, adapters).eval())
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {error}") from error
-    if adapted.get_output_embeddings() is not head:
-        raise ConfigError("lora.target_modules: must not hold the output layer, which the loss fuses")
+    if engine != "transformers" and (tied := adapted_tied_weights(adapted)):
+        raise ConfigError(
+            f"lora.target_modules: must not hold {tied[0]} with rollouts.engine {engine}: the LM head and "
+            "the embedding of the student share a weight, of which vLLM has no second version"
+        )
+    rename_tied_weights(adapted)
     return adapted
 
 

@@ -65,9 +65,11 @@ def distillation_loss(
     normalizer: float,
     config: TrainConfig,
     vocab_size: int,
+    token_weight: Tensor | None = None,  # (n,)
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
     options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": vocab_size}
+    options["token_weight"] = token_weight
     options |= {"beta": config.beta, "temperature": config.temperature, "surplus": config.surplus}
     options |= head.options("student_")
     if isinstance(targets, TopKTargets):
@@ -86,11 +88,12 @@ def describe_non_finite(
     if not bad.any():
         return None
     teacher = targets.hidden if isinstance(targets, FullTargets) else targets.logprobs
+    broken_head = isinstance(targets, FullTargets) and bool(targets.head.weight.isnan().any())
     lines = [f"the loss is not finite at {int(bad.sum())} of {len(bad)} tokens"]
     for i in bad.nonzero().flatten().tolist()[:5]:
         row, position = divmod(int(batch.valid[i]), batch.tokens.shape[1])
         text = tokenizer.decode([int(batch.tokens[row, position + 1])])
-        state = "are NaN" if teacher[i].isnan().any() else "are sound"
+        state = "are NaN" if broken_head or teacher[i].isnan().any() else "are sound"
         token = f"row {batch.samples[row].row} of the data, token {position + 1} ({text!r})"
         lines.append(f"{token}: the teacher's numbers {state}")
     return "; ".join(lines)

@@ -42,7 +42,7 @@ class LocalTeacher:
         head, _ = checked_head(self.model)
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.attention, "use_cache": False}
         hidden = batch.pack(last_hidden_states(self.model, **inputs))
-        if self.config.teacher.targets == "full":
+        if student_ids is None and self.config.teacher.targets == "full":
             return FullTargets(hidden, head)
         return topk_targets(hidden, head, self.config, self.vocab_size, student_ids)
 
@@ -76,7 +76,10 @@ class ServedTeacher:
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
         """See Teacher."""
         k, score_ids = self.config.teacher.k, None
-        if student_ids is not None:
+        sampled = self.config.objective == "sampled"
+        if sampled:
+            k = 0
+        elif student_ids is not None:
             k, score_ids = 0, [ids.numpy() for ids in student_ids.cpu().split(batch.lengths)]
         answer = self.client.get_sequence_logprobs(
             *batch.sequences(),
@@ -86,6 +89,8 @@ class ServedTeacher:
             vocab_size=self.vocab_size if self.normalizes else None,
         )
         device = batch.valid.device
+        if sampled and student_ids is not None:
+            return TopKTargets(torch.as_tensor(answer.actual_logprobs, device=device)[:, None], student_ids)
         if student_ids is not None and answer.score_logprobs is not None:
             return TopKTargets(torch.as_tensor(answer.score_logprobs, device=device), student_ids)
         logprobs, ids = (torch.as_tensor(numbers, device=device) for numbers in (answer.logprobs, answer.ids))
@@ -125,14 +130,16 @@ def load_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device
         info = client.info()
         _check_tokenizer("teacher.url", fingerprint, info.get("tokenizer_fingerprint"))
         capabilities = info.get("capabilities", [])  # a stock vLLM server has none
-        needed = {"full": "hidden_states", "student_topk": "score_ids"}.get(settings.targets)
+        # The sampled tokens' log-probabilities are in every server's answer.
+        targets = "topk" if config.objective == "sampled" else settings.targets
+        needed = {"full": "hidden_states", "student_topk": "score_ids"}.get(targets)
         if needed is not None and needed not in capabilities:
             raise ConfigError(f"teacher.targets: must be topk with this server, which has no {needed}")
         if config.temperature != 1 and "temperature" not in capabilities:
             raise ConfigError(f"temperature: must be 1 with this server, got {config.temperature}")
         vocab_size = min(vocab_size, info.get("vocab_size", vocab_size))
         weights = info.get("weights_fingerprint")
-        if settings.targets == "full":
+        if targets == "full":
             head = client.head()
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)

@@ -1,0 +1,98 @@
+"""LoRA adapters (PEFT) merged into the weights of a model that is not changed by it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+_PREFIX = "base_model.model."  # of a PeftModel's parameters
+
+
+def base_weights(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield a PEFT model's tensors but those of adapters, under their names in the model without adapters."""
+    adapters = _adapter_names(model)
+    return ((_base_name(name), tensor) for name, tensor in tensors.items() if name not in adapters)
+
+
+@torch.no_grad()
+def merged_weights(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `base_weights` yields, with the active LoRA adapters added in float32.
+
+    Args:
+        model: a PeftModel with LoRA adapters.
+        tensors: its parameters or its state dict. DTensors (FSDP2) are gathered one by one, for which all
+            processes iterate together.
+    """
+    adapters, layers = _adapter_names(model), dict(_lora_layers(model))
+    for name, tensor in tensors.items():
+        if name in adapters:
+            continue
+        merged, layer_name = _whole(tensor), name.removesuffix(".base_layer.weight")
+        if layer_name != name and layer_name in layers:
+            layer = layers[layer_name]
+            deltas = [
+                _delta(layer, layer_name, a, tensors) for a in layer.active_adapters if a in layer.scaling
+            ]
+            merged = sum(deltas, merged.float()).to(merged.dtype)
+        yield _base_name(name), merged
+
+
+def adapted_tied_weights(model: Any) -> list[str]:
+    """Return the layers with adapters whose weight other layers share, e.g. a tied LM head."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return [_base_name(n) for n, layer in _lora_layers(model) if uses[id(layer.get_base_layer().weight)] > 1]
+
+
+def rename_tied_weights(model: nn.Module) -> None:
+    """Let transformers find tied weights that adapters have moved: accelerate ties again when it shards."""
+    for module in model.modules():
+        keys = getattr(module, "_tied_weights_keys", None)
+        if isinstance(keys, dict):
+            names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+            pairs = cast(dict[str, str], keys).items()
+            moved: Any = {_moved_name(a, names): _moved_name(b, names) for a, b in pairs}
+            module._tied_weights_keys = moved
+
+
+def _moved_name(name: str, names: set[str]) -> str:
+    moved = f"{name.removesuffix('.weight')}.base_layer.weight"
+    return moved if moved in names else name
+
+
+def _lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _adapter_names(model: Any) -> set[str]:
+    """Return the names of the parameters of adapters."""
+    names: set[str] = set()
+    for layer_name, layer in _lora_layers(model):
+        assert isinstance(layer, nn.Module)
+        own = (name for name, _ in layer.named_parameters() if not name.startswith("base_layer."))
+        names.update(f"{layer_name}.{name}" for name in own)
+    return names
+
+
+def _delta(layer: Any, name: str, adapter: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return what an adapter adds to the weight of its layer."""
+    of_embedding = adapter in layer.lora_embedding_A
+    pattern = (
+        f"{name}.lora_embedding_{{}}.{adapter}" if of_embedding else f"{name}.lora_{{}}.{adapter}.weight"
+    )
+    a, b = (_whole(tensors[pattern.format(side)]).float() for side in "AB")
+    delta = layer.scaling[adapter] * (b @ a)
+    return delta.T if of_embedding or getattr(layer, "fan_in_fan_out", False) else delta
+
+
+def _base_name(name: str) -> str:
+    return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
