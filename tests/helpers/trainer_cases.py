@@ -13,6 +13,7 @@ from cases import INTERPRETED
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from fused_distill.rollouts.transformers import TransformersRollouts  # noqa: E402
 from fused_distill.trainer.config import TrainConfig, load_config  # noqa: E402
 
 NOT_INTERPRETED = pytest.mark.skipif(INTERPRETED, reason="tests the trainer, not the kernels")
@@ -70,6 +71,24 @@ def lab(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
         save_model(folder / "teacher", tiny_model, hidden_size=24, vocab_size=104),
         data,
     )
+
+
+class FakeServer:
+    """Stands for VllmRollouts on a server that generates with the weights that it received."""
+
+    def __init__(self, *_: Any, **__: Any):
+        self.versions: list[str] = []  # what was done, in order
+
+    def generate(self, prompts: Any, sampling: Any) -> Any:
+        self.versions.append("generate")
+        return TransformersRollouts(self.model).generate(prompts, sampling)
+
+    def sync_from_disk(self, folder: Path, expected: Any) -> None:
+        self.versions.append("sync")
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+    def verify_weights(self, expected: Any) -> None:
+        """Accept them."""
 
 
 def metrics(output: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from forking import forking
 from fused_distill.cli import main
+from fused_distill.trainer import rollouts as trainer_rollouts
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
-from trainer_cases import NOT_INTERPRETED, Lab, metrics, save_model
+from trainer_cases import NOT_INTERPRETED, FakeServer, Lab, metrics, save_model
 from trainer_cases import lab as lab
 
 pytestmark = [NOT_INTERPRETED, pytest.mark.xdist_group("forks")]
@@ -46,8 +47,17 @@ def start(config: TrainConfig, file_limit: int = resource.RLIM_INFINITY) -> Base
     return process
 
 
+AHEAD = (
+    "rollouts.engine=vllm_server",
+    "rollouts.url=http://x",
+    "rollouts.ahead=1",
+    "rollouts.importance_clip=2",
+)
+
+
 def train_quietly(config: TrainConfig, file_limit: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    trainer_rollouts.VllmRollouts = FakeServer  # pyright: ignore[reportAttributeAccessIssue]
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     train(config, resume=True)
 
@@ -59,39 +69,57 @@ def outcome(output: Path) -> tuple[list[dict[str, object]], bytes]:
     return kept, (output / "student" / "model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module", params=[(), AHEAD], ids=["", "ahead"])
+def settings(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return (*SETTINGS, *request.param)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_of_any(
+    lab: Lab, settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, float]:
+    return run_to_the_end(lab, settings, tmp_path_factory)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    return run_to_the_end(lab, SETTINGS, tmp_path_factory)
+
+
+def run_to_the_end(
+    lab: Lab, settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, float]:
     """Return the output of a run without interruption, and its seconds."""
     output = tmp_path_factory.mktemp("uninterrupted")
     start(lab.config(tmp_path_factory.mktemp("first"), "steps=1")).join()  # imports
     started = time.monotonic()
-    process = start(lab.config(output, *SETTINGS))
+    process = start(lab.config(output, *settings))
     process.join()
     assert process.exitcode == 0
     return output, time.monotonic() - started
 
 
 def test_a_run_killed_at_random_moments_resumes_bit_for_bit(
-    lab: Lab, uninterrupted: tuple[Path, float], tmp_path: Path
+    lab: Lab, settings: tuple[str, ...], uninterrupted_of_any: tuple[Path, float], tmp_path: Path
 ) -> None:
     """Kills KILLS times; a run that ends before it is killed is followed by a new one."""
     draw = random.Random(KILLS)
     kills = runs = 0
-    config = lab.config(tmp_path / "0", *SETTINGS)
+    config = lab.config(tmp_path / "0", *settings)
     while True:
         process = start(config)
-        process.join(draw.uniform(0, uninterrupted[1]) if kills < KILLS else None)
+        process.join(draw.uniform(0, uninterrupted_of_any[1]) if kills < KILLS else None)
         if process.exitcode is None:
             process.kill()
             process.join()
             kills += 1
             continue
         assert process.exitcode == 0
-        assert outcome(config.output) == outcome(uninterrupted[0])
+        assert outcome(config.output) == outcome(uninterrupted_of_any[0])
         if kills == KILLS:
             break
         runs += 1
-        config = lab.config(tmp_path / f"{runs}", *SETTINGS)
+        config = lab.config(tmp_path / f"{runs}", *settings)
 
 
 @pytest.mark.parametrize("place", ["checkpoint", "rename", "metrics"])

@@ -12,7 +12,7 @@ from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.data import Sample
 from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.teachers import ServedTeacher
-from trainer_cases import NOT_INTERPRETED, Lab, metrics
+from trainer_cases import NOT_INTERPRETED, FakeServer, Lab, metrics
 from trainer_cases import lab as lab
 
 pytestmark = NOT_INTERPRETED
@@ -156,3 +156,30 @@ def test_sampled_objective_needs_the_students_own_completions_at_temperature_1(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{override.partition('=')[0]} must be 1 with objective sampled"):
         lab.config(tmp_path, "objective=sampled", override)
+
+
+AHEAD = ("rollouts.engine=vllm_server", "rollouts.url=http://x", "rollouts.ahead=1")
+
+
+def test_the_next_steps_rollouts_come_from_the_weights_before_the_step(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: list[FakeServer] = []
+
+    class Server(FakeServer):
+        def __init__(self, *_: Any, **__: Any):
+            super().__init__()
+            servers.append(self)
+
+    monkeypatch.setattr("fused_distill.trainer.rollouts.VllmRollouts", Server)
+    train(lab.config(tmp_path / "run", *AHEAD))
+    # Steps 0 and 1 by the first weights; then each step's weights generate the rollouts of the next.
+    assert servers[0].versions == ["sync", "generate", "generate", "sync", "generate", "sync", "generate"]
+    first, *later = metrics(tmp_path / "run")
+    assert first["ratio_max"] == pytest.approx(1, abs=1e-3)
+    assert all(row["ratio_max"] > 1.01 for row in later)
+
+
+def test_rollouts_ahead_need_a_server(lab: Lab, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ahead must be 0 with engine transformers"):
+        lab.config(tmp_path, "rollouts.ahead=1")

@@ -89,6 +89,9 @@ class RolloutConfig(_Section):
     nccl_address: str | None = Field(None, description="address of this machine seen from the vllm_server")
     nccl_port: int | None = Field(None, ge=1, le=65535, description="free port on this machine")
     sync_every: int = Field(1, ge=1, description="optimizer steps between two updates of vLLM's weights")
+    ahead: Literal[0, 1] = Field(
+        0, description="1: the vllm_server generates the next step's rollouts while this step trains"
+    )
     importance_clip: float | None = Field(
         None, gt=0, description="weight tokens by p_now / p_then of the student, clipped to this; null: by 1"
     )
@@ -103,6 +106,8 @@ class RolloutConfig(_Section):
     def _check_engine(self) -> RolloutConfig:
         if self.engine_options and self.engine != "vllm":
             raise ValueError(f"engine_options must not be set with engine {self.engine}, only with vllm")
+        if self.ahead and self.engine != "vllm_server":
+            raise ValueError(f"ahead must be 0 with engine {self.engine}, which generates in the trainer")
         if self.sync == "nccl" and self.engine != "vllm_server":
             raise ValueError(f"sync must be disk with engine {self.engine}, got nccl")
         if (self.url is not None) != (self.engine == "vllm_server"):

@@ -94,20 +94,30 @@ class Trainer:
         self.timer = Timer(self.device)  # of the current step
         self.step = 0
 
-    def fill_buffer(self) -> list[list[Sample]]:
-        """Return this process's samples of one step, one list per slice of the gradient accumulation."""
+    def draw(self, step: int) -> tuple[list[list[Sample]], list[Sample], int, int]:
+        """Return this process's off-policy slices of a step, and on-policy prompts, their slices and seed."""
         config, slices = self.config, self.config.gradient_accumulation_steps
-        stream = sample_stream(self.samples, config.seed, self.step * config.prompts_per_step)
+        stream = sample_stream(self.samples, config.seed, step * config.prompts_per_step)
         local_samples = list(islice(stream, config.prompts_per_step))[self.rank :: self.processes]
         size = len(local_samples) // slices
         # Every process draws the same number of on-policy slices.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         on_policy = int((torch.rand(slices, generator=generator) < config.lmbda).sum())
-        buffer = [local_samples[i * size : (i + 1) * size] for i in range(on_policy, slices)]
+        off_policy = [local_samples[i * size : (i + 1) * size] for i in range(on_policy, slices)]
+        seed = (config.seed << 40) + ((step * self.processes + self.rank) << 16)
+        return off_policy, local_samples[: on_policy * size], on_policy, seed
+
+    def fill_buffer(self) -> list[list[Sample]]:
+        """Return this process's samples of one step, one list per slice of the gradient accumulation."""
+        buffer, prompts, on_policy, seed = self.draw(self.step)
+        n = self.config.rollouts.num_generations
         if on_policy:
-            seed = (config.seed << 40) + ((self.step * self.processes + self.rank) << 16)
-            n = config.rollouts.num_generations
-            buffer += self.generate(local_samples[: on_policy * size], seed, n, on_policy)
+            buffer = buffer + self.generate(prompts, seed, n, on_policy)
+        if self.config.rollouts.ahead:
+            _, prompts, on_policy, seed = self.draw(self.step + 1)
+            if on_policy:
+                sampling = self.rollouts.sampling(n, seed)
+                self.rollouts.generate_ahead([sample.prompt for sample in prompts], sampling)
         return buffer
 
     @torch.no_grad()
@@ -279,6 +289,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 logger.log(run.step, "evaluation", *run.evaluate())
             stopping = run.accelerator.check_trigger()  # SIGTERM in any process
             if last or stopping or run.step % config.save_every == 0:
+                if config.rollouts.ahead:
+                    run.rollouts.ahead.collect()
                 save_checkpoint(run.accelerator, config, run.sources, run.step)
                 if run.rollouts.weights_synced_step != run.step:
                     run.rollouts.weights_synced_step = None  # sync, as a run resumed here would

@@ -28,7 +28,7 @@ class ImportanceRatios:
 
     def __init__(self, config: TrainConfig):
         settings = config.rollouts
-        stale = settings.engine != "transformers" and settings.sync_every > 1
+        stale = settings.engine != "transformers" and (settings.sync_every > 1 or settings.ahead > 0)
         self.clip, self.enabled = settings.importance_clip, stale or settings.importance_clip is not None
         self._ratios: list[Tensor] = []  # of the current step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..rollouts.nccl import NcclWeightSync
 from ..rollouts.transformers import TransformersRollouts, end_tokens
 from ..rollouts.vllm import MOST_FORBIDDEN, VllmInProcessRollouts, VllmRollouts
 from ..rollouts.weights import WeightsError, model_logprobs
+from .ahead import RolloutsAhead
 from .config import ConfigError, TrainConfig
 from .conversations import RowError, tokenize_row
 from .saving import save_student
@@ -43,6 +45,9 @@ class StudentRollouts:
         self.weights_synced_step: int | None = None  # None: vLLM has no weights of this run
         settings, model = config.rollouts, accelerator.unwrap_model(wrapped)
         self._settings = settings
+        self.ahead = RolloutsAhead(accelerator)
+        if settings.ahead:
+            accelerator.register_for_checkpointing(self.ahead)
         self._stop_token_ids = () if end_tokens(model) else fallback_ends(tokenizer, config)
         rows = model.config.get_text_config().vocab_size
         self._vocab_size = vocab_size if vocab_size < rows else None
@@ -99,8 +104,9 @@ class StudentRollouts:
             return self.engine.generate(prompts, sampling)
         problem: WeightsError | None = None
         completions: list[Completion] = []
+        started = self.ahead.take(sampling.seed)
         try:
-            completions = self.engine.generate(prompts, sampling)
+            completions = started() if started else self.engine.generate(prompts, sampling)
         except WeightsError as error:
             problem = error
         failures = torch.tensor(int(problem is not None), device=self._accelerator.device)
@@ -111,6 +117,10 @@ class StudentRollouts:
         _log.warning("vLLM gets the student's weights again: %s", problem or "another process found others")
         self._send_weights()
         return self.engine.generate(prompts, sampling)
+
+    def generate_ahead(self, prompts: list[list[int]], sampling: Sampling) -> None:
+        """Start to generate by the weights of the last `sync_weights`; `generate` takes the completions."""
+        self.ahead.start(sampling.seed, partial(self.engine.generate, prompts, sampling))
 
     def sync_weights(self, step: int) -> None:
         """Send the student's weights to vLLM, unless it has those of this step.
@@ -125,6 +135,7 @@ class StudentRollouts:
 
     def _send_weights(self) -> None:
         assert not isinstance(self.engine, TransformersRollouts)
+        self.ahead.wait()
         vocab_size = self._accelerator.unwrap_model(self._wrapped).config.get_text_config().vocab_size
         expected = model_logprobs(self._wrapped, vocab_size, self._accelerator.device)
         sends = self._accelerator.is_main_process or isinstance(self.engine, VllmInProcessRollouts)
