@@ -146,7 +146,7 @@ def test_a_served_teacher_sends_one_log_probability_per_token(lab: Lab, tmp_path
     trainer = Trainer(lab.config(tmp_path, "objective=sampled"))
     client: Any = Client()
     settings = trainer.teachers[""].settings
-    trainer.teachers[""] = ServedTeacher(client, trainer.config, settings, 98, True)
+    trainer.teachers[""] = ServedTeacher(client, trainer.config, settings, 98, None, True)
     assert trainer.update([SAMPLES])["loss"] == pytest.approx(want, rel=1e-5)
     assert (client.asked["top_logprobs"], client.asked["score_ids"]) == (0, None)
 

@@ -144,10 +144,9 @@ def test_an_error_of_one_teacher_has_its_key(lab: Lab, tmp_path: Path) -> None:
 
 def test_several_models_are_refused_if_they_would_be_sharded(lab: Lab, tmp_path: Path) -> None:
     config = settings(lab, tmp_path, math="model: /nowhere", code="url: http://localhost:1")
-    with pytest.raises(ConfigError, match="^teachers: with FSDP only a single teacher may have a model"):
-        load_teachers(
-            config, transformers.AutoTokenizer.from_pretrained(lab.student), torch.device("cpu"), shard=True
-        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(lab.student)
+    with pytest.raises(ConfigError, match=r"^teachers: with FSDP only a single teacher may have a model"):
+        load_teachers(config, tokenizer, torch.device("cpu"), shard=True)
 
 
 def test_a_store_is_of_one_teacher(lab: Lab, tmp_path: Path) -> None:

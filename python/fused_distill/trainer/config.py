@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
@@ -292,8 +291,15 @@ def flat_settings(config: BaseModel, changed: bool = False) -> dict[str, Any]:
     return dict(flatten("", settings))
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> TrainConfig:
     """Read a YAML file and apply KEY=VALUE overrides such as teacher.k=16, whose values are YAML too.
+
+    Args:
+        path: of the file.
+        overrides: they win over the file.
+        defaults: the file wins over them.
 
     Raises:
         ConfigError: the file, an override or a setting is invalid (the message names the key).
@@ -301,6 +307,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     content = _parse_yaml(str(path), Path(path).read_text()) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values")
+    content = {**(defaults or {}), **content}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -324,26 +331,3 @@ def _parse_yaml(source: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: no YAML: {' '.join(str(error).split())}") from error
-
-
-def help_lines(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """Yield one line of help per key."""
-    for name, field in model.model_fields.items():
-        by_name = get_origin(field.annotation) is dict  # of a section that was listed already
-        types = [field.annotation, *(() if by_name else get_args(field.annotation))]
-        section = next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
-        if section is not None:
-            yield f"{prefix}{name}: {' '.join((section.__doc__ or '').split())}"
-            yield from help_lines(section, f"{prefix}{name}.")
-            continue
-        default = "" if field.is_required() else f" [{json.dumps(field.default)}]"
-        choices = " | ".join(_choices(field.annotation))
-        told = f"{field.description or ''} ({choices})" if choices else field.description or ""
-        yield f"{prefix}{name}{default}  {told}".rstrip()
-
-
-def _choices(annotation: Any) -> list[str]:
-    """Return the texts that a setting of a type may have, none if it may have any."""
-    if get_origin(annotation) is Literal:
-        return [str(choice) for choice in get_args(annotation)]
-    return [choice for part in get_args(annotation) for choice in _choices(part)]

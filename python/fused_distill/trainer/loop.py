@@ -29,10 +29,11 @@ from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sample
 from .preflight import preflight, require
 from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
+from .sources import fingerprints
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Part, Scored, describe_non_finite, topk_targets
-from .teachers import check_limits, common_vocabulary, load_teachers
+from .teachers import check_limits, check_stores, common_vocabulary, load_teachers
 
 EVAL_BATCH_SIZE = 8
 N_SHOWN_SAMPLES = 3
@@ -64,6 +65,8 @@ class Trainer:
         self.teachers = load_teachers(config, self.tokenizer, self.device, self.sharded)
         completion = config.rollouts.max_completion_length
         check_limits(self.teachers, config, lambda: longest_for_teacher(data.samples, completion))
+        self.sources = fingerprints(data.samples, self.tokenizer, self.teachers)
+        check_stores(self.teachers, data, self.sources["data"])
         say(f"loading the student {config.student}")
         torch.manual_seed(config.seed)
         model = load_student(config)
@@ -260,7 +263,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     run = Trainer(config)
     config = run.config
     if checkpoints:
-        run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
+        run.step = load_checkpoint(run.accelerator, config, run.sources)
     run.accelerator.print(header(run), flush=True)
     require(preflight(run), run.accelerator.is_main_process)
     logger = MetricsLogger(run.accelerator, config, run.step)
@@ -293,7 +296,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             if last or stopping or run.step % config.save_every == 0:
                 if config.rollouts.ahead:
                     run.rollouts.ahead.collect()
-                save_checkpoint(run.accelerator, config, run.step)
+                save_checkpoint(run.accelerator, config, run.sources, run.step)
                 if run.rollouts.weights_synced_step != run.step:
                     run.rollouts.weights_synced_step = None  # sync, as a run resumed here would
                 logger.write_report()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,12 +14,13 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..huggingface.fingerprint import model_fingerprint
 from ..huggingface.lm_head import LMHeadParams, checked_head, last_hidden_states
 from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..serving.client.client import TeacherClient
 from ..serving.client.retry import ServerError
 from .config import ConfigError, TeacherConfig, TrainConfig
-from .data import Batch
+from .data import Batch, Data
 from .long_sequences import check_positions, set_attention
 from .sharding import shard_teacher
 from .stored import StoredTeacher
@@ -36,6 +38,7 @@ class LocalTeacher:
     config: TrainConfig
     settings: TeacherConfig
     vocab_size: int
+    fingerprint: str | None
 
     @torch.no_grad()
     def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
@@ -56,6 +59,7 @@ class HiddenStateTeacher:
     head: LMHeadParams
     settings: TeacherConfig
     vocab_size: int
+    fingerprint: str | None
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets:
         """See Teacher; student_ids must be None."""
@@ -72,6 +76,7 @@ class ServedTeacher:
     config: TrainConfig
     settings: TeacherConfig
     vocab_size: int
+    fingerprint: str | None
     normalizes: bool  # over vocab_size tokens; else over all rows of its own LM head
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
@@ -113,10 +118,8 @@ def load_teachers(
         )
     teachers: dict[str, Teacher] = {}
     for name, settings in config.all_teachers.items():
-        try:
+        with _key_of(name):
             teachers[name] = _load_teacher(config, settings, tokenizer, device, shard)
-        except ConfigError as error:
-            raise _renamed(error, name) from error
     return teachers
 
 
@@ -125,9 +128,15 @@ def common_vocabulary(teachers: dict[str, Teacher]) -> int:
     return min(teacher.vocab_size for teacher in teachers.values())
 
 
-def _renamed(error: ConfigError, name: str) -> ConfigError:
-    """Return the error with the key of a teacher that has a name."""
-    return ConfigError(re.sub(r"^teacher\b", f"teachers.{name}", str(error))) if name else error
+@contextmanager
+def _key_of(name: str) -> Generator[None, None, None]:
+    """Put the key of a teacher that has a name into the errors raised inside."""
+    try:
+        yield
+    except ConfigError as error:
+        if not name:
+            raise
+        raise ConfigError(re.sub(r"^teacher\b", f"teachers.{name}", str(error))) from error
 
 
 def _load_teacher(
@@ -148,6 +157,7 @@ def _load_teacher(
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
             model = load_pretrained(AutoModelForCausalLM, "teacher.model", settings.model, dtype=dtype)
         model.eval().requires_grad_(False)
+        weights = model_fingerprint(model)  # before it is sharded
         if shard and all(p.is_floating_point() for p in model.parameters()):  # not if quantized
             shard_teacher(model, device)
         else:
@@ -155,10 +165,11 @@ def _load_teacher(
         check_lm_head(model, "teacher.model", model)
         set_attention(model, config)
         _check_embedding(model, config, vocab_size)
-        teacher = LocalTeacher(model, config, settings, min(vocab_size, len(checked_head(model)[0].weight)))
+        vocab_size = min(vocab_size, len(checked_head(model)[0].weight))
+        teacher = LocalTeacher(model, config, settings, vocab_size, weights)
     elif settings.stored is not None:
         teacher = StoredTeacher(settings.stored, settings, config.temperature, vocab_size)
-        _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer_fingerprint"])
+        _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer"])
     else:
         assert settings.url is not None
         client = TeacherClient(
@@ -178,13 +189,16 @@ def _load_teacher(
         if config.temperature != 1 and "temperature" not in capabilities:
             raise ConfigError(f"temperature: must be 1 with this server, got {config.temperature}")
         vocab_size = min(vocab_size, info.get("vocab_size", vocab_size))
+        weights = info.get("weights_fingerprint")
         if targets == "full":
             head = client.head()
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)
-            teacher = HiddenStateTeacher(client, head, settings, vocab_size)
+            teacher = HiddenStateTeacher(client, head, settings, vocab_size, weights)
         else:
-            teacher = ServedTeacher(client, config, settings, vocab_size, "vocab_size" in capabilities)
+            teacher = ServedTeacher(
+                client, config, settings, vocab_size, weights, "vocab_size" in capabilities
+            )
     if settings.targets != "full" and settings.k > teacher.vocab_size:
         raise ConfigError(f"teacher.k: {settings.k} is more than the {teacher.vocab_size} tokens there are")
     return teacher
@@ -193,10 +207,16 @@ def _load_teacher(
 def check_limits(teachers: dict[str, Teacher], config: TrainConfig, length: Callable[[], int]) -> None:
     """Raise a ConfigError if a teacher does not take `length()` tokens or, a server, the settings' k."""
     for name, teacher in teachers.items():
-        try:
+        with _key_of(name):
             _check_limits(teacher, config, length)
-        except ConfigError as error:
-            raise _renamed(error, name) from None
+
+
+def check_stores(teachers: dict[str, Teacher], data: Data, fingerprint: str | None) -> None:
+    """Raise a ConfigError if a stored teacher lacks a sample of the data, whose fingerprint is given."""
+    for name, teacher in teachers.items():
+        if isinstance(teacher, StoredTeacher):
+            with _key_of(name):
+                teacher.check(data, name, fingerprint)
 
 
 def _check_limits(teacher: Teacher, config: TrainConfig, length: Callable[[], int]) -> None:
