@@ -192,7 +192,9 @@ def cache_teacher(options: argparse.Namespace) -> None:
     from .trainer.cache_teacher import store_teacher
     from .trainer.config import load_config
 
-    store_teacher(load_config(options.config, options.overrides), options.output, options.dtype)
+    unused = {"output": options.output, "steps": 1}  # by a store
+    config = load_config(options.config, options.overrides, unused)
+    store_teacher(config, options.output, options.dtype)
 
 
 def print_env(options: argparse.Namespace) -> None:

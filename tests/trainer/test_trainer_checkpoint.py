@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from fused_distill.trainer import rollouts as trainer_rollouts
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
-from trainer_cases import NOT_INTERPRETED, FakeServer, Lab, metrics
+from trainer_cases import NOT_INTERPRETED, FakeServer, Lab, metrics, save_model
 from trainer_cases import lab as lab
 
 pytestmark = [NOT_INTERPRETED, pytest.mark.xdist_group("forks")]
@@ -236,6 +237,49 @@ def test_resume_with_changed_settings_names_them(lab: Lab, tmp_path: Path) -> No
     changed = lab.config(tmp_path, "steps=2", "beta=0.25", "rollouts.top_p=0.5")
     with pytest.raises(ConfigError, match=r"^rollouts\.top_p: was 1\.0 before, is 0\.5; beta: was 0\.5"):
         train(changed, resume=True)
+
+
+def test_resume_with_other_data_or_another_teacher_names_them(
+    lab: Lab, tmp_path: Path, tiny_model: Path
+) -> None:
+    train(lab.config(tmp_path, "steps=1"))
+    data = tmp_path / "data.jsonl"
+    data.write_text(lab.data.read_text().replace("a", "b"))
+    other = save_model(tmp_path / "other", tiny_model, hidden_size=32, vocab_size=104)
+    for override, message in (
+        (f"data.path={data}", "^data: other prompts or completions than before"),
+        (f"teacher.model={other}", "^teacher: other weights than before"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(lab.config(tmp_path, "steps=2", override), resume=True)
+
+
+@pytest.mark.parametrize("broken", ["model.safetensors", "optimizer.bin", "settings.json"])
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_resumed(
+    lab: Lab,
+    uninterrupted: tuple[Path, float],
+    tmp_path: Path,
+    broken: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = Path(shutil.copytree(uninterrupted[0], tmp_path / "run"))
+    newest = output / "checkpoints" / "step-00000008"
+    content = (newest / broken).read_bytes()
+    (newest / broken).write_bytes(content[: len(content) // 2])
+    train(lab.config(output, *SETTINGS), resume=True)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if str(newest) in line]
+    assert line.startswith(f"{newest} cannot be read: ")
+    assert outcome(output) == outcome(uninterrupted[0])
+    names = sorted(path.name for path in newest.parent.iterdir())
+    assert names == ["broken-step-00000008", "step-00000006", "step-00000008"]
+
+
+def test_no_checkpoint_that_can_be_read_is_one_line(lab: Lab, tmp_path: Path) -> None:
+    train(lab.config(tmp_path, "steps=1"))
+    (tmp_path / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"^output: no checkpoint can be read: .*step-00000001$"):
+        train(lab.config(tmp_path, "steps=2"), resume=True)
+    assert len(list_checkpoints(tmp_path)) == 1
 
 
 def test_the_sigterm_handler_is_restored_after_an_error(

@@ -145,7 +145,7 @@ def test_a_served_teacher_sends_one_log_probability_per_token(lab: Lab, tmp_path
 
     trainer = Trainer(lab.config(tmp_path, "objective=sampled"))
     client: Any = Client()
-    trainer.teacher = ServedTeacher(client, trainer.config, 98, True)
+    trainer.teacher = ServedTeacher(client, trainer.config, 98, None, True)
     assert trainer.update([SAMPLES])["loss"] == pytest.approx(want, rel=1e-5)
     assert (client.asked["top_logprobs"], client.asked["score_ids"]) == (0, None)
 

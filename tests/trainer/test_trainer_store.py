@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
@@ -24,7 +25,7 @@ from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.targets import TopKTargets
 from pyarrow import parquet
 from serving_cases import serving
-from trainer_cases import NOT_INTERPRETED, Lab, losses, transformers
+from trainer_cases import NOT_INTERPRETED, Lab, losses, save_model, transformers
 from trainer_cases import lab as lab
 
 pytestmark = NOT_INTERPRETED
@@ -60,8 +61,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_an_interrupted_store_resumes_byte_for_byte(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (cache_teacher, stored):
-        monkeypatch.setattr(module, "PART_ROWS", 16)
+    monkeypatch.setattr(stored, "PART_ROWS", 16)
     config = lab.config(tmp_path, *TOPK)
     store_teacher(config, tmp_path / "at_once", "float32")
     complete = bytes_of(tmp_path / "at_once")
@@ -107,6 +107,7 @@ def test_a_float16_store_holds_rounded_logprobs_of_the_same_ids(lab: Lab, tmp_pa
 def test_finite_logprobs_stay_finite_in_float16() -> None:
     class FarApart:
         vocab_size = 98
+        fingerprint: str | None = None
 
         def targets(self, batch: Batch, student_ids: torch.Tensor | None) -> TopKTargets:
             logprobs = torch.tensor([-0.5, -1e6, -torch.inf]).expand(len(batch.valid), 3)
@@ -185,19 +186,100 @@ def test_every_smaller_k_can_be_read_from_a_store(lab: Lab, store: Path, tmp_pat
     assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "local"), rel=1e-4)
 
 
-def test_a_completion_that_is_not_in_the_store_is_named(lab: Lab, store: Path, tmp_path: Path) -> None:
+def test_samples_that_are_not_in_the_store_are_named_before_the_first_step(
+    lab: Lab, store: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = lab.data.read_text().splitlines(keepends=True)
+    data.write_text(
+        "".join([*lines[:30], json.dumps({"prompt": "x", "completion": "y"}) + "\n", *lines[31:]])
+    )
+    source = f"teacher={{stored: {store}, targets: topk, k: 5}}"
+    message = rf"teacher\.stored: {store} was made from other data.* 1 of 40 samples of {data}, .* row 30$"
+    with pytest.raises(ConfigError, match=message):
+        Trainer(lab.config(tmp_path, *TOPK, source, f"data.path={data}"))
+
+
+def test_a_part_of_the_data_can_be_trained_on(lab: Lab, store: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(lab.data.read_text().splitlines(keepends=True)[:20]))
+    source = f"teacher={{stored: {store}, targets: topk, k: 5}}"
+    assert len(Trainer(lab.config(tmp_path, *TOPK, source, f"data.path={data}")).samples) == 12
+
+
+@pytest.mark.parametrize("change", ["cut off", "damaged", "description"])
+def test_a_store_that_cannot_be_read_is_named_in_one_line(
+    lab: Lab, store: Path, tmp_path: Path, change: str
+) -> None:
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    part = copy / "part-000000.parquet"
+    content = part.read_bytes()
+    if change == "cut off":
+        part.write_bytes(content[:-1000])
+    elif change == "damaged":
+        part.write_bytes(content[:100] + bytes(2000) + content[2100:])
+    else:
+        (copy / "teacher.json").write_text('{"k": 5')
+    source = f"teacher={{stored: {copy}, targets: topk, k: 5}}"
+    with pytest.raises(ConfigError, match=rf"teacher\.stored: {copy}") as error:
+        Trainer(lab.config(tmp_path, *TOPK, source))
+    assert ("run cache-teacher again" in str(error.value)) == (change == "cut off")
+
+
+def test_a_part_that_was_cut_off_is_written_again(lab: Lab, store: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    part = copy / "part-000000.parquet"
+    part.write_bytes(part.read_bytes()[:-1000])
+    store_teacher(lab.config(tmp_path, *TOPK), copy, "float32")
+    assert bytes_of(copy) == bytes_of(store)
+
+
+def test_a_store_is_not_continued_with_other_data_teacher_or_settings(
+    lab: Lab, store: Path, tmp_path: Path, tiny_model: Path
+) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(lab.data.read_text().replace("a", "b"))
+    other = save_model(tmp_path / "other", tiny_model, hidden_size=32, vocab_size=104)
+    before = bytes_of(store)
+    for override, message in (
+        (f"data.path={data}", "data: other prompts or completions than before"),
+        (f"teacher.model={other}", "teacher: other weights than before"),
+        ("teacher.k=4", "k: was 5 before, is 4"),
+        ("temperature=1", r"temperature: was 1\.5 before, is 1\.0"),
+        ("rollouts.max_completion_length=5", "data: other prompts or completions than before"),
+    ):
+        with pytest.raises(ConfigError, match=f"{store} holds another store: {message}. Choose"):
+            store_teacher(lab.config(tmp_path / "run", *TOPK, override), store, "float32")
+    assert bytes_of(store) == before
+
+
+def test_a_store_is_continued_with_the_same_teacher_at_another_place(
+    lab: Lab, url: str, store: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(lab.teacher, tmp_path / "teacher")
+    before = bytes_of(store)
+    for teacher in (f"teacher.model={copy}", f"teacher.url={url}"):
+        store_teacher(lab.config(tmp_path / "run", *TOPK, teacher), store, "float32")
+    assert bytes_of(store) == before
+
+
+def test_a_store_of_no_samples_or_from_a_store_is_refused(lab: Lab, store: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"prompt": "", "completion": "a"}) + "\n")
     source = f"teacher={{stored: {store}, targets: topk, k: 5}}"
-    with pytest.raises(ConfigError, match=r"teacher\.stored: it has no completion \["):
-        train(lab.config(tmp_path, *TOPK, source, f"data.path={data}"))
+    for override, message in (
+        (f"data.path={empty}", r"data\.path: no sample can be used of .*1 dropped: empty prompt"),
+        (source, r"teacher\.stored: a store is made with teacher\.model or teacher\.url"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            store_teacher(lab.config(tmp_path, *TOPK, override), tmp_path / "new", "float32")
 
 
-def test_the_command_refuses_to_mix_two_stores(
+def test_the_command_needs_no_output_and_no_steps_and_refuses_to_mix_two_stores(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lab.config(tmp_path)
-    command = ["cache-teacher", str(tmp_path / "settings.yaml"), *TOPK, f"output={tmp_path}"]
+    (tmp_path / "settings.yaml").write_text("rollouts: {max_completion_length: 6}")
+    command = ["cache-teacher", str(tmp_path / "settings.yaml"), *TOPK]
     command += [f"student={lab.student}", f"teacher.model={lab.teacher}", f"data.path={lab.data}"]
     command += ["--output", str(tmp_path / "store")]
     main(command)
@@ -205,7 +287,10 @@ def test_the_command_refuses_to_mix_two_stores(
     with pytest.raises(SystemExit) as end:
         main([*command, "--dtype", "float16"])
     assert end.value.code == 2
-    assert "holds another store" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "holds another store: dtype: was float32 before, is float16"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
     with pytest.raises(SystemExit):
         main([*command, "teacher.targets=full"])
     assert "teacher.targets: must be topk for a store" in capsys.readouterr().err.splitlines()[-1]

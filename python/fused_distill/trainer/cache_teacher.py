@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from ..huggingface.loading import tokenizer_fingerprint
+from .atomic import whole_file, write_whole
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data
-from .stored import DESCRIPTION, PART_ROWS
+from .sources import differences, fingerprints
+from .stored import DESCRIPTION, is_whole, list_parts, read_description
 from .student import load_pretrained
 from .targets import Teacher, TopKTargets
 from .teachers import check_limits, load_teacher
@@ -27,12 +28,16 @@ BATCH_ROWS = 16
 def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "float16"]) -> None:
     """Write the missing parts of a teacher store for the data and the teacher of the settings.
 
-    A part appears complete or not at all, so running an interrupted command again resumes it. Several
-    processes share the parts.
+    A part appears complete or not at all, so running an interrupted command again resumes it. Parts that were
+    cut off are written again. Several processes share the parts.
 
     Raises:
-        ConfigError: a setting is invalid (the message names its key), or the folder holds another store.
+        ConfigError: a setting is invalid (the message names its key), or the folder holds a store of other
+            data, another tokenizer, another teacher or other settings (the message names what differs).
+        OSError: a file cannot be written (the message names it).
     """
+    if config.teacher.stored is not None:
+        raise ConfigError("teacher.stored: a store is made with teacher.model or teacher.url")
     if config.teacher.targets != "topk":
         raise ConfigError(f"teacher.targets: must be topk for a store, got {config.teacher.targets}")
     accelerator = Accelerator()
@@ -41,24 +46,26 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
         data = load_data(config, tokenizer, completions=True)
     accelerator.print(data)
     rows = data.samples
-    info = {
-        "teacher": config.teacher.model or config.teacher.model_dump()["url"],
+    if not len(rows):
+        raise ConfigError(f"data.path: no sample can be used of {data}")
+    teacher = load_teacher(config, tokenizer, accelerator.device)
+    info = fingerprints(rows, tokenizer, teacher) | {
+        "source": config.teacher.model or config.teacher.model_dump()["url"],
         "k": config.teacher.k,
         "temperature": config.temperature,
+        "vocab_size": teacher.vocab_size,
         "dtype": dtype,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "rows": len(rows),
     }
-    description = folder / DESCRIPTION
-    if accelerator.is_main_process and not description.exists():
+    if accelerator.is_main_process and not (folder / DESCRIPTION).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = description.with_suffix(".tmp")
-        scratch.write_text(json.dumps(info))
-        scratch.replace(description)
+        write_whole(folder / DESCRIPTION, json.dumps(info))
     accelerator.wait_for_everyone()
-    if json.loads(description.read_text()) != info:
-        raise ConfigError(f"{folder} holds another store: {description.read_text()}")
-    teacher = load_teacher(config, tokenizer, accelerator.device)
+    before = read_description(folder)
+    if teacher.fingerprint is not None:  # the same teacher may be reached by another path
+        before["source"] = info["source"]
+    if changed := differences(before, info):
+        raise ConfigError(f"{folder} holds another store: {changed}. Choose another folder for a new store")
 
     def longest() -> int:
         lengths = map(len, rows["prompt"]), map(len, rows["completion"])
@@ -68,15 +75,16 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     tokens, number = pa.list_(pa.int32()), pa.float16() if dtype == "float16" else pa.float32()
     types = {"tokens": tokens, "prompt_length": pa.int32(), "ids": pa.list_(tokens)}
     schema = pa.schema(types | {"logprobs": pa.list_(pa.list_(number))})
-    first, interval = (n * PART_ROWS for n in (accelerator.process_index, accelerator.num_processes))
-    for start in track(range(first, len(rows), interval), "parts", disable=not accelerator.is_main_process):
-        part = folder / f"part-{start // PART_ROWS:06}.parquet"
-        if not part.exists():
-            samples = [Sample(**rows[i]) for i in range(start, min(start + PART_ROWS, len(rows)))]
+    parts = list_parts(folder, len(rows))
+    if written := sum(is_whole(*part) for part in parts.items()):
+        accelerator.print(f"{folder}: {written} of {len(parts)} parts are written already")
+    own = [*parts.items()][accelerator.process_index :: accelerator.num_processes]
+    for part, part_rows in track(own, "parts", disable=not accelerator.is_main_process):
+        if not is_whole(part, part_rows):
+            samples = [Sample(**rows[i]) for i in part_rows]
             scored = score(samples, teacher, getattr(torch, dtype), accelerator.device)
-            scratch = part.with_suffix(".tmp")
-            pq.write_table(pa.Table.from_pylist(scored, schema), scratch, compression="zstd")
-            scratch.replace(part)
+            with whole_file(part) as scratch:
+                pq.write_table(pa.Table.from_pylist(scored, schema), scratch, compression="zstd")
     accelerator.wait_for_everyone()
 
 

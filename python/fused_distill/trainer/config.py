@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -260,8 +260,15 @@ def flat_settings(config: BaseModel, changed: bool = False) -> dict[str, Any]:
     return dict(flatten("", settings))
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> TrainConfig:
     """Read a YAML file and apply KEY=VALUE overrides such as teacher.k=16, whose values are YAML too.
+
+    Args:
+        path: of the file.
+        overrides: they win over the file.
+        defaults: the file wins over them.
 
     Raises:
         ConfigError: the file, an override or a setting is invalid (the message names the key).
@@ -269,6 +276,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     content = _parse_yaml(str(path), Path(path).read_text()) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values")
+    content = {**(defaults or {}), **content}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

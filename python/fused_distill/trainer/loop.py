@@ -30,7 +30,9 @@ from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sample
 from .preflight import preflight, require
 from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
+from .sources import fingerprints
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
+from .stored import StoredTeacher
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Targets, describe_non_finite, topk_targets
 from .teachers import check_limits, load_teacher
@@ -69,6 +71,9 @@ class Trainer:
             return max(map(len, data.samples["prompt"]), default=0) + completion
 
         check_limits(self.teacher, config, longest)
+        self.sources = fingerprints(data.samples, self.tokenizer, self.teacher)
+        if isinstance(self.teacher, StoredTeacher):
+            self.teacher.check(data, self.sources["data"])
         say(f"loading the student {config.student}")
         torch.manual_seed(config.seed)
         model = load_student(config)
@@ -253,7 +258,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     run = Trainer(config)
     config = run.config
     if checkpoints:
-        run.step = load_checkpoint(run.accelerator, config, checkpoints[-1])
+        run.step = load_checkpoint(run.accelerator, config, run.sources)
     run.accelerator.print(header(run), flush=True)
     require(preflight(run), run.accelerator.is_main_process)
     logger = MetricsLogger(run.accelerator, config, run.step)
@@ -286,7 +291,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             if last or stopping or run.step % config.save_every == 0:
                 if config.rollouts.ahead:
                     run.rollouts.ahead.collect()
-                save_checkpoint(run.accelerator, config, run.step)
+                save_checkpoint(run.accelerator, config, run.sources, run.step)
                 if run.rollouts.weights_synced_step != run.step:
                     run.rollouts.weights_synced_step = None  # sync, as a run resumed here would
                 logger.write_report()

@@ -40,6 +40,7 @@ class Teacher(Protocol):
     """Teacher interface used by the training step."""
 
     vocab_size: int  # rows that the LM heads of teacher and student have in common
+    fingerprint: str | None  # of its weights; None: its server does not tell it
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
         """Return the targets of a batch's n valid tokens, at `student_ids` (n, k) if they are given."""

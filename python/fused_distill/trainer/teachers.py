@@ -12,6 +12,7 @@ from accelerate.utils import patch_environment
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..huggingface.fingerprint import model_fingerprint
 from ..huggingface.lm_head import LMHeadParams, checked_head, last_hidden_states
 from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..serving.client.client import TeacherClient
@@ -34,6 +35,7 @@ class LocalTeacher:
     model: PreTrainedModel
     config: TrainConfig
     vocab_size: int
+    fingerprint: str | None
 
     @torch.no_grad()
     def targets(self, batch: Batch, student_ids: Tensor | None) -> Targets:
@@ -53,6 +55,7 @@ class HiddenStateTeacher:
     client: TeacherClient
     head: LMHeadParams
     vocab_size: int
+    fingerprint: str | None
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets:
         """See Teacher; student_ids must be None."""
@@ -68,6 +71,7 @@ class ServedTeacher:
     client: TeacherClient
     config: TrainConfig
     vocab_size: int
+    fingerprint: str | None
     normalizes: bool  # over vocab_size tokens; else over all rows of its own LM head
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
@@ -120,10 +124,11 @@ def load_teacher(
         check_lm_head(model, "teacher.model", model)
         set_attention(model, config)
         _check_embedding(model, config, vocab_size)
-        teacher = LocalTeacher(model, config, min(vocab_size, len(checked_head(model)[0].weight)))
+        vocab_size = min(vocab_size, len(checked_head(model)[0].weight))
+        teacher = LocalTeacher(model, config, vocab_size, model_fingerprint(model))
     elif settings.stored is not None:
         teacher = StoredTeacher(settings.stored, settings.k, config.temperature, vocab_size)
-        _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer_fingerprint"])
+        _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer"])
     else:
         assert settings.url is not None
         client = TeacherClient(
@@ -143,13 +148,14 @@ def load_teacher(
         if config.temperature != 1 and "temperature" not in capabilities:
             raise ConfigError(f"temperature: must be 1 with this server, got {config.temperature}")
         vocab_size = min(vocab_size, info.get("vocab_size", vocab_size))
+        weights = info.get("weights_fingerprint")
         if targets == "full":
             head = client.head()
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)
-            teacher = HiddenStateTeacher(client, head, vocab_size)
+            teacher = HiddenStateTeacher(client, head, vocab_size, weights)
         else:
-            teacher = ServedTeacher(client, config, vocab_size, "vocab_size" in capabilities)
+            teacher = ServedTeacher(client, config, vocab_size, weights, "vocab_size" in capabilities)
     if settings.targets != "full" and settings.k > teacher.vocab_size:
         raise ConfigError(f"teacher.k: {settings.k} is more than the {teacher.vocab_size} tokens there are")
     return teacher
