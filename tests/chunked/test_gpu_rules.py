@@ -63,8 +63,9 @@ def close_cases(draw: st.DrawFn, tail: bool) -> Case:
     case = draw(cases(dtypes=(torch.float16,)))
     (hs, ws, *_), options = case.tensors, case.options
     keywords = {k: t for k, t in case.keyword_tensors.items() if k not in ("labels", "teacher_bias")}
-    kept = ("beta", "temperature", "student_logit_scale", "student_softcap", "reduction", "normalizer")
-    options = {name: options[name] for name in kept if name in options}
+    kept = ("temperature", "student_logit_scale", "student_softcap", "reduction", "normalizer")
+    options = {name: options[name] for name in kept if name in options} | case.divergence
+    options.pop("entry_clip", None)  # rounding decides which terms of close models are clipped
     noise = torch.randn(hs.shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
     teacher = hs.float() + 1e-3 * noise
     scale, softcap = options["student_logit_scale"], options["student_softcap"]

@@ -175,16 +175,17 @@ def killed_at(config: TrainConfig, place: str) -> None:
     train_quietly(config, resource.RLIM_INFINITY)
 
 
-def test_sigterm_saves_a_checkpoint_that_resumes_bit_for_bit(
-    lab: Lab, uninterrupted: tuple[Path, float], tmp_path: Path
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_saves_a_checkpoint_that_resumes_bit_for_bit(
+    lab: Lab, uninterrupted: tuple[Path, float], tmp_path: Path, number: int, status: int
 ) -> None:
     config = lab.config(tmp_path, *SETTINGS)
     process = start(config)
     while not (tmp_path / "metrics.jsonl").exists() or not metrics(tmp_path):
         time.sleep(0.01)
-    os.kill(process.pid or 0, signal.SIGTERM)
+    os.kill(process.pid or 0, number)
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == status
     steps = metrics(tmp_path)[-1]["step"]
     assert 0 < steps < 8
     assert list_checkpoints(tmp_path)[-1].name == f"step-{steps:08}"
@@ -280,6 +281,40 @@ def test_no_checkpoint_that_can_be_read_is_one_line(lab: Lab, tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"^output: no checkpoint can be read: .*step-00000001$"):
         train(lab.config(tmp_path, "steps=2"), resume=True)
     assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_a_second_interrupt_ends_a_run_at_once(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(run: Trainer, buffer: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        train(lab.config(tmp_path))
+    assert not list_checkpoints(tmp_path)
+
+
+def test_a_run_says_where_it_resumes(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for steps, message in ((1, "at step 0 of 1\n"), (2, "at step 1 of 2\n"), (2, "at step 2 of 2, nothing")):
+        train(lab.config(tmp_path, f"steps={steps}"), resume=True)
+        assert f"resuming {tmp_path} {message}" in capsys.readouterr().out
+
+
+def test_a_full_disk_at_the_last_save_keeps_the_student_before(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(lab.config(tmp_path, "steps=1"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(Trainer(lab.config(tmp_path)).tokenizer), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(lab.config(tmp_path, "steps=2"), resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir()} == before
 
 
 def test_the_sigterm_handler_is_restored_after_an_error(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import shutil
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..huggingface.lm_head import LMHeadParams
 from ..rollouts.grouping import split_on_groups
+from .atomic import replace_folder
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, longest_for_teacher, sample_stream, split_data
@@ -31,6 +32,7 @@ from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
 from .sources import fingerprints
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
+from .stopping import RunStopped, StopSignals
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Part, Scored, describe_non_finite, topk_targets
 from .teachers import check_limits, check_stores, common_vocabulary, load_teachers
@@ -238,15 +240,21 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Save the student as the settings name; all processes call it together."""
         merge = self.config.lora is not None and self.config.lora.merge
+        scratch = folder.with_name(f"{folder.name}.tmp")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(scratch, ignore_errors=True)
         save_student(
-            self.accelerator, self.wrapped, self.tokenizer, folder, merge=merge, dtype=self.saved_dtype
+            self.accelerator, self.wrapped, self.tokenizer, scratch, merge=merge, dtype=self.saved_dtype
         )
+        if self.accelerator.is_main_process:
+            replace_folder(scratch, folder)
+        self.accelerator.wait_for_everyone()
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Distil a student and return the folder that holds it.
 
-    SIGTERM ends the run after the current step, with a checkpoint.
+    SIGTERM and Ctrl-C end the run after the current step, with a checkpoint.
 
     Args:
         config: settings. The output folder receives student, metrics.jsonl, report.html and checkpoints.
@@ -255,6 +263,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     Raises:
         ConfigError: a setting is invalid (the message names its key).
         NonFiniteLoss: the loss is not finite (the message names the tokens).
+        RunStopped: SIGTERM or Ctrl-C has ended the run, which is saved and can be resumed.
     """
     check_output(config.output)
     checkpoints = list_checkpoints(config.output)
@@ -264,14 +273,18 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     config = run.config
     if checkpoints:
         run.step = load_checkpoint(run.accelerator, config, run.sources)
+    if resume:
+        done = ", nothing is left to do" if run.step >= config.steps else ""
+        run.accelerator.print(
+            f"resuming {config.output} at step {run.step} of {config.steps}{done}", flush=True
+        )
     run.accelerator.print(header(run), flush=True)
     require(preflight(run), run.accelerator.is_main_process)
     logger = MetricsLogger(run.accelerator, config, run.step)
     with ExitStack() as cleanup:
         cleanup.callback(run.rollouts.close)
         cleanup.callback(logger.close)
-        previous_handler = signal.signal(signal.SIGTERM, lambda *_: run.accelerator.set_trigger())
-        cleanup.callback(signal.signal, signal.SIGTERM, previous_handler)
+        signals = cleanup.enter_context(StopSignals(run.accelerator))
         if run.step == 0 and run.held_out:
             logger.log(0, "evaluation", *run.evaluate())
         while run.step < config.steps:
@@ -292,7 +305,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             last = run.step == config.steps
             if run.held_out and (last or run.step % config.evaluate_every == 0):
                 logger.log(run.step, "evaluation", *run.evaluate())
-            stopping = run.accelerator.check_trigger()  # SIGTERM in any process
+            stopping = signals.stopping()
             if last or stopping or run.step % config.save_every == 0:
                 if config.rollouts.ahead:
                     run.rollouts.ahead.collect()
@@ -306,4 +319,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         run.save(student)
         logger.finish()
         run.accelerator.end_training()
+    if run.step < config.steps:
+        run.accelerator.print(
+            f"stopped at step {run.step} of {config.steps}: the run is not finished, --resume continues it",
+            flush=True,
+        )
+        raise RunStopped(signals.status)
     return student
