@@ -84,13 +84,18 @@ def read_prompts() -> list[str]:
     return (EXAMPLES / "prompts.txt").read_text().splitlines()
 
 
+def teacher_path(config: TrainConfig) -> str | None:
+    return config.teacher and config.teacher.model
+
+
 def prepare(source: Path, config: TrainConfig) -> None:
     """Link the teacher, save the student to start from, and write the teacher's completions.
 
     Held-out prompts come last, with one completion each.
     """
-    assert config.teacher.model is not None
-    link = Path(config.teacher.model)
+    path = teacher_path(config)
+    assert path is not None
+    link = Path(path)
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(source.resolve(), target_is_directory=True)
@@ -128,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = load_config(EXAMPLES / "demo.yaml", options.overrides)
     except ConfigError as error:
         parser.error(str(error))
-    if config.teacher.model is None:
+    if teacher_path(config) is None:
         parser.error("teacher.model: must be the path where the demo links its teacher")
     prepare(options.teacher or packaged_gemma(), config)
     shutil.rmtree(config.output / "checkpoints", ignore_errors=True)  # of an earlier demo

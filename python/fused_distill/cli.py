@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
         text = super().format_help()
         if not any(action.dest == "overrides" for action in self._actions):
             return text
-        from .trainer.config import help_lines
+        from .trainer.settings_help import help_lines
 
         return "\n  ".join([f"{text}\nkeys [default]:", *help_lines()]) + "\n"
 

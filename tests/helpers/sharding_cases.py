@@ -8,7 +8,7 @@ import torch
 from fused_distill.trainer.config import TrainConfig
 from fused_distill.trainer.data import Batch, Sample
 from fused_distill.trainer.student import load_pretrained
-from fused_distill.trainer.teachers import load_teacher
+from fused_distill.trainer.teachers import load_teachers
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
@@ -19,9 +19,9 @@ def teacher_targets(rank: int, config: TrainConfig, shard: bool) -> tuple[list[A
     """Return a rank's numbers of the teacher for a batch of its own, and its parameters that are sharded."""
     device = torch.device("cpu")
     tokenizer = load_pretrained(AutoTokenizer, "student", config.student)
-    teacher: Any = load_teacher(config, tokenizer, device, shard=shard)
+    teacher: Any = load_teachers(config, tokenizer, device, shard=shard)[""]
     batch = Batch.collate(BATCHES[rank], device)
-    ids = torch.tensor([[3, 4]]).expand(len(batch.valid), 2) if config.teacher.targets != "full" else None
+    ids = torch.tensor([[3, 4]]).expand(len(batch.valid), 2) if teacher.settings.targets != "full" else None
     numbers = []
     for _ in range(2):  # the second time its LM head is whole already
         targets = teacher.targets(batch, ids)

@@ -42,7 +42,7 @@ def turns(tokenizer: Any, row: dict[str, Any], **options: Any) -> list[tuple[str
 
     found = tokenize_row(row, tokenizer, DataConfig.model_validate({"path": "", **options}))
     assert all(isinstance(turn, Turn) for turn in found)
-    return [(str(text(prompt)), text(completion)) for prompt, completion in found]
+    return [(str(text(turn.prompt)), text(turn.completion)) for turn in found]
 
 
 @pytest.mark.parametrize(

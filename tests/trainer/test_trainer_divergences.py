@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fused_distill.huggingface.lm_head import LMHeadParams
 from fused_distill.reference import linear_jsd, linear_topk_jsd
-from fused_distill.trainer.config import ConfigError
+from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.targets import FullTargets, TopKTargets, distillation_loss
 from torch import Tensor
 from trainer_cases import NOT_INTERPRETED, Lab
@@ -18,6 +19,10 @@ from trainer_cases import lab as lab
 pytestmark = NOT_INTERPRETED
 
 N, V, D, K = 20, 30, 8, 4
+
+
+def teacher_of(config: TrainConfig) -> Any:
+    return SimpleNamespace(settings=config.teacher, vocab_size=V)
 
 
 def make_targets(topk: bool) -> tuple[Tensor, Tensor, FullTargets | TopKTargets]:
@@ -48,7 +53,8 @@ def test_the_divergence_of_the_settings_is_the_loss(
     overrides = [f"{name}={value}" for name, value in settings.items()]
     config = lab.config(tmp_path, *overrides, f"teacher.targets={'topk' if topk else 'full'}")
     hidden, head, targets = make_targets(topk)
-    loss, _ = distillation_loss(hidden, LMHeadParams(head, None, 1.0, None), targets, 5.0, config, V)
+    student = LMHeadParams(head, None, 1.0, None)
+    loss, _ = distillation_loss(hidden, student, targets, 5.0, config, teacher_of(config))
     if isinstance(targets, TopKTargets):
         expected = linear_topk_jsd(hidden, head, *targets, normalizer=5.0, **settings)
     else:
@@ -64,7 +70,8 @@ def test_a_token_weight_rule_keeps_the_tokens_that_it_names(
     hidden, head, targets = make_targets(topk)
     arguments = hidden, LMHeadParams(head, None, 1.0, None), targets, 1.0
     overrides = f"teacher.targets={'topk' if topk else 'full'}", "beta=0.0"
-    _, stats = distillation_loss(*arguments, lab.config(tmp_path, *overrides), V)
+    config = lab.config(tmp_path, *overrides)
+    _, stats = distillation_loss(*arguments, config, teacher_of(config))
     if "below" in rule:
         chosen = stats.teacher_entropy < 1.4
     else:  # the five most uncertain of 20 tokens
@@ -72,7 +79,7 @@ def test_a_token_weight_rule_keeps_the_tokens_that_it_names(
         chosen[stats.student_entropy.argsort(descending=True)[:5]] = True
     assert 0 < int(chosen.sum()) < N
     config = lab.config(tmp_path, *overrides, f"token_weight={{{rule}}}")
-    loss, _ = distillation_loss(*arguments, config, V)
+    loss, _ = distillation_loss(*arguments, config, teacher_of(config))
     torch.testing.assert_close(loss, stats.forward_kl[chosen].sum())
 
 

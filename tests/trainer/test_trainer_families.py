@@ -12,7 +12,7 @@ from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.data import Batch, Sample
 from fused_distill.trainer.student import load_student, run_in_student_forward
 from fused_distill.trainer.targets import FullTargets
-from fused_distill.trainer.teachers import load_teacher
+from fused_distill.trainer.teachers import load_teachers
 from tiny_families import tiny_model as family_model
 from torch import Tensor
 from trainer_cases import NOT_INTERPRETED, Lab, transformers
@@ -66,7 +66,7 @@ def test_teachers_logits_are_the_models(lab: Lab, tiny_model: Path, tmp_path: Pa
     folder = save(family, tiny_model, tmp_path / "teacher")
     config = lab.config(tmp_path, f"teacher.model={folder}", "teacher.targets=full")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    teacher: Any = load_teacher(config, tokenizer, CPU)
+    teacher: Any = load_teachers(config, tokenizer, CPU)[""]
     batch, expected = batch_and_logits(teacher.model)
     targets = teacher.targets(batch, None)
     assert isinstance(targets, FullTargets)
@@ -93,4 +93,4 @@ def test_teacher_whose_logits_cannot_be_computed_is_refused(
     folder = save("prophetnet", tiny_model, tmp_path / "teacher")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     with pytest.raises(ConfigError, match=r"teacher\.model: the logits of ProphetNetForCausalLM"):
-        load_teacher(lab.config(tmp_path, f"teacher.model={folder}"), tokenizer, CPU)
+        load_teachers(lab.config(tmp_path, f"teacher.model={folder}"), tokenizer, CPU)

@@ -33,7 +33,7 @@ def reference_step(trainer: Trainer, samples: list[Sample]) -> float:
 
 
 def teacher(trainer: Trainer) -> Any:
-    return trainer.teacher.model  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer.teachers[""].model  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_the_loss_is_the_jsd_of_the_models_logits(lab: Lab, tmp_path: Path) -> None:

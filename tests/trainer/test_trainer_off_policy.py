@@ -31,7 +31,7 @@ class Token(NamedTuple):
 
 
 def tokens_of(trainer: Trainer, samples: list[Sample]) -> list[Token]:
-    teacher: Any = trainer.teacher.model  # pyright: ignore[reportAttributeAccessIssue]
+    teacher: Any = trainer.teachers[""].model  # pyright: ignore[reportAttributeAccessIssue]
     tokens: list[Token] = []
     for s in samples:
         ids = torch.tensor([[*s.prompt, *s.completion]])
@@ -145,7 +145,8 @@ def test_a_served_teacher_sends_one_log_probability_per_token(lab: Lab, tmp_path
 
     trainer = Trainer(lab.config(tmp_path, "objective=sampled"))
     client: Any = Client()
-    trainer.teacher = ServedTeacher(client, trainer.config, 98, None, True)
+    settings = trainer.teachers[""].settings
+    trainer.teachers[""] = ServedTeacher(client, trainer.config, settings, 98, None, True)
     assert trainer.update([SAMPLES])["loss"] == pytest.approx(want, rel=1e-5)
     assert (client.asked["top_logprobs"], client.asked["score_ids"]) == (0, None)
 

@@ -19,7 +19,7 @@ from fused_distill.cli import main
 from fused_distill.serving.server.transformers_engine import TransformersEngine
 from fused_distill.trainer import cache_teacher, stored
 from fused_distill.trainer.cache_teacher import store_teacher
-from fused_distill.trainer.config import ConfigError
+from fused_distill.trainer.config import ConfigError, TeacherConfig
 from fused_distill.trainer.data import Batch, Sample
 from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.targets import TopKTargets
@@ -106,6 +106,7 @@ def test_a_float16_store_holds_rounded_logprobs_of_the_same_ids(lab: Lab, tmp_pa
 
 def test_finite_logprobs_stay_finite_in_float16() -> None:
     class FarApart:
+        settings = TeacherConfig.model_validate({"model": "teacher"})
         vocab_size = 98
         fingerprint: str | None = None
 

@@ -59,10 +59,10 @@ def test_ids_beyond_the_students_lm_head_belong_to_the_tail(lab: Lab, url: str, 
     """As a stock vLLM server returns them: 6 of its 104 ids have no row in the student's LM head."""
     settings = [f"teacher.url={url}", "teacher.targets=topk", "teacher.k=98", "lmbda=0"]
     trainer = Trainer(lab.config(tmp_path, *settings))
-    assert isinstance(trainer.teacher, ServedTeacher)
-    trainer.teacher.normalizes = False
+    assert isinstance(trainer.teachers[""], ServedTeacher)
+    trainer.teachers[""].normalizes = False
     batch = Batch.collate(trainer.fill_buffer()[0], torch.device("cpu"))
-    targets = trainer.teacher.targets(batch, None)
+    targets = trainer.teachers[""].targets(batch, None)
     assert isinstance(targets, TopKTargets)
     beyond = targets.ids >= 98
     assert beyond.any()

@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 
 from .atomic import whole_file, write_whole
 from .config import ConfigError, TrainConfig
-from .data import Batch, Sample, load_data
+from .data import Batch, Sample, load_data, longest_for_teacher
 from .sources import differences, fingerprints
 from .stored import DESCRIPTION, is_whole, list_parts, read_description
 from .student import load_pretrained
 from .targets import Teacher, TopKTargets
-from .teachers import check_limits, load_teacher
+from .teachers import check_limits, load_teachers
 
 BATCH_ROWS = 16
 
@@ -36,6 +36,8 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
             data, another tokenizer, another teacher or other settings (the message names what differs).
         OSError: a file cannot be written (the message names it).
     """
+    if config.teacher is None:
+        raise ConfigError("teachers: a store holds one teacher: set teacher instead")
     if config.teacher.stored is not None:
         raise ConfigError("teacher.stored: a store is made with teacher.model or teacher.url")
     if config.teacher.targets != "topk":
@@ -48,8 +50,9 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     rows = data.samples
     if not len(rows):
         raise ConfigError(f"data.path: no sample can be used of {data}")
-    teacher = load_teacher(config, tokenizer, accelerator.device)
-    info = fingerprints(rows, tokenizer, teacher) | {
+    teachers = load_teachers(config, tokenizer, accelerator.device)
+    teacher = teachers[""]
+    info = fingerprints(rows, tokenizer, teachers) | {
         "source": config.teacher.model or config.teacher.model_dump()["url"],
         "k": config.teacher.k,
         "temperature": config.temperature,
@@ -66,12 +69,7 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
         before["source"] = info["source"]
     if changed := differences(before, info):
         raise ConfigError(f"{folder} holds another store: {changed}. Choose another folder for a new store")
-
-    def longest() -> int:
-        lengths = map(len, rows["prompt"]), map(len, rows["completion"])
-        return max(map(sum, zip(*lengths, strict=True)), default=0)
-
-    check_limits(teacher, config, longest)
+    check_limits(teachers, config, lambda: longest_for_teacher(rows))
     tokens, number = pa.list_(pa.int32()), pa.float16() if dtype == "float16" else pa.float32()
     types = {"tokens": tokens, "prompt_length": pa.int32(), "ids": pa.list_(tokens)}
     schema = pa.schema(types | {"logprobs": pa.list_(pa.list_(number))})
@@ -94,7 +92,7 @@ def score(
     """Return the rows of a store for some samples."""
     rows: list[dict[str, Any]] = []
     for first in range(0, len(samples), BATCH_ROWS):
-        batch = Batch.collate(samples[first : first + BATCH_ROWS], device)
+        batch = Batch.collate(samples[first : first + BATCH_ROWS], device).for_teacher()
         targets = teacher.targets(batch, None)
         assert isinstance(targets, TopKTargets)
         finite = targets.logprobs.clamp(min=torch.finfo(dtype).min)  # -inf marks an absent token

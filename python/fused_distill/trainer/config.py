@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
@@ -48,6 +47,9 @@ class DataConfig(_Section):
     chat_template_options: dict[str, Any] = Field(
         {}, description="arguments of the chat template, e.g. {enable_thinking: false}"
     )
+    teacher_column: str = Field(
+        "teacher", description="column with the name of a row's teacher in `teachers`"
+    )
     evaluation_prompts: int = Field(16, ge=0, description="number of samples held out from the end")
     max_prompt_length: int = Field(512, ge=1, description="tokens; samples with longer prompts are dropped")
 
@@ -63,6 +65,12 @@ class TeacherConfig(_Section):
     )
     k: int = Field(64, ge=1, description="tokens per position of topk and student_topk")
     tail: Tail = Field("bucket", description="see fused_linear_topk_jsd")
+    chat_template: Literal["student", "own"] = Field(
+        "student", description="whose chat template renders messages for the teacher"
+    )
+    tokenizer: str | None = Field(
+        None, description="local path or hub name of its tokenizer, if not of teacher.model"
+    )
     dtype: Dtype = Field("auto", description="of teacher.model; auto: bfloat16 on a GPU, float32 on a CPU")
     deadline_seconds: float = Field(
         1200.0,
@@ -76,7 +84,14 @@ class TeacherConfig(_Section):
             raise ValueError("must have one of model, url and stored")
         if self.stored is not None and self.targets != "topk":
             raise ValueError(f"targets must be topk with stored, got {self.targets}")
+        if self.chat_template == "own" and self.tokenizer_name is None:
+            raise ValueError("chat_template own needs tokenizer with url and stored")
         return self
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """Return the path or name of the teacher's tokenizer, None if it is unknown."""
+        return self.tokenizer or self.model
 
 
 class RolloutConfig(_Section):
@@ -147,7 +162,10 @@ class TrainConfig(_Section):
     """On-policy distillation of a student."""
 
     student: str = Field(description="local path or hub name")
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None
+    teachers: dict[str, TeacherConfig] = Field(
+        {}, description="instead of teacher: several by name, e.g. {math: {...}, code: {...}}"
+    )
     data: DataConfig
     rollouts: RolloutConfig = RolloutConfig.model_validate({})
     lora: LoraConfig | None = Field(None, description="null: train all weights")
@@ -211,13 +229,14 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _check_combination(self) -> TrainConfig:
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("one of teacher and teachers must be set")
         if self.divergence != "mixed_kl" and self.reverse_weight != 0.5:
             raise ValueError(f"reverse_weight is a setting of divergence mixed_kl, got {self.divergence}")
-        if self.teacher.targets == "full":
-            LossConfig(**self.loss_options)
-        else:
-            TopKLossConfig(tail=self.teacher.tail, **self.loss_options)
-        if self.teacher.stored is not None and self.lmbda > 0:
+        for teacher in self.all_teachers.values():
+            tail: dict[str, Any] = {} if teacher.targets == "full" else {"tail": teacher.tail}
+            (TopKLossConfig if tail else LossConfig)(**self.loss_options, **tail)
+        if self.uses_store and self.lmbda > 0:
             raise ValueError("lmbda must be 0 with teacher.stored, which knows the data's completions only")
         if self.objective == "sampled":
             for name, value in (("lmbda", self.lmbda), ("temperature", self.temperature)):
@@ -225,7 +244,18 @@ class TrainConfig(_Section):
                     raise ValueError(f"{name} must be 1 with objective sampled, got {value}")
         return self
 
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """Return the teachers by name; a single one has the name ""."""
+        return self.teachers if self.teacher is None else {"": self.teacher}
 
+    @property
+    def uses_store(self) -> bool:
+        """Return whether a teacher knows the data's completions only."""
+        return any(teacher.stored is not None for teacher in self.all_teachers.values())
+
+
+_FREE_OF_TEACHER = {"model", "url", "stored", "deadline_seconds", "tokenizer"}
 # Settings that may change on resume: the length of the run, its files and its machines.
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),
@@ -233,7 +263,8 @@ _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("evaluate_every", "save_every", "log_every", "keep_checkpoints", "save_dtype"), True),
     "lora": {"merge"},
     "data": {"path"},
-    "teacher": {"model", "url", "stored", "deadline_seconds"},
+    "teacher": _FREE_OF_TEACHER,
+    "teachers": {"__all__": _FREE_OF_TEACHER},
     "rollouts": {"engine", "batch_size", "url", "engine_options", "sync", "nccl_address", "nccl_port"},
 }
 
@@ -300,25 +331,3 @@ def _parse_yaml(source: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: no YAML: {' '.join(str(error).split())}") from error
-
-
-def help_lines(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """Yield one line of help per key."""
-    for name, field in model.model_fields.items():
-        types = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
-        if section is not None:
-            yield f"{prefix}{name}: {' '.join((section.__doc__ or '').split())}"
-            yield from help_lines(section, f"{prefix}{name}.")
-            continue
-        default = "" if field.is_required() else f" [{json.dumps(field.default)}]"
-        choices = " | ".join(_choices(field.annotation))
-        told = f"{field.description or ''} ({choices})" if choices else field.description or ""
-        yield f"{prefix}{name}{default}  {told}".rstrip()
-
-
-def _choices(annotation: Any) -> list[str]:
-    """Return the texts that a setting of a type may have, none if it may have any."""
-    if get_origin(annotation) is Literal:
-        return [str(choice) for choice in get_args(annotation)]
-    return [choice for part in get_args(annotation) for choice in _choices(part)]

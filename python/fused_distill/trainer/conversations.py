@@ -24,6 +24,7 @@ _ROLES = {
     "observation": "tool",
 }
 _SOURCES = ("prompt", "messages", "conversations")
+_TEACHER_COLUMNS = ("teacher_prompt", "teacher_messages")
 
 
 class RowError(ValueError):
@@ -35,20 +36,26 @@ class Turn(NamedTuple):
 
     prompt: list[int]
     completion: list[int] | None
+    teacher_prompt: list[int] | None = None  # None: the teacher sees the prompt
 
 
 def tokenize_row(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Turn]:
     """Return the turns of a row to train on.
 
     Args:
         row: exactly one of `prompt` (text, or a list of messages), `messages` and `conversations`. A
             conversation's completion is in the column `completion`, or it is the last message if this is
-            the assistant's. `tools` lists JSON schemas for the chat template.
+            the assistant's. `tools` lists JSON schemas for the chat template. The teacher sees another prompt
+            if the row has `teacher_prompt` (text, or a list of messages) or `teacher_messages`.
         tokenizer: of the student.
         config: `train_on: all_turns` returns one turn for every message of the assistant, whose prompt is the
             conversation before it.
+        teacher_tokenizer: its chat template renders messages for the teacher. None: the student's does.
 
     Raises:
         RowError: the row has none of the formats above (the message names the column and quotes the value).
@@ -62,7 +69,8 @@ def tokenize_row(
     if source == "prompt" and isinstance(value, str):
         if not isinstance(completion, str | None):
             raise RowError(f"column completion: must be text, as the prompt is, got {shortened(completion)}")
-        return [_tokenize_text(value, completion, tokenizer)]
+        turns = [_tokenize_text(value, completion, tokenizer)]
+        return _with_teacher_prompt(row, turns, tokenizer, config, teacher_tokenizer)
     messages = _read_messages(source, value)
     answered = messages[-1]["role"] == "assistant"
     if completion is not None:
@@ -75,16 +83,47 @@ def tokenize_row(
             raise RowError(
                 f"column completion: must end with a message of the assistant, got {messages[-1]['role']}"
             )
-    chat = _Chat(tokenizer, config.chat_template_options, _parse("tools", row.get("tools")))
     last = len(messages) - 1
-    turns = [
-        chat.tokenize(messages[: i + 1])
+    ends = [
+        i + 1
         for i, message in enumerate(messages)
         if message["role"] == "assistant" and (i == last or config.train_on == "all_turns")
     ]
     if messages[-1]["role"] != "assistant":
-        turns.append(Turn(chat.encode(chat.render(messages, for_generation=True)), None))
-    return turns
+        ends.append(len(messages))
+    chat = _Chat.of_row(row, tokenizer, config)
+    turns = [chat.tokenize(messages[:end]) for end in ends]
+    if teacher_tokenizer is not None:
+        own = _Chat.of_row(row, teacher_tokenizer, config)
+        prompts = [own.tokenize(messages[:end]).prompt for end in ends]
+        turns = [turn._replace(teacher_prompt=prompt) for turn, prompt in zip(turns, prompts, strict=True)]
+    return _with_teacher_prompt(row, turns, tokenizer, config, teacher_tokenizer)
+
+
+def _with_teacher_prompt(
+    row: Mapping[str, Any],
+    turns: list[Turn],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> list[Turn]:
+    """Return the turns with the prompt that the row has for the teacher, if it has one."""
+    columns = [name for name in _TEACHER_COLUMNS if row.get(name) is not None]
+    if not columns:
+        return turns
+    if len(columns) > 1:
+        raise RowError(f"must have only one of the columns {', '.join(columns)}")
+    [column] = columns
+    if len(turns) != 1:
+        raise RowError(f"column {column}: needs one turn per row, got {len(turns)} (data.train_on)")
+    if column == "teacher_prompt" and isinstance(row[column], str):
+        prompt = _tokenize_text(row[column], None, teacher_tokenizer or tokenizer).prompt
+    else:
+        messages = _read_messages(column, row[column])
+        if messages[-1]["role"] == "assistant":
+            raise RowError(f"column {column}: must end before the assistant's answer, the completion")
+        prompt = _Chat.of_row(row, teacher_tokenizer or tokenizer, config).tokenize(messages).prompt
+    return [turns[0]._replace(teacher_prompt=prompt)]
 
 
 def _tokenize_text(prompt: str, completion: str | None, tokenizer: PreTrainedTokenizerBase) -> Turn:
@@ -106,6 +145,10 @@ class _Chat(NamedTuple):
     options: Mapping[str, Any]
     tools: Any
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> _Chat:
+        return cls(tokenizer, config.chat_template_options, _parse("tools", row.get("tools")))
+
     def render(self, messages: list[dict[str, Any]], *, for_generation: bool) -> str:
         try:
             return str(
@@ -125,7 +168,12 @@ class _Chat(NamedTuple):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
     def tokenize(self, messages: list[dict[str, Any]]) -> Turn:
-        """Return the turn of the last message: what the template adds to the conversation before it."""
+        """Return the turn of the last message: what the template adds to the conversation before it.
+
+        If it is not the assistant's, all messages are the prompt of an answer.
+        """
+        if messages[-1]["role"] != "assistant":
+            return Turn(self.encode(self.render(messages, for_generation=True)), None)
         before = self.render(messages[:-1], for_generation=False) if len(messages) > 1 else ""
         prompt = self.render(messages[:-1], for_generation=True) if len(messages) > 1 else ""
         text = self.render(messages, for_generation=False)
@@ -155,7 +203,8 @@ def _read_messages(column: str, value: Any) -> list[dict[str, Any]]:
     """Return messages with role and content, without the empty fields that tables add."""
     messages = _parse(column, value)
     if not isinstance(messages, list) or not messages:
-        kinds = "text or a list of messages" if column in ("prompt", "completion") else "a list of messages"
+        texts = ("prompt", "completion", "teacher_prompt")
+        kinds = "text or a list of messages" if column in texts else "a list of messages"
         raise RowError(f"column {column}: must be {kinds}, got {shortened(value)}")
     return [_read_message(f"column {column}: message {i}", message) for i, message in enumerate(messages)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import TeacherConfig
+from .targets import Teacher
 from .teachers import LocalTeacher
 
 if TYPE_CHECKING:
@@ -17,12 +17,13 @@ def header(run: Trainer) -> str:
     resumed = f"resumed from the checkpoint of step {start}, " if start else ""
     rows = [
         ("student", f"{config.student}: {_student_size(run)}"),
-        ("teacher", _teacher(config.teacher, run.teacher)),
+        *((f"teacher {name}".rstrip(), _teacher(teacher)) for name, teacher in run.teachers.items()),
         ("device", _device(run)),
         ("data", f"{len(run.samples):,} samples for training, {len(run.held_out):,} held out"),
         ("steps", f"{resumed}{start} of {config.steps} done, {config.prompts_per_step} prompts each"),
     ]
-    return "\n".join(f"{name:<8} {value}" for name, value in rows)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def _student_size(run: Trainer) -> str:
@@ -31,7 +32,8 @@ def _student_size(run: Trainer) -> str:
     return f"{total:,} parameters, {'all' if trained == total else f'{trained:,}'} trained{lora}"
 
 
-def _teacher(settings: TeacherConfig, teacher: Any) -> str:
+def _teacher(teacher: Teacher) -> str:
+    settings = teacher.settings
     shown = settings.model_dump(mode="json")  # without credentials
     source = settings.model or shown["url"] or shown["stored"]
     name = ", ".join(source) if isinstance(source, list) else str(source)

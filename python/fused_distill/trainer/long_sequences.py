@@ -67,8 +67,8 @@ def split_by_tokens(slices: list[list[Sample]], limit: int, accelerator: Acceler
     parts: list[list[Sample]] = []
     for samples in slices:
         part: list[Sample] = []
-        for sample in sorted(samples, key=lambda s: len(s.tokens), reverse=True):
-            if not part or (len(part) + 1) * len(part[0].tokens) > limit:
+        for sample in sorted(samples, key=_length, reverse=True):
+            if not part or (len(part) + 1) * _length(part[0]) > limit:
                 part = []
                 parts.append(part)
             part.append(sample)
@@ -81,7 +81,12 @@ def split_by_tokens(slices: list[list[Sample]], limit: int, accelerator: Acceler
 
 
 def _padded_tokens(samples: list[Sample]) -> int:
-    return len(samples) * max(len(sample.tokens) for sample in samples)
+    return len(samples) * max(map(_length, samples))
+
+
+def _length(sample: Sample) -> int:
+    """Return the number of tokens of the longer sequence, the student's or the teacher's."""
+    return max(len(sample.tokens), len(sample.for_teacher().tokens))
 
 
 def check_positions(key: str, model: Any, config: TrainConfig, longest: Callable[[], int]) -> None:

@@ -18,11 +18,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..huggingface.lm_head import LMHeadParams
 from ..rollouts.grouping import split_on_groups
-from ..stats import DistillStats
 from .atomic import replace_folder
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainConfig
-from .data import Batch, Sample, load_data, sample_stream, split_data
+from .data import Batch, Sample, load_data, longest_for_teacher, sample_stream, split_data
 from .header import header
 from .logger import MetricsLogger
 from .long_sequences import check_positions, split_by_tokens
@@ -34,10 +33,9 @@ from .saving import save_student, saved_dtype
 from .sources import fingerprints
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .stopping import RunStopped, StopSignals
-from .stored import StoredTeacher
 from .student import load_pretrained, load_student, run_in_student_forward
-from .targets import Targets, describe_non_finite, topk_targets
-from .teachers import check_limits, load_teacher
+from .targets import Part, Scored, describe_non_finite, topk_targets
+from .teachers import check_limits, check_stores, common_vocabulary, load_teachers
 
 EVAL_BATCH_SIZE = 8
 N_SHOWN_SAMPLES = 3
@@ -66,20 +64,17 @@ class Trainer:
         say(data)
         self.samples, self.held_out = split_data(data, config)
         say("loading the teacher")
-        self.teacher = load_teacher(config, self.tokenizer, self.device, self.sharded)
+        self.teachers = load_teachers(config, self.tokenizer, self.device, self.sharded)
         completion = config.rollouts.max_completion_length
-
-        def longest() -> int:
-            return max(map(len, data.samples["prompt"]), default=0) + completion
-
-        check_limits(self.teacher, config, longest)
-        self.sources = fingerprints(data.samples, self.tokenizer, self.teacher)
-        if isinstance(self.teacher, StoredTeacher):
-            self.teacher.check(data, self.sources["data"])
+        check_limits(self.teachers, config, lambda: longest_for_teacher(data.samples, completion))
+        self.sources = fingerprints(data.samples, self.tokenizer, self.teachers)
+        check_stores(self.teachers, data, self.sources["data"])
         say(f"loading the student {config.student}")
         torch.manual_seed(config.seed)
         model = load_student(config)
-        check_positions("student", model.config, config, longest)
+        check_positions(
+            "student", model.config, config, lambda: max(map(len, data.samples["prompt"])) + completion
+        )
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -90,7 +85,7 @@ class Trainer:
         self.accelerator.register_for_checkpointing(self.schedule)
         self.saved_dtype = saved_dtype(config)
         self.rollouts = StudentRollouts(
-            config, self.accelerator, self.wrapped, self.tokenizer, self.teacher.vocab_size
+            config, self.accelerator, self.wrapped, self.tokenizer, common_vocabulary(self.teachers)
         )
         self.importance = ImportanceRatios(config)
         self.timer = Timer(self.device)  # of the current step
@@ -131,8 +126,11 @@ class Trainer:
             completions = self.rollouts.generate(prompts, self.rollouts.sampling(n, seed))
         return [
             [
-                Sample(
-                    samples[c.group].row, c.prompt, c.tokens, c.finish_reason == "length", True, c.logprobs
+                samples[c.group]._replace(
+                    completion=c.tokens,
+                    truncated=c.finish_reason == "length",
+                    on_policy=True,
+                    logprobs=c.logprobs,
                 )
                 for c in part
             ]
@@ -145,20 +143,25 @@ class Trainer:
             slices = split_by_tokens(slices, self.config.tokens_per_forward, self.accelerator)
         return [Batch.collate(samples, self.device) for samples in slices]
 
-    def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, DistillStats, Targets]:
-        """Return a batch's summed loss divided by `normalizer`, its per-token statistics and its targets."""
-        config, vocab_size = self.config, self.teacher.vocab_size
+    def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, list[Scored]]:
+        """Return a batch's summed loss divided by `normalizer`, and the part of each of its teachers."""
+        parts = Part.split(batch)
 
-        def compute(hidden: Tensor, head: LMHeadParams) -> tuple[Tensor, DistillStats, Targets]:
-            ids = None
-            if config.objective == "sampled":
-                ids = sampled_ids(batch)[:, None]
-            elif config.teacher.targets == "student_topk":
-                ids = topk_targets(hidden, head, config, vocab_size).ids
-            with self.timer.measure("teacher_seconds"):
-                targets = self.teacher.targets(batch, ids)
-            loss = batch_loss(hidden, head, batch, targets, normalizer, config, vocab_size, self.importance)
-            return *loss, targets
+        def compute(states: Tensor, head: LMHeadParams) -> tuple[Tensor, list[Scored]]:
+            scored: list[Scored] = []
+            for part in parts:
+                teacher, hidden, ids = self.teachers[part.name], part.select(states), None
+                if self.config.objective == "sampled":
+                    ids = sampled_ids(part.batch)[:, None]
+                elif teacher.settings.targets == "student_topk":
+                    ids = topk_targets(hidden, head, self.config, teacher).ids
+                with self.timer.measure("teacher_seconds"):
+                    targets = teacher.targets(part.batch, ids)
+                loss = batch_loss(
+                    hidden, head, part.batch, targets, normalizer, self.config, teacher, self.importance
+                )
+                scored.append(Scored(part, *loss, targets))
+            return sum((part.loss for part in scored[1:]), scored[0].loss), scored
 
         with self.accelerator.autocast():
             return run_in_student_forward(self.wrapped, self.model, batch, compute)
@@ -177,10 +180,10 @@ class Trainer:
             # Without reducing gradients per slice FSDP would keep unsharded gradients on every device.
             reduce_now = self.sharded or i == len(batches) - 1
             with nullcontext() if reduce_now else self.accelerator.no_sync(self.wrapped):
-                loss, stats = self.loss(batch, n_tokens)[:2]
+                loss, scored = self.loss(batch, n_tokens)
                 # DDP and FSDP average over processes, but n_tokens counts the tokens of all of them.
                 self.accelerator.backward(loss * self.processes)
-            sums.append(batch_sums(loss * n_tokens, stats))
+            sums.append(batch_sums(scored, n_tokens, [*self.teachers]))
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         others = self.importance.read(self.accelerator) | policy_losses(sums, batches, self.accelerator)
@@ -198,12 +201,12 @@ class Trainer:
         """Return the mean metrics on held-out prompts and a few decoded samples."""
         start = time.perf_counter()
         samples = self.held_out[self.rank :: self.processes]
-        if self.config.teacher.stored is None:
+        if not self.config.uses_store:
             self.rollouts.sync_weights(self.step)
             [samples] = self.generate(samples, self.config.seed + self.rank, 1)
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
         batches = self.collate([samples[i : i + EVAL_BATCH_SIZE] for i in starts])
-        sums = [batch_sums(*self.loss(batch, 1.0)[:2]) for batch in batches]
+        sums = [batch_sums(self.loss(batch, 1.0)[1], 1.0, [*self.teachers]) for batch in batches]
         decode: Any = self.tokenizer.decode
         shown = [
             {"prompt": decode(s.prompt), "completion": decode(s.completion)}
@@ -214,11 +217,12 @@ class Trainer:
 
     def read_metrics(self, sums: list[Tensor], batches: list[Batch], **others: Tensor) -> dict[str, float]:
         """Read metrics of all processes and others at once; raise NonFiniteLoss unless the loss is finite."""
-        counts = sums[0].new_tensor(sample_counts(batches))
-        totals: Any = self.accelerator.reduce(torch.cat([counts, sum(sums[1:], sums[0])]), "sum")
-        numbers = torch.cat([totals, *(value.to(totals).reshape(1) for value in others.values())]).tolist()
-        n = len(totals)
-        metrics = mean_metrics(numbers[:n]) | dict(zip(others, numbers[n:], strict=True))
+        counts = sums[0].new_tensor(sample_counts(batches, [*self.teachers]))
+        totals: Any = self.accelerator.reduce(torch.cat([counts, sum(sums[1:], sums[0])], 1), "sum")
+        extra = [value.to(totals).reshape(1) for value in others.values()]
+        numbers = torch.cat([totals.flatten(), *extra]).tolist()
+        n = totals.numel()
+        metrics = mean_metrics(numbers[:n], [*self.teachers]) | dict(zip(others, numbers[n:], strict=True))
         if not isfinite(metrics["loss"]):
             raise NonFiniteLoss(self.diagnose(batches))
         if self.config.objective == "sampled":
@@ -229,7 +233,8 @@ class Trainer:
     def diagnose(self, batches: list[Batch]) -> str:
         """Compute the batches once more and describe the first of them whose loss is not finite."""
         # The list holds all of them, as FSDP's processes compute together.
-        diagnoses = [describe_non_finite(b, *self.loss(b, 1.0)[1:], self.tokenizer) for b in batches]
+        scored = [part for batch in batches for part in self.loss(batch, 1.0)[1]]
+        diagnoses = [describe_non_finite(part, self.tokenizer) for part in scored]
         return next(filter(None, diagnoses), "the loss is not finite, but every token's is in this process")
 
     def save(self, folder: Path) -> None:

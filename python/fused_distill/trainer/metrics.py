@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,27 +13,46 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..stats import DistillStats
 from .data import Batch
+from .targets import Scored
 
 STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
-def batch_sums(loss: Tensor, stats: DistillStats) -> Tensor:
-    """Return the summed loss of a batch and the sums of its statistics, without waiting for the device."""
-    dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-    sums = [loss.detach(), *(getattr(stats, name).sum() for name in STATISTICS)]
-    return torch.stack([value.to(dtype) for value in sums])
+def batch_sums(scored: list[Scored], normalizer: float, teachers: Sequence[str]) -> Tensor:
+    """Return the summed losses and statistics of a batch, (teachers, 6), without waiting for the device."""
+    device = scored[0].loss.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(len(teachers), 1 + len(STATISTICS), dtype=dtype, device=device)
+    for part, loss, stats, _ in scored:
+        values = [loss.detach() * normalizer, *(getattr(stats, name).sum() for name in STATISTICS)]
+        sums[teachers.index(part.name)] = torch.stack([value.to(dtype) for value in values])
+    return sums
 
 
-def sample_counts(batches: list[Batch]) -> list[int]:
-    """Return the numbers of samples, of completion tokens and of truncated samples."""
-    truncated = [sample.truncated for batch in batches for sample in batch.samples]
-    return [len(truncated), sum(sum(batch.lengths) for batch in batches), sum(truncated)]
+def sample_counts(batches: list[Batch], teachers: Sequence[str]) -> list[list[int]]:
+    """Return, for each teacher, the numbers of samples, of completion tokens and of truncated samples."""
+    samples = [[s for b in batches for s in b.samples if s.teacher == name] for name in teachers]
+    return [[len(s), sum(len(x.completion) for x in s), sum(x.truncated for x in s)] for s in samples]
 
 
-def mean_metrics(numbers: list[float]) -> dict[str, float]:
-    """Return the metrics of `sample_counts` and added `batch_sums`: means per sample and means per token."""
+def mean_metrics(numbers: Sequence[float], teachers: Sequence[str]) -> dict[str, float]:
+    """Return the means per sample and per token, of all teachers and of each, e.g. as math/loss.
+
+    Args:
+        numbers: `sample_counts` and added `batch_sums`, one teacher after the other.
+        teachers: their names; a single one has none.
+    """
+    width = len(numbers) // len(teachers)
+    rows = [numbers[i : i + width] for i in range(0, len(numbers), width)]
+    metrics = _means([sum(column) for column in zip(*rows, strict=True)])
+    for name, row in zip(teachers, rows, strict=True):
+        if name and row[0]:
+            metrics |= {f"{name}/{key}": value for key, value in _means(row).items()}
+    return metrics
+
+
+def _means(numbers: Sequence[float]) -> dict[str, float]:
     samples, tokens, truncated, *totals = numbers
     means = {"completion_length": tokens / samples, "truncated": truncated / samples, "tokens": tokens}
     names = ("loss", *STATISTICS)

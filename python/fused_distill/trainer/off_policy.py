@@ -14,7 +14,7 @@ from ..huggingface.lm_head import LMHeadParams
 from ..stats import DistillStats
 from .config import TrainConfig
 from .data import Batch
-from .targets import Targets, TopKTargets, distillation_loss
+from .targets import Targets, Teacher, TopKTargets, distillation_loss
 
 UNKNOWN_IF_SAMPLED = ("forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
@@ -76,11 +76,11 @@ def batch_loss(
     targets: Targets,
     normalizer: float,
     config: TrainConfig,
-    vocab_size: int,
+    teacher: Teacher,
     importance: ImportanceRatios,
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss of the settings' objective, see `distillation_loss` and `sampled_loss`."""
-    ids = sampled_ids(batch)
+    ids, vocab_size = sampled_ids(batch), teacher.vocab_size
     if config.objective == "sampled":
         assert isinstance(targets, TopKTargets)
         return sampled_loss(hidden, head, batch, targets.logprobs[:, 0], normalizer, vocab_size, importance)
@@ -93,7 +93,7 @@ def batch_loss(
         return now
 
     weights = importance.weights(batch, logprobs_now)
-    return distillation_loss(hidden, head, targets, normalizer, config, vocab_size, weights)
+    return distillation_loss(hidden, head, targets, normalizer, config, teacher, weights)
 
 
 def sampled_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,33 +21,34 @@ _DIFFERENCES = {
 
 
 def fingerprints(
-    samples: Dataset, tokenizer: PreTrainedTokenizerBase, teacher: Teacher
+    samples: Dataset, tokenizer: PreTrainedTokenizerBase, teachers: Mapping[str, Teacher]
 ) -> dict[str, str | None]:
-    """Return the fingerprints of data, tokenizer and teacher; None if a teacher's server does not tell it."""
-    return {
-        "data": _data_fingerprint(samples),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "teacher": teacher.fingerprint,
-    }
+    """Return the fingerprints of data, tokenizer and teachers; None if a teacher's server does not tell it.
+
+    The key of the only teacher is "teacher", that of one named math is "teacher math".
+    """
+    own = {"data": _data_fingerprint(samples), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    return own | {f"teacher {name}".rstrip(): teacher.fingerprint for name, teacher in teachers.items()}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Name the settings and the fingerprints that differ; empty if none does."""
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if None in (before.get("teacher"), now.get("teacher")):
-        changed = [key for key in changed if key != "teacher"]
-    told = (f"was {before.get(key)} before, is {now.get(key)}" for key in changed)
-    return "; ".join(f"{key}: {_DIFFERENCES.get(key, text)}" for key, text in zip(changed, told, strict=True))
+    told: list[str] = []
+    for key in {**before, **now}:
+        kind, old, new = key.partition(" ")[0], before.get(key), now.get(key)
+        if old != new and not (kind == "teacher" and None in (old, new)):
+            told.append(f"{key}: {_DIFFERENCES.get(kind, f'was {old} before, is {new}')}")
+    return "; ".join(told)
 
 
 def _data_fingerprint(samples: Dataset) -> str:
-    """Return the SHA-256 of all prompts and completions in their order, and of the number of samples used."""
+    """Return the SHA-256 of all samples in their order, with their teachers, and of the number used."""
     table: Any = samples.data  # with the dropped samples, so that no row is copied
-    whole = hashlib.sha256(str(len(samples)).encode())
-    for name in ("prompt", "completion"):
+    whole = hashlib.sha256(json.dumps([len(samples), table.column("teacher").to_pylist()]).encode())
+    for name in ("prompt", "teacher_prompt", "completion"):
         lengths, tokens = hashlib.sha256(), hashlib.sha256()  # whatever the chunks are
         for chunk in table.column(name).chunks:
-            lengths.update(chunk.value_lengths().to_numpy().tobytes())
+            lengths.update(chunk.value_lengths().fill_null(-1).to_numpy().tobytes())
             tokens.update(chunk.flatten().to_numpy().tobytes())
         whole.update(lengths.digest() + tokens.digest())
     return whole.hexdigest()

@@ -28,7 +28,10 @@ def check_output(folder: Path) -> None:
 
 def check_weight_files(config: TrainConfig) -> None:
     """Raise a ConfigError if weight files of student or teacher are truncated, before anything is loaded."""
-    for key, name in (("student", config.student), ("teacher.model", config.teacher.model)):
+    models: list[tuple[str, str | None]] = [("student", config.student)]
+    for name, teacher in config.all_teachers.items():
+        models.append((f"teachers.{name}.model" if name else "teacher.model", teacher.model))
+    for key, name in models:
         problem = None if name is None else find_broken_weights(name)
         if problem is not None:
             raise ConfigError(f"{key}: {problem}")
@@ -38,7 +41,8 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     """Return accelerate's Accelerator for a run, and the settings with a precision for its device."""
     cpu = not torch.accelerator.is_available()  # else processes on a CPU would not form a group
     # Longer than a client retries its server while the other processes wait.
-    timeout = timedelta(hours=2, seconds=config.teacher.deadline_seconds)
+    deadline = max(teacher.deadline_seconds for teacher in config.all_teachers.values())
+    timeout = timedelta(hours=2, seconds=deadline)
     device: Any = PartialState(cpu, timeout=timeout).device
     config = choose_precision(config, device)
     accelerator = Accelerator(

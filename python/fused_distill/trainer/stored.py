@@ -3,7 +3,7 @@
 The folder holds part-*.parquet, and teacher.json with the settings of the store and fingerprints of data,
 tokenizer and teacher. A row is a completion:
 
-    tokens         list<int32>              prompt followed by completion
+    tokens         list<int32>              the teacher's prompt followed by the completion
     prompt_length  int32
     ids            list<list<int32>>        the teacher's k most likely tokens at each completion token
     logprobs       list<list<float>>        their log-probabilities, float32 or float16
@@ -24,7 +24,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .config import ConfigError
+from .config import ConfigError, TeacherConfig
 from .data import Batch, Data, Sample
 from .targets import TopKTargets
 
@@ -36,9 +36,9 @@ PART_ROWS = 256
 class StoredTeacher:
     """Targets at k tokens per position from a store, whose numbers stay in memory-mapped files."""
 
-    def __init__(self, folder: Path, k: int, temperature: float, vocab_size: int):
+    def __init__(self, folder: Path, settings: TeacherConfig, temperature: float, vocab_size: int):
         self.folder, self.info = folder, read_description(folder)
-        stored_k, stored_temperature = self.info["k"], self.info["temperature"]
+        k, stored_k, stored_temperature = settings.k, self.info["k"], self.info["temperature"]
         if k > stored_k or temperature != stored_temperature:
             stored = f"k {stored_k} at temperature {stored_temperature}"
             raise ConfigError(f"teacher.stored: it holds {stored}, not k {k} at {temperature}")
@@ -48,7 +48,7 @@ class StoredTeacher:
                 state = "cut off" if part.exists() else "missing"
                 advice = f"run cache-teacher again ({part.name} is {state})"
                 raise ConfigError(f"teacher.stored: {folder} is not complete: {advice}")
-        self.k, self.vocab_size, self.fingerprint = k, vocab_size, self.info["teacher"]
+        self.settings, self.vocab_size, self.fingerprint = settings, vocab_size, self.info["teacher"]
         try:
             files: Any = [*map(str, parts)]
             self._columns: Any = Dataset.from_parquet(files).data
@@ -62,17 +62,21 @@ class StoredTeacher:
             for i, (row, length) in enumerate(zip(tokens, lengths, strict=True))
         }
 
-    def check(self, data: Data, fingerprint: str | None) -> None:
-        """Raise a ConfigError if a sample of the data, whose fingerprint is given, is not in the store."""
+    def check(self, data: Data, name: str, fingerprint: str | None) -> None:
+        """Raise a ConfigError if a sample of the teacher with this name is not in the store.
+
+        Data with the fingerprint of the store's is the same data.
+        """
         if fingerprint == self.info["data"]:
             return
-        samples = (Sample(**data.samples[i]) for i in range(len(data.samples)))
-        absent = [sample.row for sample in samples if _key(sample) not in self._rows]
+        drawn = (Sample(**data.samples[i]) for i in range(len(data.samples)))
+        samples = [(sample.row, _key(sample.for_teacher())) for sample in drawn if sample.teacher == name]
+        absent = [row for row, key in samples if key not in self._rows]
         if absent:
             raise ConfigError(
                 f"teacher.stored: {self.folder} was made from other data, or with other settings of data and "
                 f"rollouts.max_completion_length: it lacks the completions of {len(absent)} of "
-                f"{len(data.samples)} samples of {data.source}, the first in row {absent[0]}"
+                f"{len(samples)} samples of {data.source}, the first in row {absent[0]}"
             )
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
@@ -86,7 +90,7 @@ class StoredTeacher:
     def _matrix(self, column: str, row: int) -> NDArray[Any]:
         """Return the (positions, k) values of a row."""
         positions = self._columns.column(column)[row].values
-        return positions.flatten().to_numpy().reshape(len(positions), self.info["k"])[:, : self.k]
+        return positions.flatten().to_numpy().reshape(len(positions), self.info["k"])[:, : self.settings.k]
 
 
 def read_description(folder: Path) -> dict[str, Any]:

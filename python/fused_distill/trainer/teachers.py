@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,8 +19,8 @@ from ..huggingface.lm_head import LMHeadParams, checked_head, last_hidden_states
 from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
 from ..serving.client.client import TeacherClient
 from ..serving.client.retry import ServerError
-from .config import ConfigError, TrainConfig
-from .data import Batch
+from .config import ConfigError, TeacherConfig, TrainConfig
+from .data import Batch, Data
 from .long_sequences import check_positions, set_attention
 from .sharding import shard_teacher
 from .stored import StoredTeacher
@@ -34,6 +36,7 @@ class LocalTeacher:
 
     model: PreTrainedModel
     config: TrainConfig
+    settings: TeacherConfig
     vocab_size: int
     fingerprint: str | None
 
@@ -43,9 +46,9 @@ class LocalTeacher:
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.attention, "use_cache": False}
         hidden = batch.pack(last_hidden_states(self.model, **inputs))
         head, _ = checked_head(self.model)  # whole by now if the model is sharded
-        if student_ids is None and self.config.teacher.targets == "full":
+        if student_ids is None and self.settings.targets == "full":
             return FullTargets(hidden, head)
-        return topk_targets(hidden, head, self.config, self.vocab_size, student_ids)
+        return topk_targets(hidden, head, self.config, self, student_ids)
 
 
 @dataclass
@@ -54,6 +57,7 @@ class HiddenStateTeacher:
 
     client: TeacherClient
     head: LMHeadParams
+    settings: TeacherConfig
     vocab_size: int
     fingerprint: str | None
 
@@ -70,13 +74,14 @@ class ServedTeacher:
 
     client: TeacherClient
     config: TrainConfig
+    settings: TeacherConfig
     vocab_size: int
     fingerprint: str | None
     normalizes: bool  # over vocab_size tokens; else over all rows of its own LM head
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
         """See Teacher."""
-        k, score_ids = self.config.teacher.k, None
+        k, score_ids = self.settings.k, None
         sampled = self.config.objective == "sampled"
         if sampled:
             k = 0
@@ -99,14 +104,49 @@ class ServedTeacher:
         return TopKTargets(logprobs.masked_fill(ids >= self.vocab_size, -torch.inf), ids)
 
 
-def load_teacher(
+def load_teachers(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, shard: bool = False
-) -> Teacher:
-    """Load the teacher that the settings name, for a student with the given tokenizer.
+) -> dict[str, Teacher]:
+    """Load the teachers that the settings name, for a student with the given tokenizer.
 
     With `shard` a model is sharded between all processes, which then compute together.
     """
-    settings, fingerprint = config.teacher, tokenizer_fingerprint(tokenizer)
+    if shard and len(config.all_teachers) > 1 and any(t.model for t in config.all_teachers.values()):
+        raise ConfigError(
+            "teachers: with FSDP only a single teacher may have a model, which is sharded, because processes "
+            "ask several teachers at different times. Serve the models (teachers.NAME.url)"
+        )
+    teachers: dict[str, Teacher] = {}
+    for name, settings in config.all_teachers.items():
+        with _key_of(name):
+            teachers[name] = _load_teacher(config, settings, tokenizer, device, shard)
+    return teachers
+
+
+def common_vocabulary(teachers: dict[str, Teacher]) -> int:
+    """Return the number of tokens, from the first, that the student and all teachers have."""
+    return min(teacher.vocab_size for teacher in teachers.values())
+
+
+@contextmanager
+def _key_of(name: str) -> Generator[None, None, None]:
+    """Put the key of a teacher that has a name into the errors raised inside."""
+    try:
+        yield
+    except ConfigError as error:
+        if not name:
+            raise
+        raise ConfigError(re.sub(r"^teacher\b", f"teachers.{name}", str(error))) from error
+
+
+def _load_teacher(
+    config: TrainConfig,
+    settings: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    shard: bool,
+) -> Teacher:
+    fingerprint = tokenizer_fingerprint(tokenizer)
     vocab_size = load_pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
     if settings.model is not None:
         teacher_tokenizer = load_tokenizer(settings.model)
@@ -117,6 +157,7 @@ def load_teacher(
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
             model = load_pretrained(AutoModelForCausalLM, "teacher.model", settings.model, dtype=dtype)
         model.eval().requires_grad_(False)
+        weights = model_fingerprint(model)  # before it is sharded
         if shard and all(p.is_floating_point() for p in model.parameters()):  # not if quantized
             shard_teacher(model, device)
         else:
@@ -125,9 +166,9 @@ def load_teacher(
         set_attention(model, config)
         _check_embedding(model, config, vocab_size)
         vocab_size = min(vocab_size, len(checked_head(model)[0].weight))
-        teacher = LocalTeacher(model, config, vocab_size, model_fingerprint(model))
+        teacher = LocalTeacher(model, config, settings, vocab_size, weights)
     elif settings.stored is not None:
-        teacher = StoredTeacher(settings.stored, settings.k, config.temperature, vocab_size)
+        teacher = StoredTeacher(settings.stored, settings, config.temperature, vocab_size)
         _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer"])
     else:
         assert settings.url is not None
@@ -153,21 +194,37 @@ def load_teacher(
             head = client.head()
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)
-            teacher = HiddenStateTeacher(client, head, vocab_size, weights)
+            teacher = HiddenStateTeacher(client, head, settings, vocab_size, weights)
         else:
-            teacher = ServedTeacher(client, config, vocab_size, weights, "vocab_size" in capabilities)
+            teacher = ServedTeacher(
+                client, config, settings, vocab_size, weights, "vocab_size" in capabilities
+            )
     if settings.targets != "full" and settings.k > teacher.vocab_size:
         raise ConfigError(f"teacher.k: {settings.k} is more than the {teacher.vocab_size} tokens there are")
     return teacher
 
 
-def check_limits(teacher: Teacher, config: TrainConfig, length: Callable[[], int]) -> None:
-    """Raise a ConfigError if the teacher does not take `length()` tokens or, a server, the settings' k."""
+def check_limits(teachers: dict[str, Teacher], config: TrainConfig, length: Callable[[], int]) -> None:
+    """Raise a ConfigError if a teacher does not take `length()` tokens or, a server, the settings' k."""
+    for name, teacher in teachers.items():
+        with _key_of(name):
+            _check_limits(teacher, config, length)
+
+
+def check_stores(teachers: dict[str, Teacher], data: Data, fingerprint: str | None) -> None:
+    """Raise a ConfigError if a stored teacher lacks a sample of the data, whose fingerprint is given."""
+    for name, teacher in teachers.items():
+        if isinstance(teacher, StoredTeacher):
+            with _key_of(name):
+                teacher.check(data, name, fingerprint)
+
+
+def _check_limits(teacher: Teacher, config: TrainConfig, length: Callable[[], int]) -> None:
     if isinstance(teacher, LocalTeacher):
         check_positions("teacher.model", teacher.model.config, config, length)
     if not isinstance(teacher, HiddenStateTeacher | ServedTeacher):
         return
-    k = config.teacher.k if config.teacher.targets == "topk" else 0
+    k = teacher.settings.k if teacher.settings.targets == "topk" else 0
     try:
         teacher.client.check_limits(top_logprobs=k, length=length())
     except (ValueError, ServerError) as error:

@@ -20,11 +20,12 @@ def compare_chats(run: Trainer, teacher: TeacherOfRun) -> Finding | None:
 
     Returns None if the teacher's tokenizer is not known, as a server's.
     """
-    if teacher.tokenizer_name is None:
+    settings = teacher.settings
+    if settings.tokenizer_name is None:
         return None
     own: Any = run.tokenizer
-    other: Any = load_tokenizer(teacher.tokenizer_name) or own
-    problems = [_templates(own, other, teacher.has_own_format), _ends(run, own, other)]
+    other: Any = load_tokenizer(settings.tokenizer_name) or own
+    problems = [_templates(own, other, settings.chat_template == "own"), _ends(run, own, other)]
     found = " ".join(problem for problem in problems if problem)
     if found:
         return warning(found)

@@ -60,11 +60,14 @@ def check_loss(run: Trainer, teacher: TeacherOfRun) -> Finding:
     sample = next(filter(teacher.scores, map(_sample, run.samples)), None)
     if sample is None:
         return warning("no training sample has this teacher: remove it, or check the column of the data")
+    own_prompt = sample.teacher_prompt is not None
     if teacher.settings.stored is None:
         prompt = sample.prompt[:_PROBE_TOKENS]
         completion = (sample.completion or prompt)[:_PROBE_TOKENS]
         # Two tokens at least, because the loss is compiled for any number of tokens but one.
-        sample = sample._replace(prompt=prompt, completion=(completion * 2)[: max(2, len(completion))])
+        completion = (completion * 2)[: max(2, len(completion))]
+        # After the student's prompt, because an equal teacher gives another loss after one of its own.
+        sample = sample._replace(prompt=prompt, completion=completion, teacher_prompt=None)
     batch = Batch.collate([sample], run.device)
     with torch.no_grad():
         loss = float(run.loss(batch, float(len(batch.valid)))[0])
@@ -75,6 +78,8 @@ def check_loss(run: Trainer, teacher: TeacherOfRun) -> Finding:
         return ok(text)
     if abs(loss) > _EQUAL:
         return error(f"{text}, but the teacher has the student's weights, so it should be 0")
+    if own_prompt:
+        return ok(f"{text}: the teacher has the student's weights, and prompts of its own")
     return warning(f"{text}: the teacher has the student's weights, so there is nothing to learn from it")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import TeacherConfig
 from ..data import Sample
@@ -24,24 +24,11 @@ class TeacherOfRun(NamedTuple):
         """Return what the findings call it."""
         return f"teacher {self.name}".rstrip()
 
-    @property
-    def tokenizer_name(self) -> str | None:
-        """Return the path or name of its tokenizer, None if it is unknown."""
-        settings: Any = self.settings
-        return getattr(settings, "tokenizer_name", settings.model)
-
-    @property
-    def has_own_format(self) -> bool:
-        """Return whether its own chat template renders its prompts."""
-        return getattr(self.settings, "chat_template", "student") == "own"
-
     def scores(self, sample: Sample) -> bool:
         """Return whether it scores a sample."""
-        return getattr(sample, "teacher", "") == self.name
+        return sample.teacher == self.name
 
 
 def teachers_of(run: Trainer) -> list[TeacherOfRun]:
     """Return the teachers of a run."""
-    trainer: Any = run
-    teachers: dict[str, Any] = getattr(trainer, "teachers", None) or {"": trainer.teacher}
-    return [TeacherOfRun(n, getattr(t, "settings", run.config.teacher), t) for n, t in teachers.items()]
+    return [TeacherOfRun(name, teacher.settings, teacher) for name, teacher in run.teachers.items()]
