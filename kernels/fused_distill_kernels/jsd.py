@@ -297,8 +297,8 @@ def gradient_kernel(
         label = tl.load(labels_ptr + row)
         hard_factor = tl.where(label >= 0, hard_factor, 0.0)
         y_factor = hard_factor / tl.load(merged + (SUM_Y if WANT_Y else SUM_S))
-    # Each thread writes 16 bytes at once.
-    width: tl.constexpr = 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
+    # Each thread writes 16 bytes at once, with clipped terms 4 columns, for which its registers suffice.
+    width: tl.constexpr = WIDTH if CLIP else 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
     lanes = tile_columns(GROUPS, width)
     block: tl.constexpr = GROUPS * width
 
