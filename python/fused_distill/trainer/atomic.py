@@ -23,9 +23,9 @@ def whole_file(path: Path) -> Generator[Path, None, None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file."""
+    """Write a text file in UTF-8."""
     with whole_file(path) as scratch:
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
 
 
 def replace_folder(scratch: Path, folder: Path) -> None:

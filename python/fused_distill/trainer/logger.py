@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from .atomic import write_whole
 from .config import TrainConfig, flat_settings
 from .console import RunConsole
 from .files import shortened
@@ -134,9 +135,7 @@ def open_history(path: Path, resumed_step: int) -> tuple[list[Row], list[str]]:
             f"it keeps {len(rows)} sound lines up to step {resumed_step}; {copy.name} is the file as it was"
         )
         notices.append(f"{path}: {'; '.join(broken)}; {kept}")
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scratch.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows, notices
 
 

@@ -80,12 +80,13 @@ def batch_loss(
     importance: ImportanceRatios,
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss of the settings' objective, see `distillation_loss` and `sampled_loss`."""
-    ids, vocab_size = sampled_ids(batch), teacher.vocab_size
+    vocab_size = teacher.vocab_size
     if config.objective == "sampled":
         assert isinstance(targets, TopKTargets)
         return sampled_loss(hidden, head, batch, targets.logprobs[:, 0], normalizer, vocab_size, importance)
 
     def logprobs_now() -> Tensor:
+        ids = sampled_ids(batch)
         now = topk_logprobs(
             hidden.detach(), head.weight, 0, ids, vocab_size=vocab_size, **head.options()
         ).actual_logprobs

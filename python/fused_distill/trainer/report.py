@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .atomic import write_whole
 from .charts import Series, line_chart, stacked_chart
 from .config import TrainConfig, flat_settings
 
@@ -72,10 +73,7 @@ def write_report(config: TrainConfig, rows: Sequence[Row], warnings: Sequence[st
         rows: the lines of metrics.jsonl so far.
         warnings: shown at the top.
     """
-    path = config.output / "report.html"
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(render(config, rows, warnings), encoding="utf-8")
-    scratch.replace(path)
+    write_whole(config.output / "report.html", render(config, rows, warnings))
 
 
 def render(config: TrainConfig, rows: Sequence[Row], warnings: Sequence[str] = ()) -> str:
