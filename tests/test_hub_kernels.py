@@ -97,7 +97,7 @@ print(*module.__all__)
 
 
 def load_by_package(folder: Path) -> ModuleType:
-    return pytest.importorskip("kernels").get_local_kernel(folder)
+    return pytest.importorskip("kernels.load").get_local_kernel(folder)
 
 
 @pytest.mark.skipif(BACKEND != "triton", reason="runs kernels")
