@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..config import Divergence, LossConfig, Surplus, Tail, TopKLossConfig
-from ..serving.protocol.urls import without_credentials
+from .section import Section, Texts, problem
 
 Targets = Literal["full", "topk", "student_topk"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -21,18 +21,7 @@ class ConfigError(ValueError):
     """An invalid setting; the message names its key."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_serializer("url", check_fields=False)
-    def _hide_credentials(self, url: list[str] | str | None) -> list[str] | str | None:
-        """Keep passwords out of reports and trackers, which get the settings of a run."""
-        if url is None or isinstance(url, str):
-            return url and without_credentials(url)
-        return [without_credentials(server) for server in url]
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """Rows with `prompt` (text or messages), `messages` or ShareGPT's `conversations`. Off-policy data also
     needs `completion` (text or messages) or a conversation that ends with the assistant's message."""
 
@@ -54,11 +43,11 @@ class DataConfig(_Section):
     max_prompt_length: int = Field(512, ge=1, description="tokens; samples with longer prompts are dropped")
 
 
-class TeacherConfig(_Section):
+class TeacherConfig(Section):
     """Exactly one of model, url and stored."""
 
     model: str | None = Field(None, description="local path or hub name of a teacher loaded in this process")
-    url: list[str] | str | None = Field(None, description="teacher server or servers: ours, vLLM or SGLang")
+    url: Texts | None = Field(None, description="teacher server or servers: ours, vLLM or SGLang")
     stored: Path | None = Field(None, description="folder of `fused-distill cache-teacher`; off-policy only")
     targets: Targets = Field(
         "full", description="topk: teacher's top k; student_topk: at the student's top k"
@@ -99,7 +88,7 @@ class TeacherConfig(_Section):
         return self.tokenizer or self.model
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """Rollout generation."""
 
     engine: Engine = Field("transformers", description="vllm: in each process; vllm_server: a stock server")
@@ -139,16 +128,16 @@ class RolloutConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """Low-rank adapters (PEFT) instead of training all weights."""
 
     r: int = Field(16, ge=1, description="rank")
     alpha: int = Field(32, ge=1, description="scale of the adapters is alpha / r")
-    target_modules: list[str] | str = Field("all-linear", description="module names that get adapters")
+    target_modules: Texts = Field("all-linear", description="module names that get adapters")
     merge: bool = Field(False, description="save student/ as a whole model, with the adapters merged into it")
 
 
-class TokenWeightConfig(_Section):
+class TokenWeightConfig(Section):
     """One rule that gives some tokens weight 1 and all others weight 0. The loss is still a mean over all."""
 
     entropy_below: float | None = Field(None, gt=0, description="nats; tokens whose teacher entropy is lower")
@@ -163,7 +152,7 @@ class TokenWeightConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """On-policy distillation of a student."""
 
     student: str = Field(description="local path or hub name")
@@ -309,13 +298,17 @@ def load_config(
     Raises:
         ConfigError: the file, an override or a setting is invalid (the message names the key).
     """
-    content = _parse_yaml(str(path), Path(path).read_text()) or {}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    content = _parse_yaml(str(path), text) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values")
     content = {**(defaults or {}), **content}
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals:
+        if not key or not equals:
             raise ConfigError(f"an override must be KEY=VALUE, got {override!r}")
         section: dict[str, Any] = content
         *names, last = key.split(".")
@@ -327,8 +320,7 @@ def load_config(
     try:
         return TrainConfig.model_validate(content)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("; ".join(problems).replace(": Value error, ", ": ")) from None
+        raise ConfigError("; ".join(map(problem, error.errors()))) from None
 
 
 def _parse_yaml(source: str, text: str) -> Any:
