@@ -48,7 +48,7 @@ class TeacherConfig(Section):
         lt=1,
         description="of model self: teacher = ema * teacher + (1 - ema) * student after a step",
     )
-    url: list[str] | str | None = Field(None, description="teacher server or servers, ours or stock vLLM")
+    url: list[str] | str | None = Field(None, description="teacher server or servers: ours, vLLM or SGLang")
     stored: Path | None = Field(None, description="folder of `fused-distill cache-teacher`; off-policy only")
     targets: Targets = Field(
         "full", description="topk: teacher's top k; student_topk: at the student's top k"
