@@ -9,16 +9,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from ..config import Divergence, LossConfig, Surplus, Tail, TopKLossConfig
+from ..config import Divergence, LossConfig, Surplus, TopKLossConfig
 from .section import Section, Texts, problem
+from .teacher_config import ConfigError, Dtype, TeacherConfig
 
-Targets = Literal["full", "topk", "student_topk"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Engine = Literal["transformers", "vllm", "vllm_server"]
-
-
-class ConfigError(ValueError):
-    """An invalid setting; the message names its key."""
 
 
 class DataConfig(Section):
@@ -41,51 +36,6 @@ class DataConfig(Section):
     )
     evaluation_prompts: int = Field(16, ge=0, description="number of samples held out from the end")
     max_prompt_length: int = Field(512, ge=1, description="tokens; samples with longer prompts are dropped")
-
-
-class TeacherConfig(Section):
-    """Exactly one of model, url and stored."""
-
-    model: str | None = Field(None, description="local path or hub name of a teacher loaded in this process")
-    url: Texts | None = Field(None, description="teacher server or servers: ours, vLLM or SGLang")
-    stored: Path | None = Field(None, description="folder of `fused-distill cache-teacher`; off-policy only")
-    targets: Targets = Field(
-        "full", description="topk: teacher's top k; student_topk: at the student's top k"
-    )
-    k: int = Field(64, ge=1, description="tokens per position of topk and student_topk")
-    tail: Tail = Field("bucket", description="see fused_linear_topk_jsd")
-    chat_template: Literal["student", "own"] = Field(
-        "student", description="whose chat template renders messages for the teacher"
-    )
-    tokenizer: str | None = Field(
-        None, description="local path or hub name of its tokenizer, if not that of teacher.model"
-    )
-    dtype: Dtype = Field("auto", description="of teacher.model; auto: bfloat16 on a GPU, float32 on a CPU")
-    deadline_seconds: float = Field(
-        1200.0,
-        gt=0,
-        description="longest wait for an answer of teacher.url, e.g. while the server restarts",
-    )
-
-    @model_validator(mode="after")
-    def _check_source(self) -> TeacherConfig:
-        if sum(value is not None for value in (self.model, self.url, self.stored)) != 1:
-            raise ValueError("must have one of model, url and stored")
-        if self.stored is not None and self.targets != "topk":
-            raise ValueError(f"targets must be topk with stored, got {self.targets}")
-        if self.chat_template == "own" and self.tokenizer_name is None:
-            raise ValueError("chat_template own needs tokenizer with url and stored")
-        return self
-
-    @property
-    def source(self) -> Literal["model", "url", "stored"]:
-        """Return which of the three it is."""
-        return "model" if self.model is not None else "url" if self.url is not None else "stored"
-
-    @property
-    def tokenizer_name(self) -> str | None:
-        """Return the path or name of the teacher's tokenizer, None if it is unknown."""
-        return self.tokenizer or self.model
 
 
 class RolloutConfig(Section):
