@@ -13,9 +13,10 @@ from .long_sequences import checkpointed_layers
 
 
 def resident_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of a model's parameters in this process, after the first forward pass if it is sharded.
+    """Return the bytes of a model's parameters in this process.
 
-    Of the layers that `shard_teacher` shards only this process's part counts, what is outside them as a whole.
+    Of the layers that `shard_teacher` shards only this process's part counts; what is outside them is whole
+    after the first forward pass.
     """
     in_layers = {id(p) for layer in checkpointed_layers(model) for p in layer.parameters()}
     parameters = [
