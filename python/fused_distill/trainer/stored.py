@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .config import ConfigError, TeacherConfig
 from .data import Batch, Data, Sample
-from .targets import TopKTargets
+from .targets import Kind, TopKTargets
 
 DESCRIPTION = "teacher.json"
 KEYS = ("data", "tokenizer", "teacher", "source", "k", "temperature", "vocab_size", "dtype", "rows")
@@ -49,6 +49,7 @@ class StoredTeacher:
                 advice = f"run cache-teacher again ({part.name} is {state})"
                 raise ConfigError(f"teacher.stored: {folder} is not complete: {advice}")
         self.settings, self.vocab_size, self.fingerprint = settings, vocab_size, self.info["teacher"]
+        self.kind: Kind = "topk"
         try:
             files: Any = [*map(str, parts)]
             self._columns: Any = Dataset.from_parquet(files).data

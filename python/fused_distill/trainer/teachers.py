@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -25,7 +25,7 @@ from .long_sequences import check_positions, set_attention
 from .sharding import shard_teacher
 from .stored import StoredTeacher
 from .student import check_lm_head, load_pretrained
-from .targets import FullTargets, Targets, Teacher, TopKTargets, topk_targets
+from .targets import FullTargets, Kind, Targets, Teacher, TopKTargets, topk_targets
 
 _START_SECONDS = 60.0  # a server that does not answer for so long at the start is taken for absent
 
@@ -37,6 +37,7 @@ class LocalTeacher:
     model: PreTrainedModel
     config: TrainConfig
     settings: TeacherConfig
+    kind: Kind
     vocab_size: int
     fingerprint: str | None
 
@@ -46,7 +47,7 @@ class LocalTeacher:
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.attention, "use_cache": False}
         hidden = batch.pack(last_hidden_states(self.model, **inputs))
         head, _ = checked_head(self.model)  # whole by now if the model is sharded
-        if student_ids is None and self.settings.targets == "full":
+        if self.kind in ("full", "exact"):
             return FullTargets(hidden, head)
         return topk_targets(hidden, head, self.config, self, student_ids)
 
@@ -60,6 +61,7 @@ class HiddenStateTeacher:
     settings: TeacherConfig
     vocab_size: int
     fingerprint: str | None
+    kind: Kind = "full"
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets:
         """See Teacher; student_ids must be None."""
@@ -75,6 +77,7 @@ class ServedTeacher:
     client: TeacherClient
     config: TrainConfig
     settings: TeacherConfig
+    kind: Kind
     vocab_size: int
     fingerprint: str | None
     normalizes: bool  # over vocab_size tokens; else over all rows of its own LM head
@@ -82,7 +85,7 @@ class ServedTeacher:
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
         """See Teacher."""
         k, score_ids = self.settings.k, None
-        sampled = self.config.objective == "sampled"
+        sampled = self.kind == "sampled"
         if sampled:
             k = 0
         elif student_ids is not None:
@@ -123,6 +126,16 @@ def load_teachers(
     return teachers
 
 
+def evaluating(teachers: dict[str, Teacher]) -> dict[str, Teacher]:
+    """Return the teachers for an evaluation, in which models in this process give whole distributions."""
+    return {
+        name: replace(teacher, kind="exact")
+        if isinstance(teacher, LocalTeacher) and teacher.kind != "full"
+        else teacher
+        for name, teacher in teachers.items()
+    }
+
+
 def common_vocabulary(teachers: dict[str, Teacher]) -> int:
     """Return the number of tokens, from the first, that the student and all teachers have."""
     return min(teacher.vocab_size for teacher in teachers.values())
@@ -147,6 +160,7 @@ def _load_teacher(
     shard: bool,
 ) -> Teacher:
     fingerprint = tokenizer_fingerprint(tokenizer)
+    kind: Kind = "sampled" if config.objective == "sampled" else settings.targets
     vocab_size = load_pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
     if settings.model is not None:
         teacher_tokenizer = load_tokenizer(settings.model)
@@ -166,7 +180,7 @@ def _load_teacher(
         set_attention(model, config)
         _check_embedding(model, config, vocab_size)
         vocab_size = min(vocab_size, len(checked_head(model)[0].weight))
-        teacher = LocalTeacher(model, config, settings, vocab_size, weights)
+        teacher = LocalTeacher(model, config, settings, kind, vocab_size, weights)
     elif settings.stored is not None:
         teacher = StoredTeacher(settings.stored, settings, config.temperature, vocab_size)
         _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer"])
@@ -182,22 +196,21 @@ def _load_teacher(
         _check_tokenizer("teacher.url", fingerprint, info.get("tokenizer_fingerprint"))
         capabilities = info.get("capabilities", [])  # a stock vLLM server has none
         # The sampled tokens' log-probabilities are in every server's answer.
-        targets = "topk" if config.objective == "sampled" else settings.targets
-        needed = {"full": "hidden_states", "student_topk": "score_ids"}.get(targets)
+        needed = {"full": "hidden_states", "student_topk": "score_ids"}.get(kind)
         if needed is not None and needed not in capabilities:
             raise ConfigError(f"teacher.targets: must be topk with this server, which has no {needed}")
         if config.temperature != 1 and "temperature" not in capabilities:
             raise ConfigError(f"temperature: must be 1 with this server, got {config.temperature}")
         vocab_size = min(vocab_size, info.get("vocab_size", vocab_size))
         weights = info.get("weights_fingerprint")
-        if targets == "full":
+        if kind == "full":
             head = client.head()
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)
             teacher = HiddenStateTeacher(client, head, settings, vocab_size, weights)
         else:
             teacher = ServedTeacher(
-                client, config, settings, vocab_size, weights, "vocab_size" in capabilities
+                client, config, settings, kind, vocab_size, weights, "vocab_size" in capabilities
             )
     if settings.targets != "full" and settings.k > teacher.vocab_size:
         raise ConfigError(f"teacher.k: {settings.k} is more than the {teacher.vocab_size} tokens there are")
