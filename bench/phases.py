@@ -154,7 +154,7 @@ def rows(seconds: Sequence[dict[str, float]], title: str) -> Iterator[dict[str, 
         shown = f"{sum(alone):.2f} s"
         if len(parts) > 1 and case in PHASES:
             shown += f" ({', '.join(f'{p} {s:.2f}' for p, s in zip(parts, alone, strict=True))})"
-        share = f"{spent / step:.0%}" if case != "evaluation" else ""
+        share = f"{spent / step:.0%}" if case != "evaluation" else "-"
         for provider, text in (
             ("in a run", f"{spent:.2f} s"),
             ("share of the step", share),
