@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,8 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def load(variant: Path) -> ModuleType:
-    """Import a variant under the name in its metadata, as `kernels.get_local_kernel` does."""
+@pytest.fixture(autouse=True)
+def forget_modules() -> Iterator[None]:
+    """Forget modules of the test, because two loaders give them the same names."""
+    yield
+    for name in [name for name in sys.modules if name.startswith("_fused_distill_kernels")]:
+        del sys.modules[name]
+
+
+def load(folder: Path) -> ModuleType:
+    """Import this device's variant under the name in its metadata, as `kernels.get_local_kernel` does."""
+    backend = {"cpu": "cpu", "cuda": "rocm" if torch.version.hip else "cuda"}[DEVICE.type]
+    variant = folder / "build" / f"torch-{backend}"
     name = json.loads((variant / "metadata.json").read_text())["id"]
     spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
     assert spec is not None
@@ -85,12 +96,18 @@ print(*module.__all__)
     assert {"JSDKernels", "LossConfig", "tail_sums"} <= {*done.stdout.split()}
 
 
+def load_by_package(folder: Path) -> ModuleType:
+    return pytest.importorskip("kernels.load").get_local_kernel(folder)
+
+
 @pytest.mark.skipif(BACKEND != "triton", reason="runs kernels")
-def test_example_of_the_card_gives_reverse_kl_and_its_gradient(folder: Path) -> None:
+@pytest.mark.parametrize("loader", [load, load_by_package])
+def test_example_of_the_card_gives_reverse_kl_and_its_gradient(
+    folder: Path, loader: Callable[[Path], ModuleType]
+) -> None:
     card = (folder / "CARD.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
-    variant = {"cpu": "cpu", "cuda": "rocm" if torch.version.hip else "cuda"}[DEVICE.type]
-    names = {"kernel": load(folder / "build" / f"torch-{variant}"), "device": DEVICE}
+    names = {"kernel": loader(folder), "device": DEVICE}
     exec(code.replace("32000", "5000"), names)
     student = names["student_logits"].double().requires_grad_()
     eye = torch.eye(student.shape[1], dtype=torch.float64, device=DEVICE)

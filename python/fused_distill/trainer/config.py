@@ -58,7 +58,7 @@ class TeacherConfig(_Section):
     """Exactly one of model, url and stored."""
 
     model: str | None = Field(None, description="local path or hub name of a teacher loaded in this process")
-    url: list[str] | str | None = Field(None, description="teacher server or servers, ours or stock vLLM")
+    url: list[str] | str | None = Field(None, description="teacher server or servers: ours, vLLM or SGLang")
     stored: Path | None = Field(None, description="folder of `fused-distill cache-teacher`; off-policy only")
     targets: Targets = Field(
         "full", description="topk: teacher's top k; student_topk: at the student's top k"

@@ -73,7 +73,7 @@ class HiddenStateTeacher:
 
 @dataclass
 class ServedTeacher:
-    """A teacher server that returns log-probabilities, ours or a stock vLLM server."""
+    """A teacher server that returns log-probabilities: ours, vLLM or SGLang."""
 
     client: TeacherClient
     config: TrainConfig
