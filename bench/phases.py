@@ -143,17 +143,18 @@ def measure(run: Trainer) -> dict[str, float]:
     return seconds | parts.evaluation()
 
 
-def rows(seconds: Sequence[dict[str, float]], title: str) -> Iterator[dict[str, Any]]:
+def rows(rounds: Sequence[dict[str, float]], title: str) -> Iterator[dict[str, Any]]:
     """Return three cells for each phase from the seconds of several rounds: in a run, share, and alone."""
-    medians = {name: statistics.median(one[name] for one in seconds) for name in seconds[0]}
+    medians = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
     step = sum(medians[name] for name in STEP)
-    table = {f"{name}": (medians[name], parts) for name, parts in PHASES.items()}
-    table = {**table, "whole step": (step, [part for name in STEP for part in PHASES[name]])}
-    for case, (spent, parts) in table.items():
-        alone = [medians[part] for part in parts]
-        shown = f"{sum(alone):.2f} s"
+    whole = [part for name in STEP for part in PHASES[name]]
+    of_step = [(name, medians[name], PHASES[name]) for name in STEP]
+    evaluation = ("evaluation", medians["evaluation"], PHASES["evaluation"])
+    for case, spent, parts in (*of_step, ("whole step", step, whole), evaluation):
+        alone = {part.removeprefix("evaluation: "): medians[part] for part in parts}
+        shown = f"{sum(alone.values()):.2f} s"
         if len(parts) > 1 and case in PHASES:
-            shown += f" ({', '.join(f'{p} {s:.2f}' for p, s in zip(parts, alone, strict=True))})"
+            shown += f" ({', '.join(f'{part} {seconds:.2f}' for part, seconds in alone.items())})"
         share = f"{spent / step:.0%}" if case != "evaluation" else "-"
         for provider, text in (
             ("in a run", f"{spent:.2f} s"),
@@ -175,7 +176,11 @@ def main() -> None:
         run = Trainer(settings(arguments.model, Path(scratch), arguments.small))
         measure(run)  # compiles
         seconds = [measure(run) for _ in range(ROUNDS)]
-    title = f"Seconds of a step and of an evaluation, medians of {len(seconds)} rounds"
+    config = run.config
+    title = (
+        f"{config.prompts_per_step} prompts a step, {config.data.evaluation_prompts} in an evaluation, "
+        f"completions of up to {config.rollouts.max_completion_length} tokens, medians of {ROUNDS} rounds"
+    )
     write_json(output, {**header(command), "seconds": seconds, "rows": [*rows(seconds, title)]})
     print(output)
 
