@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import report
 import torch
 from cases import INTERPRETED
 from fused_distill import reference
