@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import patch_environment
@@ -24,7 +24,7 @@ from .data import Batch, Data
 from .long_sequences import check_positions, set_attention
 from .sharding import shard_teacher
 from .stored import StoredTeacher
-from .student import check_lm_head, load_pretrained
+from .student import check_lm_head, load_pretrained, load_student
 from .targets import FullTargets, Kind, Targets, Teacher, TopKTargets, topk_targets
 from .vocabulary import common_tokens
 
@@ -120,6 +120,10 @@ def load_teachers(
             "teachers: with FSDP only a single teacher may have a model, which is sharded, because processes "
             "ask several teachers at different times. Serve the models (teachers.NAME.url)"
         )
+    for settings in config.all_teachers.values():
+        if shard and settings.follows_student:
+            key = "ema" if settings.refresh_every is None else "refresh_every"
+            raise ConfigError(f"teacher.{key}: must be null with FSDP, which shards student and teacher")
     teachers: dict[str, Teacher] = {}
     for name, settings in config.all_teachers.items():
         with _key_of(name):
@@ -164,11 +168,10 @@ def _load_teacher(
     vocab_size = load_pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
     if settings.model is not None:
         vocab_size = common_tokens(settings, tokenizer, vocab_size)
-        dtype = weights_dtype(settings.dtype, device.type)
         # FSDP's low-memory loading leaves weights empty until accelerate fills those of the student.
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
-            model = load_pretrained(AutoModelForCausalLM, "teacher.model", settings.model, dtype=dtype)
-        model.eval().requires_grad_(False)
+            model = _load_model(config, settings, settings.model, device)
+        model = cast(Any, model).eval().requires_grad_(False)
         weights = model_fingerprint(model)  # before it is sharded
         if shard and all(p.is_floating_point() for p in model.parameters()):  # not if quantized
             shard_teacher(model, device)
@@ -213,6 +216,16 @@ def _load_teacher(
     if settings.targets != "full" and settings.k > teacher.vocab_size:
         raise ConfigError(f"teacher.k: {settings.k} is more than the {teacher.vocab_size} tokens there are")
     return teacher
+
+
+def _load_model(
+    config: TrainConfig, settings: TeacherConfig, name: str, device: torch.device
+) -> PreTrainedModel:
+    if settings.is_self:
+        torch.manual_seed(config.seed)  # for the adapters of LoRA, as the student's
+        return load_student(config.model_copy(update={"gradient_checkpointing": False}))
+    dtype = weights_dtype(settings.dtype, device.type)
+    return load_pretrained(AutoModelForCausalLM, "teacher.model", name, dtype=dtype)
 
 
 def check_limits(teachers: dict[str, Teacher], config: TrainConfig, length: Callable[[], int]) -> None:
