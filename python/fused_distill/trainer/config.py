@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ..config import Divergence, LossConfig, Surplus, TopKLossConfig
 from .teacher_config import ConfigError, Dtype, Section, TeacherConfig
 
+POLICIES = ("on_policy", "off_policy")  # metrics of these slices of a step begin with them
 Engine = Literal["transformers", "vllm", "vllm_server"]
 
 
@@ -176,6 +177,12 @@ class TrainConfig(Section):
             raise ValueError("one of teacher and teachers must be set")
         if self.divergence != "mixed_kl" and self.reverse_weight != 0.5:
             raise ValueError(f"reverse_weight is a setting of divergence mixed_kl, got {self.divergence}")
+        for name in self.teachers:
+            if name in POLICIES or "/" in name or name != name.strip() or not name or not name.isprintable():
+                raise ValueError(
+                    f"teachers: {name!r} is no name for metrics such as NAME/loss: it must have printable "
+                    f"characters other than /, no space at its ends, and not be {' or '.join(POLICIES)}"
+                )
         for teacher in self.all_teachers.values():
             tail: dict[str, Any] = {} if teacher.targets == "full" else {"tail": teacher.tail}
             (TopKLossConfig if tail else LossConfig)(**self.loss_options, **tail)
@@ -198,7 +205,10 @@ class TrainConfig(Section):
         return any(teacher.stored is not None for teacher in self.all_teachers.values())
 
 
-_FREE_OF_TEACHER = {"model", "url", "stored", "deadline_seconds", "tokenizer"}
+_FREE_OF_TEACHER: Any = {
+    **dict.fromkeys(("model", "url", "stored", "deadline_seconds", "tokenizer"), True),
+    "load": {"device_map", "attn_implementation"},
+}
 # Settings that may change on resume: the length of the run, its files and its machines.
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),

@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .config import POLICIES
 from .targets import Kind, Scored, Teacher
 
 STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 # Sums over the tokens that a teacher scores, and before them its samples, tokens and truncated samples.
 COLUMNS = ("loss", *STATISTICS, "student_mass", "teacher_mass")
 COUNTS = 3
-POLICIES = ("off_policy", "on_policy")  # by Sample.on_policy
 
 
 def metric_names(kind: Kind) -> dict[str, str]:
@@ -44,7 +44,8 @@ class Sums:
     def add(self, scored: Sequence[Scored], normalizer: float) -> None:
         """Add the parts of a batch, whose samples have one policy, without waiting for the device."""
         for part, loss, stats, _ in scored:
-            policy, teacher = int(part.samples[0].on_policy), [*self.teachers].index(part.name)
+            policy = POLICIES.index("on_policy" if part.samples[0].on_policy else "off_policy")
+            teacher = [*self.teachers].index(part.name)
             counts, samples = self._counts[policy][teacher], part.samples
             counts[0] += len(samples)
             counts[1] += sum(len(sample.completion) for sample in samples)

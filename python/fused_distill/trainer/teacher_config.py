@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
@@ -29,6 +29,13 @@ class Section(BaseModel):
         if url is None or isinstance(url, str):
             return url and without_credentials(url)
         return [without_credentials(server) for server in url]
+
+
+_NOT_OF_LOAD = {
+    **dict.fromkeys(("dtype", "torch_dtype"), "set teacher.dtype"),
+    **dict.fromkeys(("token", "use_auth_token"), "set the environment variable HF_TOKEN"),
+    **dict.fromkeys(("output_loading_info", "ignore_mismatched_sizes"), "the trainer sets it"),
+}
 
 
 class TeacherConfig(Section):
@@ -62,6 +69,9 @@ class TeacherConfig(Section):
         None, description="local path or hub name of its tokenizer, if not that of teacher.model"
     )
     dtype: Dtype = Field("auto", description="of teacher.model; auto: bfloat16 on a GPU, float32 on a CPU")
+    load: dict[str, Any] = Field(
+        {}, description="further arguments of from_pretrained for teacher.model, e.g. quantization_config"
+    )
     deadline_seconds: float = Field(
         1200.0,
         gt=0,
@@ -79,7 +89,18 @@ class TeacherConfig(Section):
                 raise ValueError(f"{name} must be null unless model is self, got {getattr(self, name)}")
         if self.refresh_every is not None and self.ema is not None:
             raise ValueError("must have at most one of refresh_every and ema")
-        for name, default in (("tokenizer", None), ("chat_template", "student"), ("dtype", "auto")):
+        if self.load and self.model is None:
+            raise ValueError(
+                f"load must be empty with {self.source}, which loads no model here, got {self.load}"
+            )
+        for option in {*self.load} & {*_NOT_OF_LOAD}:
+            raise ValueError(f"load must not have {option}: {_NOT_OF_LOAD[option]}")
+        for name, default in (
+            ("load", {}),
+            ("tokenizer", None),
+            ("chat_template", "student"),
+            ("dtype", "auto"),
+        ):
             if self.is_self and getattr(self, name) != default:
                 raise ValueError(f"{name} must not be set with model self, got {getattr(self, name)}")
         if self.chat_template == "own" and self.tokenizer_name is None:

@@ -121,6 +121,8 @@ def load_teachers(
             "ask several teachers at different times. Serve the models (teachers.NAME.url)"
         )
     for settings in config.all_teachers.values():
+        if shard and "device_map" in settings.load:
+            raise ConfigError("teacher.load: must not have device_map with FSDP, which shards the teacher")
         if shard and settings.follows_student:
             key = "ema" if settings.refresh_every is None else "refresh_every"
             raise ConfigError(f"teacher.{key}: must be null with FSDP, which shards student and teacher")
@@ -175,10 +177,16 @@ def _load_teacher(
         weights = model_fingerprint(model)  # before it is sharded
         if shard and all(p.is_floating_point() for p in model.parameters()):  # not if quantized
             shard_teacher(model, device)
-        else:
+        elif getattr(model, "hf_device_map", None) is None:  # of teacher.load
             model.to(device)
         check_lm_head(model, "teacher.model", model)
-        set_attention(model, config)
+        place = checked_head(model)[0].weight.device
+        if not shard and place != torch.empty(0, device=device).device:
+            raise ConfigError(
+                f"teacher.load: device_map puts the LM head on {place}; the loss needs it on {device}"
+            )
+        if "attn_implementation" not in settings.load:
+            set_attention(model, config)
         embedding = cast(Tensor, model.get_input_embeddings().weight)
         vocab_size = min(vocab_size, len(checked_head(model)[0].weight), len(embedding))
         teacher = LocalTeacher(model, config, settings, kind, vocab_size, weights)
@@ -224,8 +232,18 @@ def _load_model(
     if settings.is_self:
         torch.manual_seed(config.seed)  # for the adapters of LoRA, as the student's
         return load_student(config.model_copy(update={"gradient_checkpointing": False}))
-    dtype = weights_dtype(settings.dtype, device.type)
-    return load_pretrained(AutoModelForCausalLM, "teacher.model", name, dtype=dtype)
+    options = settings.load | {"dtype": weights_dtype(settings.dtype, device.type)}
+    load_pretrained(AutoConfig, "teacher.model", name)  # a fault of its own is not one of the options
+    try:
+        return load_pretrained(AutoModelForCausalLM, "teacher.model", name, **options)
+    except Exception as error:  # options raise many types
+        if not settings.load:
+            raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        raise ConfigError(f"teacher.load: {name} cannot be loaded with {settings.load}: {reason}") from error
 
 
 def check_limits(teachers: dict[str, Teacher], config: TrainConfig, length: Callable[[], int]) -> None:
