@@ -18,10 +18,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import LOG2_E, exp, log_ratio, mul_zero_safe, pair_terms
-from .tile import LINEAR, NO_ERROR, WIDTH, gap_beyond, load_pair, rest_of_part, tile_columns
+from .elementwise import LN_2, LOG2_E, exp, log_ratio, mul_zero_safe, pair_terms
+from .tile import (
+    LINEAR,
+    LOWEST,
+    NO_ERROR,
+    WIDTH,
+    gap_beyond,
+    load_pair,
+    moved,
+    offset_between,
+    rest_of_part,
+    tile_columns,
+)
 
-LOWEST = tl.constexpr(-1.0e30)  # the maximum of no logits; finite, because infinities do not subtract
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23, whose addition rounds a number to an integer
+REACH = tl.constexpr(0.5)  # by which a thread's offset may be wrong; see `raised`
 
 # Fields of a part. s is the student, t the teacher, v as above, y = label_factor * v the student's logits at
 # temperature 1.
@@ -29,8 +41,8 @@ MAX_S, MAX_T = tl.constexpr(0), tl.constexpr(1)  # maxima of v
 SUM_S, SUM_T = tl.constexpr(2), tl.constexpr(3)  # sums of e^(z - max z)
 DIFFERENCE = tl.constexpr(4)  # sum_t - sum_s, without cancellation
 REVERSE_KL, FORWARD_KL = tl.constexpr(5), tl.constexpr(6)  # KL(s || t), KL(t || s) within the part
-MOMENT_S, MOMENT_T = tl.constexpr(7), tl.constexpr(8)  # sums of e^(z - max z) (v - max v)
-TOP = tl.constexpr(9)  # the largest (v_s - max_s) + (v_t - max_t): 0 if both have the same most likely token
+MOMENT_S, MOMENT_T = tl.constexpr(7), tl.constexpr(8)  # sums of e^u u / log(2), u = z - max z
+TOP = tl.constexpr(9)  # 0 if both models have the same most likely token, otherwise negative
 SUM_Y = tl.constexpr(10)  # sum of e^(y - max y)
 LABEL = tl.constexpr(11)  # v of the student's label, 0 if another part has it
 # Results for the whole row, written by merge_kernel.
@@ -41,72 +53,143 @@ PART = tl.constexpr(16)
 
 
 @triton.jit
-def raised(
+def empty_part(factor, GROUPS: tl.constexpr):
+    """Return the running parts of groups that have seen no columns; see `raised`."""
+    zero = tl.zeros([GROUPS], tl.float32)
+    lowest = zero + LOWEST
+    reference = zero, rounded_power(lowest, factor)
+    return reference, (lowest, lowest, zero, zero, zero, zero, zero, zero, zero, lowest, zero)
+
+
+@triton.jit
+def rounded_power(v, factor):
+    """Return the integer closest to factor * v * log2(e); differences of integers are exact."""
+    return tl.fma(v, factor * LOG2_E, ROUNDING) - ROUNDING
+
+
+@triton.jit
+def rescaled(
     part,
-    top_s,
-    top_t,
-    factor,
-    label_factor,
+    growth,  # by which powers of 2 the student's and the teacher's exponentials grow
+    terms,  # `pair_terms` of the two powers of 2
     want,  # flags: reverse, forward, statistics, y
 ):
-    """Return the groups' parts relative to the maxima of their own and of the given ones."""
-    old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
-    max_s, max_t = tl.maximum(old_s, top_s), tl.maximum(old_t, top_t)
-    want_reverse, want_forward, want_stats, want_y = want
-    exp_factor = factor * LOG2_E
-    scale_s, scale_t = tl.math.exp2((old_s - max_s) * exp_factor), tl.math.exp2((old_t - max_t) * exp_factor)
-    shift = gap_beyond(old_s, old_t, NO_ERROR, max_s, max_t, LINEAR) * factor
-    d, kl_s, kl_t = pair_terms(scale_s, scale_t, shift)
-    if want_reverse:
-        reverse = mul_zero_safe(scale_s, reverse) + (d * difference + kl_s * sum_s)
+    """Return parts whose exponentials are multiplied, but sum_y."""
+    max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
+    want_reverse, want_forward, want_stats, _ = want
+    power_s, power_t = growth
+    scale_s, scale_t = tl.math.exp2(power_s), tl.math.exp2(power_t)
+    d, kl_s, kl_t = terms
+    if want_reverse:  # `maximum` drops the NaN of 0 times infinity
+        reverse = tl.maximum(scale_s * reverse, 0.0) + (d * difference + kl_s * sum_s)
     if want_forward:
-        forward = mul_zero_safe(scale_t, forward) + (d * difference + kl_t * sum_t)
+        forward = tl.maximum(scale_t * forward, 0.0) + (d * difference + kl_t * sum_t)
     if want_stats:
-        moment_s = scale_s * (moment_s + (old_s - max_s) * sum_s)
-        moment_t = scale_t * (moment_t + (old_t - max_t) * sum_t)
-        top += (old_s - max_s) + (old_t - max_t)
-    if want_y:
-        sum_y *= exp((old_s - max_s) * label_factor)
+        moment_s = scale_s * (moment_s + power_s * sum_s)
+        moment_t = scale_t * (moment_t + power_t * sum_t)
     difference = scale_s * difference + d * sum_t
     sum_s, sum_t = scale_s * sum_s, scale_t * sum_t
     return max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
 
 
 @triton.jit
+def raised(
+    running,
+    top_s,
+    top_t,
+    factor,
+    label_factor,
+    want,  # flags: reverse, forward, statistics, y
+):
+    """Return the groups' running parts, whose maxima are those of their own and the given ones.
+
+    The exponentials of a running part are those of `powers`. Their two references differ by the offset
+    alone, which changes only if the maxima have moved away from it by REACH. So a new reference mostly
+    multiplies all sums by one power of 2.
+    """
+    (old_offset, old_power), part = running
+    old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
+    max_s, max_t = tl.maximum(old_s, top_s), tl.maximum(old_t, top_t)
+    is_far = (tl.abs((max_t - old_offset) - max_s) > REACH / factor) | (old_s == LOWEST)
+    offset = tl.where(is_far, offset_between(max_s, max_t, factor), old_offset)
+    power = rounded_power(tl.maximum(max_s, max_t - offset), factor)
+    power_s = old_power - power
+    power_t = tl.fma(old_offset - offset, factor * LOG2_E, power_s)
+    if want[2]:  # a column of before is no longer the most likely one of both models
+        top = tl.where((max_s > old_s) | (max_t > old_t), LOWEST, top)
+    if want[3]:
+        sum_y *= exp((old_s - max_s) * label_factor)
+    # As REACH is not small, the terms need no formula for close numbers. They are 0 if the offset is kept.
+    scale_s, scale_t, x = tl.math.exp2(power_s), tl.math.exp2(power_t), (old_offset - offset) * factor
+    d = scale_t - scale_s
+    terms = d, d - scale_s * x, scale_t * x - d
+    part = max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
+    return (offset, power), rescaled(part, (power_s, power_t), terms, want)
+
+
+@triton.jit
+def powers(v_s, v_t_less_offset, power, factor):
+    """Return the logarithms to base 2 of the two models' exponentials relative to a reference."""
+    exp_factor = factor * LOG2_E
+    return tl.fma(v_s, exp_factor, -power), tl.fma(v_t_less_offset, exp_factor, -power)
+
+
+@triton.jit
 def accumulate(
-    part,
+    running,
     pair,  # of `load_pair`
     factor,
     label_factor,
     want,  # flags: reverse, forward, statistics, y
     TRANSFORM: tl.constexpr,
 ):
-    """Add columns to the groups' parts, whose maxima are at least theirs.
+    """Add columns to the groups' running parts, whose maxima are at least theirs.
 
     The parts' KL divergences are not normalised yet; see `normalised`.
     """
     v_s, v_t, extra, _ = pair
+    (offset, power), part = running
     max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
     want_reverse, want_forward, want_stats, want_y = want
-    exp_factor = factor * LOG2_E
-    u_s, u_t = v_s - max_s[:, None], v_t - max_t[:, None]
-    p, q = tl.math.exp2(u_s * exp_factor), tl.math.exp2(u_t * exp_factor)
+    v_t_less_offset = v_t - offset[:, None]
+    power_s, power_t = powers(v_s, v_t_less_offset, power[:, None], factor)
+    p, q = tl.math.exp2(power_s), tl.math.exp2(power_t)
     sum_s += tl.sum(p, 1)
     sum_t += tl.sum(q, 1)
     if want_stats:
-        top = tl.maximum(top, tl.max(u_s + u_t, 1))
-        moment_s += tl.sum(p * tl.maximum(u_s, LOWEST), 1)
-        moment_t += tl.sum(q * tl.maximum(u_t, LOWEST), 1)
+        top = tl.maximum(top, tl.max(power_s + power_t, 1))
+        moment_s += tl.sum(p * tl.maximum(power_s, LOWEST), 1)
+        moment_t += tl.sum(q * tl.maximum(power_t, LOWEST), 1)
     if want_y:
-        sum_y += tl.sum(exp(u_s * label_factor), 1)
-    x = gap_beyond(v_s, v_t, extra, max_s[:, None], max_t[:, None], TRANSFORM) * factor
-    d, kl_s, kl_t = pair_terms(p, q, x)
+        sum_y += tl.sum(exp((v_s - max_s[:, None]) * label_factor), 1)
+    d, kl_s, kl_t = pair_terms(
+        p, q, gap_beyond(v_s, v_t_less_offset, extra, offset[:, None], TRANSFORM) * factor
+    )
     difference += tl.sum(d, 1)
     if want_reverse:
         reverse += tl.sum(kl_s, 1)
     if want_forward:
         forward += tl.sum(kl_t, 1)
-    return max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
+    part = max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
+    return (offset, power), part
+
+
+@triton.jit
+def relative_to_maxima(running, factor, want):
+    """Return the parts whose exponentials are relative to each model's maximum."""
+    (offset, power), part = running
+    max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
+    max_t_less_offset = max_t - offset
+    power_s, power_t = powers(max_s, max_t_less_offset, power, factor)
+    top = tl.where(top == LOWEST, LOWEST, top - (power_s + power_t))
+    # In a part where one model has no logit, both are multiplied by the same number.
+    is_empty = (max_s == LOWEST) | (max_t == LOWEST)
+    common = tl.minimum(tl.maximum(tl.maximum(power_s, power_t), -1.0), 1.0)
+    power_s, power_t = -tl.where(is_empty, common, power_s), -tl.where(is_empty, common, power_t)
+    x = tl.where(is_empty, 0.0, (max_s - max_t_less_offset) * factor)
+    terms = pair_terms(tl.math.exp2(power_s), tl.math.exp2(power_t), x)
+    part = max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
+    return rescaled(part, (power_s, power_t), terms, want)
 
 
 @triton.jit
@@ -126,8 +209,11 @@ def merge(part, factor, label_factor):
     """Merge the parts along the only dimension; return the merged part and its log(sum_t / sum_s)."""
     old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
     max_s, max_t = tl.max(old_s, 0), tl.max(old_t, 0)
-    shift = gap_beyond(old_s, old_t, NO_ERROR, max_s, max_t, LINEAR) * factor
-    scale_s, scale_t = exp((old_s - max_s) * factor), exp((old_t - max_t) * factor)
+    offset, exp_factor = offset_between(max_s, max_t, factor), factor * LOG2_E
+    shift = gap_beyond(old_s, old_t - offset, NO_ERROR, offset, LINEAR) - ((max_t - offset) - max_s)
+    shift *= factor
+    power_s, power_t = (old_s - max_s) * exp_factor, (old_t - max_t) * exp_factor
+    scale_s, scale_t = tl.math.exp2(power_s), tl.math.exp2(power_t)
     d, _, _ = pair_terms(scale_s, scale_t, shift)
     total_s, total_t = tl.sum(scale_s * sum_s, 0), tl.sum(scale_t * sum_t, 0)
     total_difference = tl.sum(scale_s * difference + d * sum_t, 0)
@@ -144,8 +230,8 @@ def merge(part, factor, label_factor):
         total_difference,
         tl.sum(mul_zero_safe(p, reverse) + kl_s, 0) + invalid,
         tl.sum(mul_zero_safe(q, forward) + kl_t, 0) + invalid,
-        tl.sum(scale_s * (moment_s + (old_s - max_s) * sum_s), 0),
-        tl.sum(scale_t * (moment_t + (old_t - max_t) * sum_t), 0),
+        tl.sum(scale_s * (moment_s + power_s * sum_s), 0),
+        tl.sum(scale_t * (moment_t + power_t * sum_t), 0),
         tl.max(top + ((old_s - max_s) + (old_t - max_t)), 0),
         tl.sum(sum_y * exp((old_s - max_s) * label_factor), 0),
     )
@@ -184,7 +270,7 @@ def statistics_kernel(
     """
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n_parts = tl.num_programs(1)
-    pointers = (
+    row_pointers = (
         student_ptr + row * student_stride,
         teacher_ptr + row * teacher_stride,
         student_bias_ptr,
@@ -195,23 +281,25 @@ def statistics_kernel(
     lanes = tile_columns(GROUPS, WIDTH)
     half: tl.constexpr = GROUPS * WIDTH
     block: tl.constexpr = 2 * half
-    zero = tl.zeros([GROUPS], tl.float32)
-    lowest = zero + LOWEST
-    part = (lowest, lowest, zero, zero, zero, zero, zero, zero, zero, lowest, zero)
+    lane_pointers = moved(row_pointers, lanes)
+    running = empty_part(factor, GROUPS)
 
     for tile in range(index, n_columns // block, n_parts):
-        columns = tile * block + lanes
-        one = load_pair(pointers, columns, n_columns, transform, TRANSFORM, False)
-        two = load_pair(pointers, columns + half, n_columns, transform, TRANSFORM, False)
+        pointers = moved(lane_pointers, tile * block)
+        one = load_pair(pointers, lanes, n_columns, transform, TRANSFORM, False)
+        two = load_pair(moved(pointers, half), lanes, n_columns, transform, TRANSFORM, False)
         top_s, top_t = tl.maximum(one[0], two[0]), tl.maximum(one[1], two[1])
-        part = raised(part, tl.max(top_s, 1), tl.max(top_t, 1), factor, label_factor, want)
-        part = accumulate(part, one, factor, label_factor, want, TRANSFORM)
-        part = accumulate(part, two, factor, label_factor, want, TRANSFORM)
+        running = raised(running, tl.max(top_s, 1), tl.max(top_t, 1), factor, label_factor, want)
+        running = accumulate(running, one, factor, label_factor, want, TRANSFORM)
+        running = accumulate(running, two, factor, label_factor, want, TRANSFORM)
     first, stop = rest_of_part(index, n_parts, n_columns, block, half)
     for tile in range(first, stop):
-        pair = load_pair(pointers, tile * half + lanes, n_columns, transform, TRANSFORM, True)
-        part = raised(part, tl.max(pair[0], 1), tl.max(pair[1], 1), factor, label_factor, want)
-        part = accumulate(part, pair, factor, label_factor, want, TRANSFORM)
+        start = tile * half
+        pointers = moved(lane_pointers, start)
+        pair = load_pair(pointers, lanes, n_columns - start, transform, TRANSFORM, True)
+        running = raised(running, tl.max(pair[0], 1), tl.max(pair[1], 1), factor, label_factor, want)
+        running = accumulate(running, pair, factor, label_factor, want, TRANSFORM)
+    part = relative_to_maxima(running, factor, want)
     merged, _ = merge(normalised(part), factor, label_factor)
     out = parts_ptr + row * (PART * n_parts) + index
     for field in tl.static_range(11):
@@ -219,9 +307,8 @@ def statistics_kernel(
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         held = (label >= 0) & (label < n_columns) & (index == 0)
-        v_s, _, _, _ = load_pair(
-            pointers, tl.where(held, label, n_columns), n_columns, transform, TRANSFORM, True
-        )
+        column = tl.where(held, label, n_columns)
+        v_s, _, _, _ = load_pair(moved(row_pointers, column), column, n_columns, transform, TRANSFORM, True)
         tl.store(out + LABEL * n_parts, tl.where(held, v_s, 0.0))
 
 
@@ -258,8 +345,8 @@ def merge_kernel(
     for field in tl.static_range(11):
         tl.store(out + field, merged[field])
     tl.store(out + LSE_DIFFERENCE, lse_difference)
-    tl.store(out + ENTROPY_S, tl.log(merged[SUM_S]) - merged[MOMENT_S] / merged[SUM_S] * factor)
-    tl.store(out + ENTROPY_T, tl.log(merged[SUM_T]) - merged[MOMENT_T] / merged[SUM_T] * factor)
+    tl.store(out + ENTROPY_S, tl.log(merged[SUM_S]) - merged[MOMENT_S] / merged[SUM_S] * LN_2)
+    tl.store(out + ENTROPY_T, tl.log(merged[SUM_T]) - merged[MOMENT_T] / merged[SUM_T] * LN_2)
     if labels_ptr is not None:
         label = tl.sum(tl.load(parts + LABEL * n_parts + index, mask=held, other=0.0), 0)
         sum_y = merged[SUM_Y] if WANT_Y else merged[SUM_S]
