@@ -6,12 +6,15 @@
 # make fuzz           fuzz the parsers of the teacher server for five minutes
 # make demo           on-policy distillation of Gemma 3 270M on the CPU
 # make bench          time, memory and accuracy on this CPU
+# make bench-readme   repeat the first table of README.md: a few minutes
 # make bench-gpu      time and memory on this GPU
 # make first-run-gpu  ten minutes on a new GPU: are results right there, and does the time go where it should?
 # make kernel-costs   count the kernels' instructions, bytes and registers in machine code, without a GPU
 # make bench-serving  bytes and time of teacher servers
 # make report         rewrite the tables of README.md and docs/ from bench/results/
 # make docs           build the documentation site
+# make dist           build sdist and wheel into dist/ and check their metadata
+# make hub-kernels    lay the Triton kernels out for Hugging Face's package kernels
 # make clean          remove virtual environments and outputs
 # ARGS="..." is passed to the demo, the fuzzer and the benchmarks.
 PYTHON ?= python3
@@ -28,9 +31,9 @@ EMULATED_GPU := FUSED_DISTILL_TEST_DEVICE=emulated-cuda
 LOSS_TESTS := tests/test_linear_jsd.py tests/test_linear_topk_jsd.py tests/test_token_weight_function.py
 KERNEL_TESTS := $(LOSS_TESTS) tests/test_surplus.py tests/test_divergences.py tests/test_golden.py \
 	tests/rows/test_close_models.py tests/rows/test_logprob_kernel.py tests/chunked/test_triton_matmul.py \
-	tests/chunked/test_launches.py tests/chunked/test_indexed_lm_head.py tests/parallel
+	tests/chunked/test_launches.py tests/chunked/test_indexed_lm_head.py tests/parallel tests/test_hub_kernels.py
 
-.PHONY: help demo test test-library test-vllm test-gpu lint lint-library lint-tests fuzz bench bench-gpu first-run-gpu kernel-costs bench-serving report docs clean
+.PHONY: help demo test test-library test-vllm test-gpu lint lint-library lint-tests fuzz bench bench-readme bench-gpu first-run-gpu kernel-costs bench-serving report docs dist hub-kernels clean
 
 help:
 	@sed -n '/^[^#]/q;s/^# //p' Makefile
@@ -70,6 +73,9 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python bench/cpu.py $(ARGS)
 	$(BIN)/python bench/numerics.py $(ARGS)
 
+bench-readme: $(VENV)/installed-bench
+	$(BIN)/python bench/cpu.py --output outputs/bench/readme.json -k "N2048 and Dt1536 and beta0.5" $(ARGS)
+
 bench-gpu: $(VENV)/installed-bench
 	$(BIN)/python bench/gpu.py $(ARGS)
 
@@ -87,6 +93,14 @@ report: $(VENV)/installed-bench
 
 docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build
+
+dist: $(VENV)/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+hub-kernels:
+	$(PYTHON) kernels/hub/build.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm dist outputs

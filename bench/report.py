@@ -169,7 +169,16 @@ def table(content: dict[str, Any], part: str | None = None) -> str:
         content = {**content, "rows": rows}
     make = next((f for key, f in _TABLES.items() if key in content["rows"][0]), times_table)
     body = make(content)
+    if part == "summary":
+        body += f"\n{spread_text(content['rows'])}\n"
     return f"\n{body}\n{provenance(content)}\n"
+
+
+def spread_text(rows: list[Row]) -> str:
+    """Return how far apart the times of one row are, in the row where they differ most."""
+    times = [row["seconds"] for row in rows if "seconds" in row]
+    spread = max(((max(t) - min(t)) / statistics.median(t) for t in times), default=0)
+    return f"Times are medians of {max(map(len, times), default=0)}, which differ by {spread:.0%} at most."
 
 
 def plot(path: Path) -> None:

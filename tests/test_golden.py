@@ -71,7 +71,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     transform = {"temperature": 0.7, "student_logit_scale": 0.5, "student_softcap": 5.0}
     options: dict[str, Any] = {**transform, "hard_weight": 0.6, "soft_weight": 0.4, "vocab_size": 2090}
     teacher = {"teacher_logit_scale": 1.5, "teacher_softcap": 4.0}
-    for beta in (0.0, 0.3, 1.0):
+    for beta in (0.0, 0.3, 0.5, 1.0):
         yield f"full-{beta}", full.with_options(beta=beta)
         rich = Case(full.tensors, {**keywords, "teacher_bias": given["teacher_bias"]}, {**options, **teacher})
         yield f"full-{beta}-options", rich.with_options(beta=beta, normalizer=17.0)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -22,15 +23,34 @@ def run_demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+class Demo(NamedTuple):
+    """A finished run of the demo."""
+
+    output: Path
+    printed: str
+
+
 @pytest.fixture(scope="module")
-def output(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("output")
+def demo(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    path, printed = tmp_path_factory.mktemp("output"), ""
     paths = [f"output={path}", f"student={path}/start", f"data.path={path}/texts.jsonl"]
     paths.append(f"teacher.model={path}/teacher")
     for _ in range(2):  # the second run starts from the beginning
         done = run_demo("--teacher", tiny_model, "steps=2", "rollouts.max_completion_length=8", *paths)
         assert done.returncode == 0, done.stderr
-    return path
+        printed = done.stdout
+    return Demo(path, printed)
+
+
+@pytest.fixture(scope="module")
+def output(demo: Demo) -> Path:
+    return demo.output
+
+
+def test_completions_before_and_after_the_training_are_shown(demo: Demo) -> None:
+    shown = demo.printed.partition("Sampled at temperature")[2]
+    first_cells = [line.split("│")[1].strip() for line in shown.splitlines() if line.count("│") > 2]
+    assert [cell for cell in first_cells if cell] == ["before", "after", "teacher"] * 3
 
 
 def test_the_demo_writes_metrics_and_a_report(output: Path) -> None:

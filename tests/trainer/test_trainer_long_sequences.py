@@ -204,15 +204,3 @@ def test_sequences_beyond_a_models_positions_are_refused(lab: Lab, tmp_path: Pat
 )
 def test_positions_are_those_of_the_config_or_of_its_extension(config: Any, limit: int | None) -> None:
     assert max_positions(config) == limit
-
-
-def test_a_teacher_that_cannot_read_what_the_student_may_generate_is_refused(
-    lab: Lab, tmp_path: Path
-) -> None:
-    wide = save_model(tmp_path / "wide", lab.student, vocab_size=110)
-    with pytest.raises(
-        ConfigError, match=r"teacher\.model: its embedding has 104 tokens, fewer than the 110"
-    ):
-        Trainer(lab.config(tmp_path, f"student={wide}"))
-    trainer = Trainer(lab.config(tmp_path, f"student={wide}", "lmbda=0"))  # its data have fewer tokens
-    assert trainer.update(trainer.fill_buffer())["loss"] > 0

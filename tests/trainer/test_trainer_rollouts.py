@@ -295,15 +295,10 @@ def test_rollouts_follow_the_settings_and_the_common_vocabulary(lab: Lab, tmp_pa
     assert trainer.rollouts.sampling(2, 9) == Sampling(2, 7, 0.5, 0.9, 3, 9)
     assert trainer.rollouts.engine.batch_size == 5  # pyright: ignore[reportAttributeAccessIssue]
     wider = lab.config(tmp_path, f"student={student}", f"teacher.model={lab.student}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fused_distill.trainer.teachers._check_embedding", lambda *_: None)
-        assert Trainer(wider).rollouts.sampling(1, 0).vocab_size == 98
+    assert Trainer(wider).rollouts.sampling(1, 0).vocab_size == 98
 
 
-def test_vllm_refuses_a_student_with_many_tokens_that_the_teacher_lacks(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fused_distill.trainer.teachers._check_embedding", lambda *_: None)
+def test_vllm_refuses_a_student_with_many_tokens_that_the_teacher_lacks(lab: Lab, tmp_path: Path) -> None:
     student = save_model(tmp_path / "student", lab.student, vocab_size=98 + 1025)
     with pytest.raises(ConfigError, match=r"rollouts\.engine: vllm_server cannot exclude the 1025 tokens"):
         Trainer(lab.config(tmp_path, *SERVER, f"student={student}", f"teacher.model={lab.student}"))

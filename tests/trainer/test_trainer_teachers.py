@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,29 +96,6 @@ def test_fsdp_ram_efficient_loading_is_off_for_the_teacher(
     Trainer(lab.config(tmp_path))
     assert seen["teacher.model"] == "false"
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
-
-
-@pytest.fixture(scope="module")
-def other_tokenizer(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the teacher whose tokenizer has the ids of two characters exchanged."""
-    path = tmp_path_factory.mktemp("other_tokenizer") / "teacher"
-    shutil.copytree(lab.teacher, path)
-    file = path / "tokenizer.json"
-    content = json.loads(file.read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    file.write_text(json.dumps(content))
-    return path
-
-
-def test_a_teacher_with_another_tokenizer_is_refused(lab: Lab, other_tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"teacher\.model: the teacher's tokenizer gives tokens other ids"):
-        Trainer(lab.config(tmp_path, f"teacher.model={other_tokenizer}"))
-    with (
-        serving(TransformersEngine.load(str(other_tokenizer), "cpu", "float32")) as served,
-        pytest.raises(ConfigError, match=r"teacher\.url: the teacher's tokenizer gives tokens other ids"),
-    ):
-        Trainer(lab.config(tmp_path, f"teacher.url={served.url}"))
 
 
 class StockVllm:

@@ -21,6 +21,7 @@ from .stored import DESCRIPTION, is_whole, list_parts, read_description
 from .student import load_pretrained
 from .targets import Teacher, TopKTargets
 from .teachers import check_limits, load_teachers
+from .vocabulary import check_tokens
 
 BATCH_ROWS = 16
 
@@ -52,6 +53,7 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
         raise ConfigError(f"data.path: no sample can be used of {data}")
     teachers = load_teachers(config, tokenizer, accelerator.device)
     teacher = teachers[""]
+    check_tokens(teachers, data, tokenizer, completions=True)
     info = fingerprints(rows, tokenizer, teachers) | {
         "source": config.teacher.model or config.teacher.model_dump()["url"],
         "k": config.teacher.k,

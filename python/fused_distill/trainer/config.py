@@ -69,7 +69,7 @@ class TeacherConfig(_Section):
         "student", description="whose chat template renders messages for the teacher"
     )
     tokenizer: str | None = Field(
-        None, description="local path or hub name of its tokenizer, if not of teacher.model"
+        None, description="local path or hub name of its tokenizer, if not that of teacher.model"
     )
     dtype: Dtype = Field("auto", description="of teacher.model; auto: bfloat16 on a GPU, float32 on a CPU")
     deadline_seconds: float = Field(
@@ -87,6 +87,11 @@ class TeacherConfig(_Section):
         if self.chat_template == "own" and self.tokenizer_name is None:
             raise ValueError("chat_template own needs tokenizer with url and stored")
         return self
+
+    @property
+    def source(self) -> Literal["model", "url", "stored"]:
+        """Return which of the three it is."""
+        return "model" if self.model is not None else "url" if self.url is not None else "stored"
 
     @property
     def tokenizer_name(self) -> str | None:

@@ -36,6 +36,7 @@ from .stopping import RunStopped, StopSignals
 from .student import load_pretrained, load_student, run_in_student_forward
 from .targets import Part, Scored, describe_non_finite, topk_targets
 from .teachers import check_limits, check_stores, common_vocabulary, load_teachers
+from .vocabulary import check_tokens
 
 EVAL_BATCH_SIZE = 8
 N_SHOWN_SAMPLES = 3
@@ -67,6 +68,7 @@ class Trainer:
         self.teachers = load_teachers(config, self.tokenizer, self.device, self.sharded)
         completion = config.rollouts.max_completion_length
         check_limits(self.teachers, config, lambda: longest_for_teacher(data.samples, completion))
+        check_tokens(self.teachers, data, self.tokenizer, completions=config.lmbda < 1)
         self.sources = fingerprints(data.samples, self.tokenizer, self.teachers)
         check_stores(self.teachers, data, self.sources["data"])
         say(f"loading the student {config.student}")

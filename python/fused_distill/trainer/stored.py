@@ -48,7 +48,8 @@ class StoredTeacher:
                 state = "cut off" if part.exists() else "missing"
                 advice = f"run cache-teacher again ({part.name} is {state})"
                 raise ConfigError(f"teacher.stored: {folder} is not complete: {advice}")
-        self.settings, self.vocab_size, self.fingerprint = settings, vocab_size, self.info["teacher"]
+        self.settings, self.fingerprint = settings, self.info["teacher"]
+        self.vocab_size = min(vocab_size, self.info["vocab_size"])
         try:
             files: Any = [*map(str, parts)]
             self._columns: Any = Dataset.from_parquet(files).data

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from ..huggingface.fingerprint import model_fingerprint
 from ..huggingface.lm_head import LMHeadParams, checked_head, last_hidden_states
-from ..huggingface.loading import load_tokenizer, tokenizer_fingerprint, weights_dtype
+from ..huggingface.loading import weights_dtype
 from ..serving.client.client import TeacherClient
 from ..serving.client.retry import ServerError
 from .config import ConfigError, TeacherConfig, TrainConfig
@@ -26,6 +26,7 @@ from .sharding import shard_teacher
 from .stored import StoredTeacher
 from .student import check_lm_head, load_pretrained
 from .targets import FullTargets, Targets, Teacher, TopKTargets, topk_targets
+from .vocabulary import common_tokens
 
 _START_SECONDS = 60.0  # a server that does not answer for so long at the start is taken for absent
 
@@ -146,12 +147,9 @@ def _load_teacher(
     device: torch.device,
     shard: bool,
 ) -> Teacher:
-    fingerprint = tokenizer_fingerprint(tokenizer)
     vocab_size = load_pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
     if settings.model is not None:
-        teacher_tokenizer = load_tokenizer(settings.model)
-        if teacher_tokenizer is not None:
-            _check_tokenizer("teacher.model", fingerprint, tokenizer_fingerprint(teacher_tokenizer))
+        vocab_size = common_tokens(settings, tokenizer, vocab_size)
         dtype = weights_dtype(settings.dtype, device.type)
         # FSDP's low-memory loading leaves weights empty until accelerate fills those of the student.
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
@@ -164,12 +162,12 @@ def _load_teacher(
             model.to(device)
         check_lm_head(model, "teacher.model", model)
         set_attention(model, config)
-        _check_embedding(model, config, vocab_size)
-        vocab_size = min(vocab_size, len(checked_head(model)[0].weight))
+        embedding = cast(Tensor, model.get_input_embeddings().weight)
+        vocab_size = min(vocab_size, len(checked_head(model)[0].weight), len(embedding))
         teacher = LocalTeacher(model, config, settings, vocab_size, weights)
     elif settings.stored is not None:
         teacher = StoredTeacher(settings.stored, settings, config.temperature, vocab_size)
-        _check_tokenizer("teacher.stored", fingerprint, teacher.info["tokenizer"])
+        teacher.vocab_size = common_tokens(settings, tokenizer, teacher.vocab_size, teacher.info["tokenizer"])
     else:
         assert settings.url is not None
         client = TeacherClient(
@@ -179,7 +177,6 @@ def _load_teacher(
         )
         client.wait_until_ready(min(settings.deadline_seconds, _START_SECONDS))
         info = client.info()
-        _check_tokenizer("teacher.url", fingerprint, info.get("tokenizer_fingerprint"))
         capabilities = info.get("capabilities", [])  # a stock vLLM server has none
         # The sampled tokens' log-probabilities are in every server's answer.
         targets = "topk" if config.objective == "sampled" else settings.targets
@@ -189,6 +186,7 @@ def _load_teacher(
         if config.temperature != 1 and "temperature" not in capabilities:
             raise ConfigError(f"temperature: must be 1 with this server, got {config.temperature}")
         vocab_size = min(vocab_size, info.get("vocab_size", vocab_size))
+        vocab_size = common_tokens(settings, tokenizer, vocab_size, info.get("tokenizer_fingerprint"))
         weights = info.get("weights_fingerprint")
         if targets == "full":
             head = client.head()
@@ -229,22 +227,3 @@ def _check_limits(teacher: Teacher, config: TrainConfig, length: Callable[[], in
         teacher.client.check_limits(top_logprobs=k, length=length())
     except (ValueError, ServerError) as error:
         raise ConfigError(f"teacher.url: {error}") from None
-
-
-def _check_embedding(teacher: PreTrainedModel, config: TrainConfig, student_rows: int) -> None:
-    """Raise a ConfigError if the student may generate tokens that a local teacher cannot read."""
-    rows = len(cast(Tensor, teacher.get_input_embeddings().weight))
-    if student_rows > rows and (config.lmbda > 0 or config.data.evaluation_prompts > 0):
-        raise ConfigError(
-            f"teacher.model: its embedding has {rows} tokens, fewer than the {student_rows} of the student's "
-            "LM head, so it cannot read every completion that the student may generate"
-        )
-
-
-def _check_tokenizer(key: str, student: str, teacher: str | None) -> None:
-    """Raise a ConfigError if the tokenizers differ; if the teacher's is unknown, assume it matches."""
-    if teacher is not None and teacher != student:
-        raise ConfigError(
-            f"{key}: the teacher's tokenizer gives tokens other ids than the student's. Distributions are "
-            "compared id by id, so both models must share a tokenizer"
-        )

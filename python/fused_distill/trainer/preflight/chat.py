@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...huggingface.loading import load_tokenizer
 from ..files import shortened
+from ..vocabulary import compare_vocabularies
 from .finding import Finding, ok, warning
 from .teacher_of_run import TeacherOfRun
 
@@ -25,7 +26,11 @@ def compare_chats(run: Trainer, teacher: TeacherOfRun) -> Finding | None:
         return None
     own: Any = run.tokenizer
     other: Any = load_tokenizer(settings.tokenizer_name) or own
-    problems = [_templates(own, other, settings.chat_template == "own"), _ends(run, own, other)]
+    problems = [
+        _tokens(own, other),
+        _templates(own, other, settings.chat_template == "own"),
+        _ends(run, own, other, teacher),
+    ]
     found = " ".join(problem for problem in problems if problem)
     if found:
         return warning(found)
@@ -33,6 +38,18 @@ def compare_chats(run: Trainer, teacher: TeacherOfRun) -> Finding | None:
     if own.chat_template is None and other.chat_template is None:
         return ok(f"neither model has a chat template; texts end with {end!r}")
     return ok(f"the chat templates render alike; texts end with {end!r}")
+
+
+def _tokens(own: Any, other: Any) -> str | None:
+    """Name ids that are one token to the losses, but not to the tokenizers."""
+    found = [] if own is other else compare_vocabularies(own, other).renamed
+    if not found:
+        return None
+    i, first, second = found[0]
+    return (
+        f"{len(found)} ids have other tokens in the teacher's tokenizer, e.g. {i}: {second!r} instead of "
+        f"{first!r}. The losses compare them as one token, which is right for renamed reserved tokens."
+    )
 
 
 def _templates(own: Any, other: Any, rendered_by_own: bool) -> str | None:
@@ -55,11 +72,17 @@ def _templates(own: Any, other: Any, rendered_by_own: bool) -> str | None:
     )
 
 
-def _ends(run: Trainer, own: Any, other: Any) -> str | None:
+def _ends(run: Trainer, own: Any, other: Any, teacher: TeacherOfRun) -> str | None:
     """Compare the tokens at which generation stops with the one that ends an answer in the template."""
     ends: Any = run.model.generation_config.eos_token_id if run.model.generation_config else None
     stops = {*([ends] if isinstance(ends, int) else ends or [own.eos_token_id])} - {None}
     told = ", ".join(repr(own.decode([stop])) for stop in sorted(stops))
+    if stops and min(stops) >= teacher.teacher.vocab_size:
+        return (
+            f"generation stops at {told}, which the teacher does not know and which is therefore never "
+            "sampled: every completion runs on to rollouts.max_completion_length. Set eos_token_id in the "
+            "student's generation_config.json to a token that both know."
+        )
     turn_end = _turn_end(own)
     if turn_end is not None and stops and turn_end not in stops:
         return (
