@@ -127,8 +127,8 @@ def pair_terms(p, q, x):
     """Return q - p, p (e^x - 1 - x) and q (e^-x - 1 + x) for p, q >= 0, given x = log(q / p).
 
     The last two are >= 0, the terms of KL(p || q) and KL(q || p). If p is 0 they are q and 0, or infinity if
-    q is not 0; likewise for q. The bounds on x matter only where p or q is 0, and `maximum` drops NaN. Near x = 0
-    the last is computed as (q - p) x less the second, which is half of it.
+    q is not 0; likewise for q. The bounds on x matter only where p or q is 0, and `maximum` drops NaN. Near
+    x = 0 the last is computed as (q - p) x less the second, which is half of it.
     """
     near = tl.abs(x) < TAYLOR_RADIUS
     kl_p = p * ((x * x) * taylor_remainder(x))
