@@ -301,7 +301,7 @@ def gradient_kernel(
         for tile in range(first, stop, n_parts):
             start = tile * block
             left = n_columns - start
-            pair = load_pair(moved(moved(pointers, start), lanes), lanes, left, transform, TRANSFORM, MASKED)
+            pair = load_pair(moved(pointers, start + lanes), lanes, left, transform, TRANSFORM, MASKED)
             grad = logit_gradient(
                 pair, softmax, factor, sums, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF
             )
@@ -311,7 +311,7 @@ def gradient_kernel(
                 p_y = exp((pair[0] - max_s) * label_factor)
                 grad += tl.where(lanes == label - start, p_y * y_factor - hard_factor, p_y * y_factor)
             grad = (grad * pair[3]).to(grad_ptr.dtype.element_ty)
-            out = (grad_ptr + row * grad_stride) + start + lanes
+            out = grad_ptr + row * grad_stride + (start + lanes)
             if MASKED:
                 tl.store(out, grad, mask=lanes < left)
             else:

@@ -139,11 +139,10 @@ def statistics_kernel(
     lanes = tile_columns(GROUPS, WIDTH)
     half: tl.constexpr = GROUPS * WIDTH
     block: tl.constexpr = 2 * half
-    lane_pointers = moved(row_pointers, lanes)
     running = empty_part(factor, GROUPS)
 
     for tile in range(index, n_columns // block, n_parts):
-        pointers = moved(lane_pointers, tile * block)
+        pointers = moved(row_pointers, tile * block + lanes)
         one = load_pair(pointers, lanes, n_columns, transform, TRANSFORM, False)
         two = load_pair(moved(pointers, half), lanes, n_columns, transform, TRANSFORM, False)
         top_s, top_t = tl.maximum(one[0], two[0]), tl.maximum(one[1], two[1])
@@ -153,7 +152,7 @@ def statistics_kernel(
     first, stop = rest_of_part(index, n_parts, n_columns, block, half)
     for tile in range(first, stop):
         start = tile * half
-        pointers = moved(lane_pointers, start)
+        pointers = moved(row_pointers, start + lanes)
         pair = load_pair(pointers, lanes, n_columns - start, transform, TRANSFORM, True)
         running = raised(running, tl.max(pair[0], 1), tl.max(pair[1], 1), factor, label_factor, want)
         running = accumulate(running, pair, factor, label_factor, want, TRANSFORM)

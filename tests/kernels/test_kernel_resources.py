@@ -26,7 +26,7 @@ BUDGETS = {
     "skewed KL, statistics": (240, 26),
     "mixed KL, statistics": (110, 18),
     "total variation": (90, 26),
-    "total variation, statistics": (100, 26),
+    "total variation, statistics": (90, 26),
 }
 SOFTCAP_FACTOR = 1.5  # of the instructions
 
