@@ -79,7 +79,7 @@ def raised(
     (old_offset, old_power), part = running
     old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
     max_s, max_t = tl.maximum(old_s, top_s), tl.maximum(old_t, top_t)
-    is_far = (tl.abs((max_t - old_offset) - max_s) > REACH / factor) | (old_s == LOWEST)
+    is_far = (tl.abs((max_t - old_offset) - max_s) * factor > REACH) | (old_s == LOWEST)
     offset = tl.where(is_far, offset_between(max_s, max_t, factor), old_offset)
     power = rounded_power(tl.maximum(max_s, max_t - offset), factor)
     power_s = old_power - power
