@@ -5,7 +5,7 @@
 # make lint           ruff and pyright
 # make fuzz           fuzz the parsers of the teacher server for five minutes
 # make demo           on-policy distillation of Gemma 3 270M on the CPU
-# make bench          time, memory and accuracy on this CPU
+# make bench          time, memory and accuracy on this CPU: half an hour
 # make bench-readme   repeat the first table of README.md: a few minutes
 # make bench-gpu      time and memory on this GPU
 # make first-run-gpu  ten minutes on a new GPU: are results right there, and does the time go where it should?
@@ -71,10 +71,11 @@ fuzz: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python bench/cpu.py $(ARGS)
+	$(BIN)/python bench/scaling.py $(ARGS)
 	$(BIN)/python bench/numerics.py $(ARGS)
 
 bench-readme: $(VENV)/installed-bench
-	$(BIN)/python bench/cpu.py --output outputs/bench/readme.json -k "N2048 and Dt1536 and beta0.5" $(ARGS)
+	$(BIN)/python bench/cpu.py full --output outputs/bench/readme.json --only "N2048-.*Dt1536-beta0.5" $(ARGS)
 
 bench-gpu: $(VENV)/installed-bench
 	$(BIN)/python bench/gpu.py $(ARGS)

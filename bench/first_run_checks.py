@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from models import QWEN3, QWEN3_LARGE, QWEN3_MEDIUM
 from torch import Tensor
 
 
@@ -44,17 +45,17 @@ class Setting:
     @property
     def vocab(self) -> int:
         """The vocabulary of Qwen 3."""
-        return 320 if self.small else 151936
+        return 320 if self.small else QWEN3.vocab
 
     @property
     def vocabs(self) -> tuple[int, ...]:
         """Vocabularies for comparisons with float64: Qwen 3's, GPT-2's, Llama 2's with a pad token."""
-        return (320, 129, 97) if self.small else (151936, 50257, 32001)
+        return (320, 129, 97) if self.small else (QWEN3.vocab, 50257, 32001)
 
     @property
     def dimensions(self) -> list[tuple[int, int]]:
-        """Hidden sizes of student and teacher."""
-        return [(16, 32)] if self.small else [(1024, 4096), (2048, 4096), (4096, 4096)]
+        """Hidden sizes of student and teacher, of three pairs of Qwen 3 models."""
+        return [(16, 32)] if self.small else [pair.dims for pair in (QWEN3, QWEN3_MEDIUM, QWEN3_LARGE)]
 
     def randn(
         self, *size: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, seed: int = 0

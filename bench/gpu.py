@@ -1,8 +1,10 @@
 """Time and memory of losses with both gradients on a GPU in bfloat16: ours, peers, and the products alone.
 
-    python bench/gpu.py [--output FILE] [--small] [-k EXPRESSION]
+    python bench/gpu.py [PART ...] [--only EXPRESSION] [--output FILE] [--small]
 
-The floor and fused-distill run first, so that an interrupted run still holds the main comparison.
+full: a full-vocabulary teacher, on real pairs of models. topk: teachers known at K tokens. The floor and
+fused-distill run first, so that an interrupted run still holds the main comparison. A provider's rows of one
+shape take turns; those of different providers do not, because their memory would not fit side by side.
 """
 
 from __future__ import annotations
@@ -10,61 +12,68 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
-from typing import Any
 
-import pytest
 import torch
+from models import GEMMA3, LLAMA3, QWEN3, QWEN3_LARGE, QWEN3_MEDIUM
 from providers import FLOOR, Case
-from suite import SMALL, Suite, main
-from suite import suite as suite
+from suite import Planned, main
 
-DIMENSIONS, TOKENS, VOCAB = [(1024, 4096), (2048, 4096), (4096, 4096)], [1024, 8192, 32768], 151936
-TOPK_DIMENSIONS, TOPK_TOKENS, SUPPORTS = [2048, 4096], 8192, [1, 16, 64, 256]
-DEVICE = "cuda"
-if SMALL in os.environ:
-    DIMENSIONS, TOKENS, VOCAB = [(16, 32)], [8, 24], 300
-    TOPK_DIMENSIONS, TOPK_TOKENS, SUPPORTS = [16], 8, [1, 4]
-    if not torch.cuda.is_available():
-        DEVICE = "cpu"
+TOKENS, OTHER_TOKENS, SUPPORTS = 8192, (1024, 32768), (1, 16, 64, 256)
+Group = list[Planned]
+
+
+def shapes(small: bool) -> list[Case]:
+    if small:
+        return [on_gpu(Case(tokens, 300, 16, 32), small) for tokens in (8, 24)]
+    cases = [(pair, TOKENS) for pair in (QWEN3, QWEN3_MEDIUM, QWEN3_LARGE, LLAMA3, GEMMA3)]
+    cases += [(QWEN3, tokens) for tokens in OTHER_TOKENS]
+    return [on_gpu(Case(tokens, pair.vocab, *pair.dims), small) for pair, tokens in cases]
+
+
+def topk_shapes(small: bool) -> list[Case]:
+    if small:
+        return [on_gpu(Case(8, 300, 16, 0, k=k), small) for k in (1, 4)]
+    students = (QWEN3_MEDIUM.student, QWEN3_LARGE.student)
+    cases = [
+        Case(TOKENS, model.vocab_size, model.hidden_size, 0, k=k) for model in students for k in SUPPORTS
+    ]
+    return [on_gpu(case, small) for case in cases]
+
+
+def on_gpu(case: Case, small: bool) -> Case:
+    """Return the case on the GPU in bfloat16, or for --small without a GPU, in Triton's interpreter."""
+    without = small and not torch.cuda.is_available()
+    if without:
         os.environ["TRITON_INTERPRET"] = "1"
-
-SHAPES = [
-    Case(tokens, VOCAB, student_dim, teacher_dim, dtype="bfloat16", device=DEVICE)
-    for student_dim, teacher_dim in DIMENSIONS
-    for tokens in TOKENS
-]
-TOPK_SHAPES = [
-    Case(TOPK_TOKENS, VOCAB, student_dim, 0, dtype="bfloat16", device=DEVICE, k=k)
-    for student_dim in TOPK_DIMENSIONS
-    for k in SUPPORTS
-]
+    return replace(case, dtype="bfloat16", device="cpu" if without else "cuda")
 
 
-def rows(
-    providers: list[str], betas: tuple[float, ...], cases: list[Case] = SHAPES
-) -> list[tuple[str, Case]]:
+def groups(providers: list[str], betas: tuple[float, ...], cases: list[Case]) -> list[Group]:
     return [
-        (provider, replace(case, beta=beta)) for provider in providers for beta in betas for case in cases
+        [Planned(provider, replace(case, beta=beta)) for beta in betas]
+        for provider in providers
+        for case in cases
     ]
 
 
-ROWS = [
-    *rows([FLOOR], (0.5,)),
-    *rows(["fused-distill, triton"], (0.5, 0.0, 1.0)),
-    *rows([FLOOR], (0.5,), TOPK_SHAPES),
-    *rows(["fused-distill, bucket", "fused-distill, renormalize"], (0.5, 0.0), TOPK_SHAPES),
-    *rows(["fused-distill, truncate"], (0.5,), TOPK_SHAPES),
-    *rows(["Liger chunked", "Liger Triton", "TRL", "naive"], (0.5, 0.0, 1.0)),
-    *rows(["fused-distill, torch"], (0.5,)),
-    *rows(["TRL, bucket", "TRL, renormalize"], (0.5,), TOPK_SHAPES),
-    *rows(["verl, truncate"], (0.0,), TOPK_SHAPES),
-]
+def full(small: bool) -> list[Group]:
+    cases, betas = shapes(small), (0.5, 0.0, 1.0)
+    return [
+        *groups([FLOOR], (0.5,), cases),
+        *groups(["fused-distill, triton", "Liger chunked", "Liger Triton", "TRL", "naive"], betas, cases),
+        *groups(["fused-distill, torch"], (0.5,), cases),
+    ]
 
 
-@pytest.mark.parametrize(("provider", "case"), ROWS, ids=lambda value: getattr(value, "label", str(value)))
-def test_gpu(suite: Suite, benchmark: Any, provider: str, case: Case) -> None:
-    suite.measure(benchmark, provider, case, rounds=3 if case.tokens > 8192 else 5)
+def topk(small: bool) -> list[Group]:
+    cases = topk_shapes(small)
+    return [
+        *groups([FLOOR], (0.5,), cases),
+        *groups(["fused-distill, bucket", "fused-distill, renormalize"], (0.5, 0.0), cases),
+        *groups(["fused-distill, truncate", "TRL, bucket", "TRL, renormalize"], (0.5,), cases),
+        *groups(["verl, truncate"], (0.0,), cases),
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(main(__file__, "cuda"))
+    sys.exit(main(__file__, "cuda", {"full": full, "topk": topk}))

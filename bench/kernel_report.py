@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from models import QWEN3, QWEN3_LARGE, QWEN3_MEDIUM
+
 Row = dict[str, Any]
 
 
@@ -107,7 +109,7 @@ CARDS = {
     "B200": Card("sm_100", 1460e12, 7.0e12, 148 * 128, 1.85e9),
 }
 TOKENS = 8192
-DIMENSIONS = [(1024, 4096), (2048, 4096), (4096, 4096)]
+DIMENSIONS = [pair.dims for pair in (QWEN3, QWEN3_MEDIUM, QWEN3_LARGE)]
 LOGIT_ROWS, GRADIENT_ROWS = 512, 4096  # of `fused_distill.plan` for these sizes and 80 GB of memory
 PREDICTED = ("beta 0", "beta 0.5", "beta 1", "beta 0.5, statistics")
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from fused_distill.config import Backend, Tail
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from fused_distill.config import Backend, Tail
+
+Product = Literal["torch.mm", "oneDNN"]  # what multiplies matrices
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,18 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     k: int = 0  # entries per token of a top-k teacher; 0: a full-vocabulary teacher
+    workspace_bytes: int | None = None  # of fused-distill
 
     @property
     def label(self) -> str:
-        """Name of the case in a test id."""
+        """Name of the case, for messages and --only."""
         teacher = f"K{self.k}" if self.k else f"Dt{self.teacher_dim}"
         return f"N{self.tokens}-V{self.vocab}-Ds{self.student_dim}-{teacher}-beta{self.beta:g}"
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What the inputs depend on."""
+        return (self.tokens, self.vocab, self.student_dim, self.teacher_dim, self.k, self.dtype, self.device)
 
 
 class Inputs(NamedTuple):
@@ -67,10 +78,20 @@ def make_inputs(case: Case) -> Inputs:
     return Inputs(*student, logprobs, ids + stride * torch.arange(case.k, device=case.device))
 
 
+def load_inputs(case: Case, path: Path) -> Inputs:
+    """Map the inputs in a file, which the first process to come makes. All processes share its memory."""
+    if not path.exists():
+        made = make_inputs(case)
+        torch.save([tensor.detach() for tensor in made], path)
+        del made
+    student_hidden, student_weight, *teacher = torch.load(path, mmap=True)
+    return Inputs(student_hidden.requires_grad_(), student_weight.requires_grad_(), *teacher)
+
+
 def ours(beta: float, backend: Backend) -> Loss:
     from fused_distill import fused_linear_jsd
 
-    return lambda *inputs: fused_linear_jsd(*inputs, beta=beta, backend=backend)
+    return lambda *inputs, **options: fused_linear_jsd(*inputs, beta=beta, backend=backend, **options)
 
 
 def naive(beta: float) -> Loss:
@@ -128,7 +149,7 @@ def trl(beta: float) -> Loss:
 def ours_topk(beta: float, tail: Tail) -> Loss:
     from fused_distill import fused_linear_topk_jsd
 
-    return lambda *inputs: fused_linear_topk_jsd(*inputs, beta=beta, tail=tail)
+    return lambda *inputs, **options: fused_linear_topk_jsd(*inputs, beta=beta, tail=tail, **options)
 
 
 def trl_topk(beta: float, with_tail: bool) -> Loss:
@@ -178,28 +199,42 @@ LOSSES: dict[str, Callable[[float], Loss]] = {
 FLOOR = "floor"
 
 
-def floor_step(inputs: Inputs, topk: bool) -> Callable[[], None]:
-    """Return a step of the unchunked matrix products alone, in preallocated memory: four, or three if topk.
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Multiply as fused-distill does: by oneDNN, which makes a new tensor, or by torch.mm into `out`."""
+    from fused_distill.chunked.gemm import use_onednn
 
-    They are computed by torch.mm. On an AMD CPU fused-distill calls oneDNN instead, which is faster there, so
-    that its ratio to this floor can be below 1.
-    """
+    if use_onednn(a.device, a.dtype):
+        from fused_distill.chunked.cpu_product import onednn_mm
+
+        onednn_mm(a, b)
+    else:
+        torch.mm(a, b, out=out, **({"out_dtype": out.dtype} if out.dtype != a.dtype else {}))
+
+
+def floor_step(inputs: Inputs, topk: bool) -> Callable[[], None]:
+    """Return a step of the unchunked matrix products alone: four, or three if topk."""
     hs, ws, ht, wt = (t.detach() for t in inputs)
     gradient = hs @ ws.T  # in place of the logit gradient: same shape and dtype
-    logits = torch.empty(gradient.shape, dtype=torch.float32, device=hs.device)
+    dtype = torch.float32 if hs.is_cuda and hs.dtype != torch.float32 else hs.dtype
+    logits = torch.empty(gradient.shape, dtype=dtype, device=hs.device)
     grad_hidden, grad_weight = torch.empty_like(hs), torch.empty_like(ws)
-    to_float32 = {"out_dtype": torch.float32} if hs.is_cuda and hs.dtype != torch.float32 else {}
-    if not to_float32:
-        logits = logits.to(hs.dtype)
 
     def step() -> None:
-        torch.mm(hs, ws.T, out=logits, **to_float32)
+        multiply(hs, ws.T, logits)
         if not topk:
-            torch.mm(ht, wt.T, out=logits, **to_float32)
-        torch.mm(gradient, ws, out=grad_hidden)
-        torch.mm(gradient.T, hs, out=grad_weight)
+            multiply(ht, wt.T, logits)
+        multiply(gradient, ws, grad_hidden)
+        multiply(gradient.T, hs, grad_weight)
 
     return step
+
+
+def peak_step(case: Case, size: int) -> Callable[[], None]:
+    """Return a step that multiplies two square matrices."""
+    dtype = getattr(torch, case.dtype)
+    a, b = (torch.randn(size, size, device=case.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: multiply(a, b, out)
 
 
 def make_step(provider: str, case: Case, inputs: Inputs) -> Callable[[], Tensor | None]:
@@ -207,10 +242,11 @@ def make_step(provider: str, case: Case, inputs: Inputs) -> Callable[[], Tensor 
     if provider == FLOOR:
         return floor_step(inputs, topk=case.k > 0)
     loss = LOSSES[provider](case.beta)
+    options = {} if case.workspace_bytes is None else {"workspace_bytes": case.workspace_bytes}
 
     def step() -> Tensor:
         inputs.student_hidden.grad = inputs.student_weight.grad = None
-        result = loss(*inputs)
+        result = loss(*inputs, **options)
         result.backward()
         return result.detach()
 

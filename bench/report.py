@@ -1,11 +1,12 @@
-"""Turn result files into the tables of README.md and docs/, and into plots.
+"""Turn result files into the tables of README.md and docs/, and into the figure of docs/benchmarks.md.
 
     python bench/report.py            rewrite every table between <!-- bench:FILE --> and <!-- /bench -->
     python bench/report.py --check    report tables that differ from their result files (exit status 1)
 
-FILE is the name of a result file in bench/results/, without .json. FILE#full and FILE#topk select the rows
-with a full-vocabulary and with a top-k teacher, FILE#summary those of the first shape at beta 0.5, and
-kernel-costs#predicted the times that a model predicts from the kernel costs.
+FILE is the name of a result file in bench/results/, without .json, or the first word of several, of which the
+newest run counts: "cpu" means cpu-DEVICE.json of every device. FILE#full, FILE#topk and FILE#pairs select
+runs with a full-vocabulary teacher, a top-k teacher and pairs of real models, FILE#summary the first shape of
+#full at beta 0.5, and kernel-costs#predicted the times that a model predicts from the kernel costs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kernel_report import cost_tables, predicted_table
+from models import names_of
+from plots import SWEEPS, scaling_figure, scaling_points
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -29,8 +32,9 @@ DOCUMENTS = (
     ),
 )
 MARKED = re.compile(
-    r"(<!-- bench:(\S+?)(?:#(full|topk|summary|predicted))? -->\n).*?(<!-- /bench -->)", re.DOTALL
+    r"(<!-- bench:(\S+?)(?:#(full|topk|pairs|summary|predicted))? -->\n).*?(<!-- /bench -->)", re.DOTALL
 )
+NOT_MEASURED = "\nNot measured yet.\n"
 SHAPE = ("tokens", "vocab", "student_dim", "teacher_dim", "k", "dtype")
 
 Row = dict[str, Any]
@@ -38,6 +42,32 @@ Row = dict[str, Any]
 
 def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
+
+
+def runs_of(name: str) -> list[dict[str, Any]]:
+    """Return the complete runs of the result files that a mark names."""
+    exact = RESULTS / f"{name}.json"
+    paths = [exact] if exact.exists() else sorted(RESULTS.glob(f"{name}-*.json"))
+    contents = [load(path) for path in paths]
+    runs = [run for content in contents for run in content.get("runs", [content])]
+    return [run for run in runs if run.get("complete", True)]
+
+
+def newest(runs: list[dict[str, Any]], part: str | None) -> dict[str, Any] | None:
+    """Return the newest run of a part, with the rows of that part only; None if there is none."""
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        rows = run["rows"]
+        if part in ("full", "topk", "pairs", "summary"):
+            full = part in ("full", "summary")
+            if run.get("part", "full" if full else "topk") != ("full" if full else part):
+                continue
+            rows = [row for row in rows if bool(row["k"]) == (part == "topk")]
+        if part == "summary":
+            rows = [row for row in rows if row["beta"] == 0.5 and shape_of(row) == shape_of(rows[0])]
+        if rows:
+            found.append({**run, "rows": rows})
+    return max(found, key=lambda run: run["date"], default=None)
 
 
 def shape_of(row: Row) -> tuple[Any, ...]:
@@ -49,17 +79,33 @@ def shapes(rows: list[Row]) -> list[tuple[Any, ...]]:
     return list(dict.fromkeys(map(shape_of, rows)))
 
 
-def floor_seconds(rows: list[Row], shape: tuple[Any, ...]) -> float | None:
-    for row in rows:
-        if row["provider"] == "floor" and shape_of(row) == shape and "seconds" in row:
-            return statistics.median(row["seconds"])
+def product_of(row: Row) -> str:
+    """Return what multiplied the matrices of a row."""
+    return row.get("product", "torch.mm")
+
+
+def floor_seconds(rows: list[Row], row: Row) -> float | None:
+    """Return the time of the products alone at a row's shape, by the same library."""
+    for other in rows:
+        same = shape_of(other) == shape_of(row) and product_of(other) == product_of(row)
+        if other["provider"] == "floor" and same and "seconds" in other:
+            return statistics.median(other["seconds"])
     return None
+
+
+def operations(row: Row) -> int | None:
+    """Return the operations of a step that every implementation needs; None without full logits."""
+    if row["provider"] == "fused-distill, renormalize":
+        return None
+    return row["tokens"] * row["vocab"] * (6 * row["student_dim"] + 2 * row["teacher_dim"])
 
 
 def shape_text(shape: tuple[Any, ...]) -> str:
     tokens, vocab, student_dim, teacher_dim, k, dtype = shape
     teacher = f"K {k}" if k else f"Dt {teacher_dim}"
-    return f"N {tokens}, V {vocab}, Ds {student_dim}, {teacher}, {dtype}"
+    models = names_of(vocab, student_dim, teacher_dim)
+    sizes = f"N {tokens}, V {vocab}, Ds {student_dim}, {teacher}, {dtype}"
+    return f"{sizes} ({models})" if models else sizes
 
 
 def products_of(shape: tuple[Any, ...]) -> str:
@@ -70,42 +116,78 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
+def range_text(seconds: list[float]) -> str:
+    """Return the median, and the least and the greatest in brackets."""
+    low, high = seconds_text(min(seconds)), seconds_text(max(seconds))
+    return f"{seconds_text(statistics.median(seconds))} ({low} to {high})"
+
+
 def gib_text(n_bytes: int | None) -> str:
     return "" if n_bytes is None else f"{n_bytes / 2**30:.2f}"
 
 
+def row_name(row: Row, products: set[str], on_gpu: bool) -> str:
+    name = row["provider"]
+    if name == "floor":
+        return f"the {products_of(shape_of(row))} alone ({product_of(row)})"
+    if name.startswith("TRL") and not on_gpu and not row["k"]:
+        return "TRL, without its Triton kernels"
+    return f"{name} ({product_of(row)})" if len(products) > 1 and _is_ours(row) else name
+
+
+def rate_unit(content: dict[str, Any]) -> tuple[str, float]:
+    return ("TFLOP/s", 1e12) if "gpu" in content["machine"] else ("GFLOP/s", 1e9)
+
+
 def times_table(content: dict[str, Any]) -> str:
-    """Return one row per provider, shape and beta: median time, its ratio to the floor, peak memory."""
-    rows = content["rows"]
+    """Return one row per provider, shape and beta: time, its ratio to the floor, rate and peak memory."""
+    rows, on_gpu = content["rows"], "gpu" in content["machine"]
+    peak = max(content.get("peak", {}).values(), default=None)
+    unit, scale = rate_unit(content)
     lines: list[str] = []
     for shape in shapes(rows):
-        floor, products = floor_seconds(rows, shape), products_of(shape)
+        shown = [row for row in rows if shape_of(row) == shape]
+        products = {product_of(row) for row in shown}
         lines += [
             f"{shape_text(shape)}:",
             "",
-            f"| | beta | time | relative to {products} (torch.mm) "
+            f"| | beta | time (range) | relative to the {products_of(shape)} | {unit} | of peak "
             "| peak memory, GiB | without gradients, GiB |",
-            "|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        for row in rows:
-            if shape_of(row) != shape:
-                continue
-            name, beta = row["provider"], f"{row['beta']:g}"
-            if name == "floor":
-                name, beta = f"the {products} alone (torch.mm)", ""
-            if name == "TRL" and "gpu" not in content["machine"]:
-                name = "TRL, without its Triton kernels"
+        for row in shown:
+            name = row_name(row, products, on_gpu)
+            beta = "" if row["provider"] == "floor" else f"{row['beta']:g}"
             if "error" in row:
-                lines.append(f"| {name} | {beta} | {row['error']} | | | |")
+                lines.append(f"| {name} | {beta} | {row['error']} | | | | | |")
                 continue
-            seconds = statistics.median(row["seconds"])
+            seconds, floor, needed = (
+                statistics.median(row["seconds"]),
+                floor_seconds(rows, row),
+                operations(row),
+            )
             ratio = "" if floor is None else f"{seconds / floor:.2f}"
+            rate = "" if needed is None else f"{needed / seconds / scale:.3g}"
+            share = "" if needed is None or peak is None else f"{needed / seconds / peak:.0%}"
             extra, gradients = row.get("extra_bytes"), row.get("gradient_bytes")
             memory = (extra, None if extra is None else max(extra - gradients, 0))
-            cells = [name, beta, seconds_text(seconds), ratio, *map(gib_text, memory)]
+            cells = [name, beta, range_text(row["seconds"]), ratio, rate, share, *map(gib_text, memory)]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def scaling_table(content: dict[str, Any]) -> str:
+    """Return the figure of docs/benchmarks.md and the numbers in it."""
+    lines = ["![time and memory against tokens, vocabulary, workspace and threads](scaling.svg)", ""]
+    lines += ["| | | time | products alone | without gradients, GiB |", "|---|---|---|---|---|"]
+    for sweep, label in SWEEPS.items():
+        points = scaling_points(content["rows"], sweep)
+        floors = {x: seconds for x, seconds, _ in points.get("floor", [])}
+        for x, seconds, memory in points.get("fused-distill", []):
+            cells = [label, f"{x:g}", seconds_text(seconds), seconds_text(floors[x]) if x in floors else ""]
+            lines.append(f"| {' | '.join(cells)} | {'' if memory is None else f'{memory:.2f}'} |")
+    return "\n".join([*lines, ""])
 
 
 def errors_table(content: dict[str, Any]) -> str:
@@ -141,7 +223,7 @@ def counted(content: dict[str, Any]) -> bool:
     return "target" in content["rows"][0]
 
 
-_TABLES = {"table": errors_table, "teacher": runs_table}  # by a column of the rows
+_TABLES = {"table": errors_table, "teacher": runs_table, "sweep": scaling_table}  # by a column of the rows
 
 
 def provenance(content: dict[str, Any]) -> str:
@@ -152,6 +234,10 @@ def provenance(content: dict[str, Any]) -> str:
     packages = ", ".join(
         f"{name} {number}" for name, number in versions.items() if number and name != "fused-distill"
     )
+    if content.get("peak"):
+        unit, scale = rate_unit(content)
+        rates = " and ".join(f"{rate / scale:.3g} {unit} by {name}" for name, rate in content["peak"].items())
+        device += f", large products at up to {rates}"
     return (
         f"{device}; {packages}; `{content['command']}`, commit {content['commit']}, {content['date'][:10]}. "
         + content.get("note", "")
@@ -162,11 +248,6 @@ def table(content: dict[str, Any], part: str | None = None) -> str:
     if counted(content):
         body = predicted_table(content) if part == "predicted" else cost_tables(content)
         return f"\n{body}\n{provenance(content)}\n"
-    if part is not None:
-        rows = [row for row in content["rows"] if bool(row["k"]) == (part == "topk")]
-        if part == "summary":
-            rows = [row for row in rows if row["beta"] == 0.5 and shape_of(row) == shape_of(rows[0])]
-        content = {**content, "rows": rows}
     make = next((f for key, f in _TABLES.items() if key in content["rows"][0]), times_table)
     body = make(content)
     if part == "summary":
@@ -178,56 +259,23 @@ def spread_text(rows: list[Row]) -> str:
     """Return how far apart the times of one row are, in the row where they differ most."""
     times = [row["seconds"] for row in rows if "seconds" in row]
     spread = max(((max(t) - min(t)) / statistics.median(t) for t in times), default=0)
-    return f"Times are medians of {max(map(len, times), default=0)}, which differ by {spread:.0%} at most."
-
-
-def plot(path: Path) -> None:
-    """Plot time and memory per shape and beta: those measured for peers too, or all if there are none."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in load(path)["rows"] if "seconds" in row]
-    measured = [
-        (shape, beta)
-        for shape in shapes(rows)
-        for beta in dict.fromkeys(row["beta"] for row in rows if row["provider"] != "floor")
-        if any(_in_panel(row, shape, beta) for row in rows)
-    ]
-    peers = [row for row in rows if not _is_ours(row)]
-    panels = [panel for panel in measured if any(_in_panel(row, *panel) for row in peers)] or measured
-    figure = Figure(figsize=(9, 0.8 + 2.2 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 2, squeeze=False)
-    for (left, right), (shape, beta) in zip(axes, panels, strict=True):
-        shown = [row for row in rows if _in_panel(row, shape, beta)][::-1]
-        names = [row["provider"] for row in shown]
-        colors = ["C0" if _is_ours(row) else "0.7" for row in shown]
-        left.barh(names, [statistics.median(row["seconds"]) for row in shown], color=colors)
-        floor = floor_seconds(rows, shape)
-        if floor is not None:
-            left.axvline(floor, color="k", linewidth=0.8, linestyle="--")
-        left.set_xlabel(f"seconds, forward and backward (dashed: the {products_of(shape)})")
-        left.set_title(f"{shape_text(shape)}, beta {beta:g}", fontsize=9, loc="left")
-        right.barh(names, [(row.get("extra_bytes") or 0) / 2**30 for row in shown], color=colors)
-        right.set_xlabel("peak memory with gradients, GiB")
-        right.set_yticklabels([])
-        for panel in (left, right):
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.tick_params(labelsize=8)
-            panel.xaxis.label.set_size(8)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
+    counts = sorted({len(t) for t in times}) or [0]
+    rounds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"Times are medians of {rounds} steps, which differ by {spread:.0%} at most."
 
 
 def _is_ours(row: Row) -> bool:
     return row["provider"].startswith("fused-distill")
 
 
-def _in_panel(row: Row, shape: tuple[Any, ...], beta: float) -> bool:
-    same = row["provider"] != "floor" and row["beta"] == beta
-    return same and shape_of(row) == shape
-
-
 def with_tables(text: str) -> str:
     """Return the text with every marked table regenerated from its result file."""
-    return MARKED.sub(lambda m: m[1] + table(load(RESULTS / f"{m[2]}.json"), m[3]) + m[4], text)
+
+    def replacement(mark: re.Match[str]) -> str:
+        run = newest(runs_of(mark[2]), mark[3])
+        return f"{mark[1]}{NOT_MEASURED if run is None else table(run, mark[3])}{mark[4]}"
+
+    return MARKED.sub(replacement, text)
 
 
 def main() -> int:
@@ -246,6 +294,9 @@ def main() -> int:
         print(f"{document.name}: {'differs from its result files' if check else 'rewritten'}")
         if not check:
             document.write_text(new)
+    scaling = newest(runs_of("scaling"), None)
+    if scaling is not None and not check:
+        scaling_figure(scaling["rows"], ROOT / "docs" / "scaling.svg")
     return int(stale and check)
 
 

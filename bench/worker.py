@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from providers import Case
 
 if TYPE_CHECKING:
+    from providers import Inputs
     from torch import Tensor
 
 
@@ -28,12 +29,12 @@ class ProviderFailed(Exception):
 
 
 class Worker:
-    """Parent's end of the pipe. `clock` is the total time in seconds of the steps so far."""
+    """Parent's end of the pipe to a process with these additional environment variables."""
 
-    def __init__(self, provider: str):
-        self.clock = 0.0
+    def __init__(self, provider: str, environment: dict[str, str] | None = None):
         self._child = subprocess.Popen(
             [sys.executable, __file__, provider],
+            env=os.environ | (environment or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -41,13 +42,25 @@ class Worker:
             stderr=subprocess.DEVNULL,
         )
 
-    def prepare(self, case: Case) -> dict[str, float | None]:
-        """Make inputs, warm up, and measure memory; see `_Measured.prepare`."""
-        return self._ask("prepare", **asdict(case))
+    def prepare(self, key: str, case: Case, inputs: str | None = None) -> dict[str, float | None]:
+        """Make or map inputs, warm up, and measure memory; see `_Measured.prepare`."""
+        return self._ask("prepare", key=key, inputs=inputs, **asdict(case))
 
-    def step(self) -> None:
-        """Run one forward and backward pass."""
-        self.clock += self._ask("step")["seconds"]
+    def step(self, key: str) -> float:
+        """Run one forward and backward pass of a prepared case and return its time in seconds."""
+        return self._ask("step", key=key)["seconds"]
+
+    def peak(self, case: Case, size: int) -> float:
+        """Return the best rate of a product of square matrices, in operations per second."""
+        return self._ask("peak", size=size, **asdict(case))["rate"]
+
+    def library(self) -> str:
+        """Return the file of the fused_distill that the process imports."""
+        return self._ask("library")["file"]
+
+    def reset(self) -> None:
+        """Forget prepared cases and compiled code."""
+        self._ask("reset")
 
     def close(self) -> None:
         """Stop the child."""
@@ -77,63 +90,96 @@ class _Measured:
 
     def __init__(self, provider: str):
         self.provider = provider
-        self.compiled_for: Case | None = None
-        self.step_function: Callable[[], Tensor | None] | None = None
+        self.inputs: Inputs | None = None  # of all prepared cases: they have the same shape
+        self.steps: dict[str, Callable[[], Tensor | None]] = {}
+        self.on_gpu = False
 
-    def prepare(self, **case_fields: Any) -> dict[str, float | None]:
-        """Make inputs, run a warm-up step, then measure the memory of a second one (not for the floor).
+    def reset(self) -> dict[str, float]:
+        import torch
+
+        self.inputs = None
+        self.steps.clear()
+        torch.compiler.reset()
+        self._free()
+        return {}
+
+    def prepare(self, key: str, inputs: str | None, **case_fields: Any) -> dict[str, float | None]:
+        """Get the inputs, run a warm-up step, then measure the memory of a second one (not for the floor).
 
         extra_bytes is the peak beyond the memory in use before the step, including the two gradients
         (gradient_bytes). It is None where the system does not report it. The loss and the norms of the
         gradients show whether providers computed the same.
         """
-        import torch
-        from providers import make_inputs, make_step
+        from providers import load_inputs, make_inputs, make_step
 
         case = Case(**case_fields)
-        if replace(case, tokens=0) != self.compiled_for:  # no peer's chunks depend on the token count
-            torch.compiler.reset()
-            self.compiled_for = replace(case, tokens=0)
-        self.step_function = None
-        gc.collect()
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
-        inputs = make_inputs(case)
-        self.device = inputs.student_hidden.device
-        self.step_function = make_step(self.provider, case, inputs)
-        loss = self.step_function()
+        self.on_gpu = case.device == "cuda"
+        if self.inputs is None:
+            self.inputs = load_inputs(case, Path(inputs)) if inputs else make_inputs(case)
+        step = self.steps[key] = make_step(self.provider, case, self.inputs)
+        self._free()
+        loss = step()
         if loss is None:
             return {}
         answer: dict[str, float | None] = {"loss": loss.item()}
-        for tensor in inputs:
-            tensor.grad = None
-        answer["extra_bytes"] = self._peak_of(self.step_function)
-        gradients = [t.grad for t in inputs if t.grad is not None]
+        self._free()
+        answer["extra_bytes"] = self._peak_of(step)
+        gradients = [t.grad for t in self.inputs if t.grad is not None]
         answer["gradient_bytes"] = sum(g.nbytes for g in gradients)
         answer |= {f"gradient_norm_{i}": g.double().norm().item() for i, g in enumerate(gradients)}
+        del gradients
+        self._free()
         return answer
 
-    def step(self) -> dict[str, float]:
+    def step(self, key: str) -> dict[str, float]:
         """Run one step and time it, by CUDA events on a GPU."""
+        answer = {"seconds": self._seconds(self.steps[key])}
+        for tensor in self.inputs or ():
+            tensor.grad = None  # while other processes have their turn
+        return answer
+
+    def peak(self, size: int, **case_fields: Any) -> dict[str, float]:
+        from providers import peak_step
+
+        case = Case(**case_fields)
+        self.on_gpu = case.device == "cuda"
+        step = peak_step(case, size)
+        return {"rate": 2 * size**3 / min(self._seconds(step) for _ in range(4))}
+
+    def library(self) -> dict[str, str]:
+        import fused_distill
+
+        return {"file": str(fused_distill.__file__)}
+
+    def _free(self) -> None:
+        """Free gradients and cached memory."""
         import torch
 
-        assert self.step_function
-        if self.device.type != "cuda":
+        for tensor in self.inputs or ():
+            tensor.grad = None
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def _seconds(self, function: Callable[[], object]) -> float:
+        import torch
+
+        if not self.on_gpu:
             started = time.perf_counter()
-            self.step_function()
-            return {"seconds": time.perf_counter() - started}
+            function()
+            return time.perf_counter() - started
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
-        self.step_function()
+        function()
         end.record()
         torch.cuda.synchronize()
-        return {"seconds": begin.elapsed_time(end) / 1000}
+        return begin.elapsed_time(end) / 1000
 
     def _peak_of(self, function: Callable[[], Tensor | None]) -> int | None:
         import torch
 
-        if self.device.type == "cuda":
+        if self.on_gpu:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             function()

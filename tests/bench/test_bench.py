@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import report
 import torch
 from cases import INTERPRETED
 from fused_distill import reference
@@ -85,22 +83,27 @@ def test_the_floor_is_the_four_or_three_products() -> None:
     assert shapes == [student, teacher, *gradients, student, *gradients]
 
 
-def test_a_cpu_run_saves_rows_with_machine_versions_commit_and_command(tmp_path: Path) -> None:
-    content = bench("cpu.py", tmp_path / "cpu.json", "-k", "(floor or naive) and Dt48")
-    assert [row["provider"] for row in content["rows"]] == ["floor", "naive"]
-    assert all(len(row["seconds"]) >= 2 and min(row["seconds"]) > 0 for row in content["rows"])
-    assert content["machine"]["cpu"]
-    assert content["versions"]["torch"] == torch.__version__
-    assert content["commit"]
-    assert content["command"].startswith("python bench/cpu.py --small")
-    assert (tmp_path / "cpu.png").stat().st_size > 0
+def test_a_cpu_run_appends_rows_with_machine_versions_commit_and_command(tmp_path: Path) -> None:
+    (tmp_path / "cpu.json").write_text('{"runs": [{"date": "earlier"}]}')
+    earlier, run = bench("cpu.py", tmp_path / "cpu.json", "full", "--only", "floor|naive")["runs"]
+    assert earlier == {"date": "earlier"}
+    assert {row["provider"] for row in run["rows"]} == {"floor", "naive"}
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in run["rows"])
+    assert run["part"] == "full"
+    assert not run["complete"]  # --only leaves rows out
+    assert run["peak"]["torch.mm"] > 0
+    assert run["machine"]["cpu"]
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["commit"]
+    assert run["command"].startswith("python bench/cpu.py --small")
 
 
 def test_a_gpu_run_takes_the_triton_path_and_records_errors(tmp_path: Path) -> None:
-    content = bench("gpu.py", tmp_path / "gpu.json", "-k", "triton and N8")
-    rows = {(row["provider"], row["beta"]): row for row in content["rows"]}
+    (run,) = bench("gpu.py", tmp_path / "gpu.json", "full", "--only", "(triton|Liger Triton).*N8-")["runs"]
+    rows = {(row["provider"], row["beta"]): row for row in run["rows"]}
     assert rows["fused-distill, triton", 0.5]["loss"] > 0
-    assert all("seconds" in row or row["error"] for row in content["rows"])
+    assert len(rows) == 6
+    assert all(row.get("seconds") or row["error"] for row in run["rows"])
 
 
 def test_numerics_beat_naive_float32_on_close_models(tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_peak_memory_is_that_of_the_allocations_of_a_step() -> None:
     try:
         case = Case(tokens=512, vocab=8192, student_dim=8, teacher_dim=8)
         logits = 4 * case.tokens * case.vocab
-        extra = worker.prepare(case)["extra_bytes"]
+        extra = worker.prepare("key", case)["extra_bytes"]
         assert extra is not None
         assert 3 * logits < extra < 30 * logits
     finally:
@@ -128,7 +131,7 @@ def test_an_exception_of_a_provider_reaches_the_parent() -> None:
     worker = Worker("fused-distill, triton")
     try:
         with pytest.raises(ProviderFailed, match="backend='triton' needs tensors on a CUDA or ROCm device"):
-            worker.prepare(CASE)
+            worker.prepare("key", CASE)
     finally:
         worker.close()
 
@@ -137,91 +140,4 @@ def test_the_end_of_a_providers_process_reaches_the_parent() -> None:
     worker = Worker("no such provider")
     worker._child.kill()
     with pytest.raises(ProviderFailed, match="process ended with status -9"):
-        worker.prepare(CASE)
-
-
-def result_file(folder: Path) -> Path:
-    shape = {
-        "tokens": 8,
-        "vocab": 9,
-        "student_dim": 2,
-        "teacher_dim": 3,
-        "dtype": "float32",
-        "beta": 0.5,
-        "k": 0,
-    }
-    rows = [
-        {"provider": "floor", **shape, "seconds": [2.0, 4.0, 3.0]},
-        {"provider": "naive", **shape, "seconds": [6.0], "extra_bytes": 2**30, "gradient_bytes": 2**29},
-        {"provider": "TRL", **shape, "error": "OutOfMemoryError: no memory"},
-    ]
-    machine = {"cpu": "a CPU", "threads": 2}
-    content = {
-        "command": "c",
-        "date": "2026-01-02",
-        "commit": "abc",
-        "machine": machine,
-        "versions": {},
-        "rows": rows,
-    }
-    path = folder / "some.json"
-    path.write_text(json.dumps(content))
-    return path
-
-
-def test_tables_are_inserted_between_their_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result_file(tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    text = report.with_tables("before\n<!-- bench:some -->\nstale\n<!-- /bench -->\nafter\n")
-    assert text.startswith("before\n<!-- bench:some -->\n")
-    assert text.endswith("<!-- /bench -->\nafter\n")
-    assert "stale" not in text
-    assert "| naive | 0.5 | 6.00 s | 2.00 | 1.00 | 0.50 |" in text
-    assert "| TRL, without its Triton kernels | 0.5 | OutOfMemoryError: no memory | | | |" in text
-    assert report.with_tables(text) == text
-
-
-def test_a_summary_is_of_the_first_shape_at_beta_half(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = result_file(tmp_path)
-    content = json.loads(path.read_text())
-    floor = content["rows"][0]
-    content["rows"] += [{**floor, "provider": "naive", "beta": 0.0}, {**floor, "provider": "x", "vocab": 7}]
-    content["rows"].append({**floor, "provider": "y", "k": 4})
-    path.write_text(json.dumps(content))
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    text = report.with_tables("<!-- bench:some#summary -->\n<!-- /bench -->\n")
-    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
-    assert names == ["", "the four products alone (torch.mm)", "naive", "TRL, without its Triton kernels"]
-
-
-def test_check_reports_stale_tables_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result_file(tmp_path)
-    document = tmp_path / "README.md"
-    document.write_text("<!-- bench:some -->\n<!-- /bench -->\n")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "DOCUMENTS", (document,))
-    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
-    assert report.main() == 1
-    assert document.read_text() == "<!-- bench:some -->\n<!-- /bench -->\n"
-    monkeypatch.setattr(sys, "argv", ["report.py"])
-    assert report.main() == 0
-    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
-    assert report.main() == 0
-
-
-def test_the_documents_show_the_committed_results() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "report.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout
-
-
-def test_a_plot_is_drawn_from_a_result_file(tmp_path: Path) -> None:
-    path = result_file(tmp_path)
-    report.plot(path)
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert math.isclose(
-        report.floor_seconds(json.loads(path.read_text())["rows"], (8, 9, 2, 3, 0, "float32")) or 0, 3
-    )
+        worker.prepare("key", CASE)

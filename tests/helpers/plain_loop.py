@@ -27,7 +27,8 @@ def plain_steps(trainer: Trainer, beta: float, steps: int) -> tuple[list[float],
     """Return the losses of steps with full logits, one sample at a time, and the weights."""
     config = trainer.config
     student = load(config.student)
-    teachers = {name: load(settings.model) for name, settings in config.all_teachers.items()}
+    sources = {n: config.student if t.is_self else t.model for n, t in config.all_teachers.items()}
+    teachers = {name: load(source) for name, source in sources.items()}
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
     losses = []
     for trainer.step in range(steps):

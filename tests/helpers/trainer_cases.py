@@ -73,6 +73,21 @@ def lab(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     )
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write a file of JSON Lines and return its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompts(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the lab's data, in which two of three rows have another prompt for the teacher."""
+    rows = [json.loads(line) for line in lab.data.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["teacher_prompt"] = f"hint {i} {row['prompt']}" if i % 3 else None
+    return write_rows(tmp_path_factory.mktemp("prompts") / "data.jsonl", rows)
+
+
 class FakeServer:
     """Stands for VllmRollouts on a server that generates with the weights that it received."""
 

@@ -14,7 +14,7 @@ from fused_distill.trainer.loop import NonFiniteLoss, Trainer, train
 from fused_distill.trainer.preflight import preflight
 from fused_distill.trainer.teachers import load_teachers
 from plain_loop import BETAS, assert_equals_plain_steps
-from trainer_cases import NOT_INTERPRETED, SETTINGS, Lab, losses, metrics, save_model, transformers
+from trainer_cases import NOT_INTERPRETED, SETTINGS, Lab, losses, metrics, save_model, transformers, weights
 from trainer_cases import lab as lab
 
 pytestmark = NOT_INTERPRETED
@@ -168,3 +168,29 @@ def test_a_loss_of_one_teacher_that_is_not_finite_names_its_tokens(
     first = next(s for s in buffer[0] if s.teacher == "code" and s.completion)
     with pytest.raises(NonFiniteLoss, match=f"row {first.row} of the data, token {len(first.prompt)} "):
         trainer.update(buffer)
+
+
+@pytest.mark.parametrize("name", ["on_policy", "off_policy", "a/b", "''", "' a'", '"a\\nb"'])
+def test_names_that_would_spoil_the_metrics_are_refused(lab: Lab, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"teachers: .* is no name for metrics such as NAME/loss"):
+        settings(lab, tmp_path, f"teachers={{{name}: {{model: m}}}}", math="model: m")
+
+
+def test_a_resumed_run_with_several_teachers_is_exact(lab: Lab, other: Path, tmp_path: Path) -> None:
+    teachers = {"math": f"model: {lab.teacher}", "code": f"model: {other}, targets: topk, k: 4"}
+    train(settings(lab, tmp_path / "at_once", "lmbda=0.5", "steps=4", **teachers))
+    for steps in (2, 4):
+        train(settings(lab, tmp_path / "parts", "lmbda=0.5", f"steps={steps}", **teachers), resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "at_once")
+    at_once, parts = (weights(tmp_path / name / "student") for name in ("at_once", "parts"))
+    assert all(torch.equal(at_once[name], parts[name]) for name in at_once)
+
+
+def test_changed_weights_of_one_of_two_teachers_are_named_on_resume(
+    lab: Lab, other: Path, tmp_path: Path
+) -> None:
+    math = f"model: {lab.teacher}"
+    train(settings(lab, tmp_path, "steps=1", math=math, code=f"model: {other}"))
+    changed = settings(lab, tmp_path, "steps=2", math=math, code=f"model: {lab.teacher}")
+    with pytest.raises(ConfigError, match=r"^teacher code: other weights than before"):
+        train(changed, resume=True)

@@ -30,9 +30,11 @@ def test_a_sharded_teacher_gives_the_numbers_of_a_whole_one(
     model = save_model(tmp_path / "teacher", lab.student, hidden_size=24, tie_word_embeddings=tied)
     teacher = f"teacher={{model: {model}, targets: {targets}, k: 2}}"
     config = lab.config(tmp_path, teacher)
-    for (whole, _), (split, sharded) in zip(
+    outside = 4 * 24 * (104 - 6 + 1) * (1 if tied else 2) - (0 if tied else 4 * 24)
+    for (whole, _, size), (split, sharded, part) in zip(
         two(teacher_targets, config, False), two(teacher_targets, config, True), strict=True
     ):
         assert sum(".layers." in name for name in sharded) == 26  # of two layers
         for a, b in zip(whole, split, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
+        assert part - outside == (size - outside) // 2  # the layers' parts, and embedding, head and norm

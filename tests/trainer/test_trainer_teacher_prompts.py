@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.preflight import preflight
 from plain_loop import BETAS, assert_equals_plain_steps
 from serving_cases import serving
-from trainer_cases import NOT_INTERPRETED, Lab, losses, transformers
+from trainer_cases import NOT_INTERPRETED, Lab, losses, transformers, write_rows
 from trainer_cases import lab as lab
+from trainer_cases import prompts as prompts
 
 pytestmark = NOT_INTERPRETED
 
@@ -29,23 +29,9 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def prompts(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the lab's data, in which two of three rows have another prompt for the teacher."""
-    rows = [json.loads(line) for line in lab.data.read_text().splitlines()]
-    for i, row in enumerate(rows):
-        row["teacher_prompt"] = f"hint {i} {row['prompt']}" if i % 3 else None
-    return write(tmp_path_factory.mktemp("prompts") / "data.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
 def url(lab: Lab) -> Iterator[str]:
     with serving(TransformersEngine.load(str(lab.teacher), "cpu", "float32")) as served:
         yield served.url
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def with_template(source: Path, path: Path, template: str) -> Path:
@@ -148,7 +134,7 @@ def teacher_text(
     """Return the texts of prompt, teacher's prompt and completion of a row."""
     student = with_template(lab.student, tmp_path / "student", template("S"))
     teacher = with_template(lab.teacher, tmp_path / "teacher", template("T"))
-    data = write(tmp_path / "data.jsonl", [row])
+    data = write_rows(tmp_path / "data.jsonl", [row])
     paths = [f"student={student}", f"teacher.model={teacher}", f"data.path={data}"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(student)
     [sample] = load_data(
@@ -219,7 +205,7 @@ def test_a_prompt_of_the_teacher_that_is_too_long_is_dropped_with_the_reason(
     lab: Lab, tmp_path: Path
 ) -> None:
     rows = [{"prompt": "a", "teacher_prompt": "b" * n} for n in (3, 4)]
-    data = write(tmp_path / "data.jsonl", rows)
+    data = write_rows(tmp_path / "data.jsonl", rows)
     config = lab.config(tmp_path, f"data.path={data}", "data.max_prompt_length=3")
     read = load_data(config, transformers.AutoTokenizer.from_pretrained(lab.student), completions=False)
     assert read.dropped == {"prompt longer than 3 tokens (data.max_prompt_length)": 1}

@@ -1,4 +1,4 @@
-"""Tests of teachers: local, served by us, and served by a stock vLLM server."""
+"""Tests of teachers: local, served by us, and served by stock vLLM and SGLang servers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from fused_distill.trainer import teachers
 from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.data import Batch
 from fused_distill.trainer.loop import Trainer, train
+from fused_distill.trainer.preflight.server import limits, same_answers
+from fused_distill.trainer.preflight.teacher_of_run import teachers_of
 from fused_distill.trainer.student import load_pretrained
 from fused_distill.trainer.targets import TopKTargets
 from fused_distill.trainer.teachers import ServedTeacher
 from serving_cases import serving, serving_app
+from stock_servers import stock_sglang, stock_vllm
 from trainer_cases import NOT_INTERPRETED, Lab, losses, save_model, transformers
 from trainer_cases import lab as lab
 
@@ -98,82 +101,73 @@ def test_fsdp_ram_efficient_loading_is_off_for_the_teacher(
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
-class StockVllm:
-    """The endpoints of vLLM's OpenAI server that the client uses, computed by a transformers model."""
-
-    def __init__(self, folder: Path):
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        from starlette.requests import Request
-        from starlette.responses import JSONResponse
-
-        request = Request(scope, receive)
-        models = {"data": [{"id": "stock", "max_model_len": 64}]}
-        answers = {"/v1/models": models, "/v1/completions": None}
-        status, answer = 200, answers.get(request.url.path, {"error": "Not Found"})
-        if request.url.path == "/v1/completions":
-            body = await request.json()
-            rows = [self.prompt_logprobs(tokens, body["prompt_logprobs"]) for tokens in body["prompt"]]
-            answer = {"choices": [{"index": i, "prompt_logprobs": row} for i, row in enumerate(rows)]}
-            if body["prompt_logprobs"] > 20:
-                status, answer = 400, {"error": {"message": "prompt logprobs: max allowed: 20"}}
-        elif request.url.path not in answers:
-            status = 404
-        await JSONResponse(answer, status)(scope, receive, send)
-
-    @torch.no_grad()
-    def prompt_logprobs(self, tokens: list[int], k: int) -> list[Any]:
-        logprobs = self.model(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
-        positions: list[Any] = [None]
-        for row, actual in zip(logprobs, tokens[1:], strict=False):
-            ranked = row.argsort(descending=True).tolist()
-            kept = {*ranked[:k], actual}
-            positions.append({str(t): {"logprob": row[t].item(), "rank": ranked.index(t) + 1} for t in kept})
-        return positions
-
-
 @pytest.fixture(scope="module")
 def same_size_teacher(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a teacher with the student's vocabulary size: a stock vLLM server normalizes over all rows."""
     return save_model(tmp_path_factory.mktemp("same_size_teacher"), tiny_model, hidden_size=24)
 
 
-@pytest.fixture(scope="module")
-def stock_url(same_size_teacher: Path) -> Iterator[str]:
-    with serving_app(StockVllm(same_size_teacher)) as served:
-        yield served.url
+@pytest.fixture(scope="module", params=["vllm", "sglang"])
+def stock(request: pytest.FixtureRequest, same_size_teacher: Path) -> Iterator[tuple[str, str]]:
+    """The kind and the address of a stock server."""
+    app = {"vllm": stock_vllm, "sglang": stock_sglang}[request.param]
+    model = transformers.AutoModelForCausalLM.from_pretrained(same_size_teacher)
+    with serving_app(app(model)) as served:
+        yield request.param, served.url
 
 
-def test_top_k_of_a_stock_vllm_server_gives_the_losses_of_a_local_teacher(
-    lab: Lab, same_size_teacher: Path, stock_url: str, tmp_path: Path
+@pytest.mark.parametrize("targets", ["topk", "student_topk", "sampled"])
+def test_a_stock_server_gives_the_losses_of_a_local_teacher(
+    lab: Lab, same_size_teacher: Path, stock: tuple[str, str], tmp_path: Path, targets: str
 ) -> None:
-    settings = ["teacher.targets=topk", "teacher.k=5"]
+    kind, url = stock
+    if (kind, targets) == ("vllm", "student_topk"):
+        pytest.skip("vLLM scores no chosen tokens")
+    settings = (
+        ["objective=sampled"] if targets == "sampled" else [f"teacher.targets={targets}", "teacher.k=5"]
+    )
     train(lab.config(tmp_path / "local", *settings, f"teacher.model={same_size_teacher}"))
-    train(lab.config(tmp_path / "stock", *settings, f"teacher.url={stock_url}"))
+    train(lab.config(tmp_path / "stock", *settings, f"teacher.url={url}"))
     assert losses(tmp_path / "stock") == pytest.approx(losses(tmp_path / "local"), rel=1e-4)
 
 
+def test_the_preflight_of_a_stock_server_passes(lab: Lab, stock: tuple[str, str], tmp_path: Path) -> None:
+    url = stock[1]
+    run = Trainer(lab.config(tmp_path, f"teacher.url=[{url}, {url}]", "teacher.targets=topk", "teacher.k=5"))
+    of_run = teachers_of(run)[0]
+    assert getattr(same_answers(of_run), "text", "") == "all 2 servers give the same answer twice"
+    assert "k 5 and the longest sequence fit the server, which takes" in getattr(limits(of_run), "text", "")
+
+
+NO_SCORES = "teacher.targets: must be topk with this server, .* score_ids"
+
+
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "vllm", "sglang"),
     [
+        ("teacher.targets=full", "teacher.targets: must be topk .* no hidden_states", "no hidden_states"),
+        ("teacher.targets=student_topk", NO_SCORES, None),
+        ("temperature=2", r"temperature: must be 1 with this server, got 2\.0", "must be 1 with this server"),
         (
-            "teacher.targets=full",
-            "teacher.targets: must be topk with this server, which has no hidden_states",
+            "teacher.k=21",
+            r"teacher\.url: .*max allowed: 20\. Start vLLM with --max-logprobs 21 or more",
+            None,
         ),
-        ("teacher.targets=student_topk", "teacher.targets: must be topk with this server, .* score_ids"),
-        ("temperature=2", r"temperature: must be 1 with this server, got 2\.0"),
-        ("teacher.k=21", r"teacher\.url: .*max allowed: 20\. Start vLLM with --max-logprobs 21 or more"),
         (
             "rollouts.max_completion_length=60",
             r"teacher\.url: a sequence must have at most 63 tokens, .* Start vLLM with --max-model-len",
+            r"teacher\.url: a sequence must have at most 57 tokens, .* Start SGLang with --context-length",
         ),
     ],
 )
-def test_settings_that_a_stock_vllm_server_cannot_serve_are_refused(
-    lab: Lab, stock_url: str, tmp_path: Path, override: str, message: str
+def test_settings_that_a_stock_server_cannot_serve_are_refused(
+    lab: Lab, stock: tuple[str, str], tmp_path: Path, override: str, vllm: str, sglang: str | None
 ) -> None:
+    kind, url = stock
+    message = {"vllm": vllm, "sglang": sglang}[kind]
+    config = lab.config(tmp_path, f"teacher.url={url}", "teacher.targets=topk", "teacher.k=5", override)
+    if message is None:
+        Trainer(config)
+        return
     with pytest.raises(ConfigError, match=message):
-        Trainer(
-            lab.config(tmp_path, f"teacher.url={stock_url}", "teacher.targets=topk", "teacher.k=5", override)
-        )
+        Trainer(config)

@@ -35,7 +35,7 @@ def cpu_product() -> CPUProduct:
 
     The faster library depends on the processor: MKL disables its AVX-512 kernels on AMD processors, where
     oneDNN is up to twice as fast if they have AVX-512 and about as fast as MKL if they have not. The first
-    call therefore measures both, in 10 to 30 ms. oneDNN is chosen if it is at least 1.25 times as fast.
+    call therefore measures both, in 10 to 40 ms. oneDNN is chosen if it is at least 1.25 times as fast.
 
     Results of the two libraries differ by rounding. Set the environment variable FUSED_DISTILL_CPU_PRODUCT to
     `torch` or `onednn` if results must be bitwise equal in several processes.
@@ -93,10 +93,11 @@ def _measure() -> tuple[float, float]:
         grad_hidden.copy_(onednn_mm(logits, weight))
         grad_weight.add_(onednn_mm(logits.T, hidden))
 
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(5):  # alternately, so that other load on the machine concerns both
-        for times, products in zip(seconds, (by_torch, by_onednn), strict=True):
-            start = perf_counter()
+    rounds: list[tuple[float, float]] = []
+    for _ in range(7):  # their median, so that a short disturbance by other processes decides nothing
+        ends = [perf_counter()]
+        for products in (by_torch, by_onednn):
             products()
-            times.append(perf_counter() - start)
-    return min(seconds[0]), min(seconds[1])
+            ends.append(perf_counter())
+        rounds.append((ends[1] - ends[0], ends[2] - ends[1]))
+    return sorted(rounds, key=lambda seconds: seconds[0] / seconds[1])[len(rounds) // 2]

@@ -43,6 +43,8 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
         raise ConfigError("teacher.stored: a store is made with teacher.model or teacher.url")
     if config.teacher.targets != "topk":
         raise ConfigError(f"teacher.targets: must be topk for a store, got {config.teacher.targets}")
+    if config.teacher.follows_student:
+        raise ConfigError("teacher.model: a store holds one teacher, not one that follows the student")
     accelerator = Accelerator()
     tokenizer = load_pretrained(AutoTokenizer, "student", config.student)
     with accelerator.local_main_process_first():

@@ -7,32 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from ..config import Divergence, LossConfig, Surplus, Tail, TopKLossConfig
-from ..serving.protocol.urls import without_credentials
+from ..config import Divergence, LossConfig, Surplus, TopKLossConfig
+from .teacher_config import ConfigError, Dtype, Section, TeacherConfig
 
-Targets = Literal["full", "topk", "student_topk"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+POLICIES = ("on_policy", "off_policy")  # metrics of these slices of a step begin with them
 Engine = Literal["transformers", "vllm", "vllm_server"]
 
 
-class ConfigError(ValueError):
-    """An invalid setting; the message names its key."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_serializer("url", check_fields=False)
-    def _hide_credentials(self, url: list[str] | str | None) -> list[str] | str | None:
-        """Keep passwords out of reports and trackers, which get the settings of a run."""
-        if url is None or isinstance(url, str):
-            return url and without_credentials(url)
-        return [without_credentials(server) for server in url]
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """Rows with `prompt` (text or messages), `messages` or ShareGPT's `conversations`. Off-policy data also
     needs `completion` (text or messages) or a conversation that ends with the assistant's message."""
 
@@ -54,52 +38,7 @@ class DataConfig(_Section):
     max_prompt_length: int = Field(512, ge=1, description="tokens; samples with longer prompts are dropped")
 
 
-class TeacherConfig(_Section):
-    """Exactly one of model, url and stored."""
-
-    model: str | None = Field(None, description="local path or hub name of a teacher loaded in this process")
-    url: list[str] | str | None = Field(None, description="teacher server or servers, ours or stock vLLM")
-    stored: Path | None = Field(None, description="folder of `fused-distill cache-teacher`; off-policy only")
-    targets: Targets = Field(
-        "full", description="topk: teacher's top k; student_topk: at the student's top k"
-    )
-    k: int = Field(64, ge=1, description="tokens per position of topk and student_topk")
-    tail: Tail = Field("bucket", description="see fused_linear_topk_jsd")
-    chat_template: Literal["student", "own"] = Field(
-        "student", description="whose chat template renders messages for the teacher"
-    )
-    tokenizer: str | None = Field(
-        None, description="local path or hub name of its tokenizer, if not that of teacher.model"
-    )
-    dtype: Dtype = Field("auto", description="of teacher.model; auto: bfloat16 on a GPU, float32 on a CPU")
-    deadline_seconds: float = Field(
-        1200.0,
-        gt=0,
-        description="longest wait for an answer of teacher.url, e.g. while the server restarts",
-    )
-
-    @model_validator(mode="after")
-    def _check_source(self) -> TeacherConfig:
-        if sum(value is not None for value in (self.model, self.url, self.stored)) != 1:
-            raise ValueError("must have one of model, url and stored")
-        if self.stored is not None and self.targets != "topk":
-            raise ValueError(f"targets must be topk with stored, got {self.targets}")
-        if self.chat_template == "own" and self.tokenizer_name is None:
-            raise ValueError("chat_template own needs tokenizer with url and stored")
-        return self
-
-    @property
-    def source(self) -> Literal["model", "url", "stored"]:
-        """Return which of the three it is."""
-        return "model" if self.model is not None else "url" if self.url is not None else "stored"
-
-    @property
-    def tokenizer_name(self) -> str | None:
-        """Return the path or name of the teacher's tokenizer, None if it is unknown."""
-        return self.tokenizer or self.model
-
-
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """Rollout generation."""
 
     engine: Engine = Field("transformers", description="vllm: in each process; vllm_server: a stock server")
@@ -139,7 +78,7 @@ class RolloutConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """Low-rank adapters (PEFT) instead of training all weights."""
 
     r: int = Field(16, ge=1, description="rank")
@@ -148,7 +87,7 @@ class LoraConfig(_Section):
     merge: bool = Field(False, description="save student/ as a whole model, with the adapters merged into it")
 
 
-class TokenWeightConfig(_Section):
+class TokenWeightConfig(Section):
     """One rule that gives some tokens weight 1 and all others weight 0. The loss is still a mean over all."""
 
     entropy_below: float | None = Field(None, gt=0, description="nats; tokens whose teacher entropy is lower")
@@ -163,7 +102,7 @@ class TokenWeightConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """On-policy distillation of a student."""
 
     student: str = Field(description="local path or hub name")
@@ -238,6 +177,12 @@ class TrainConfig(_Section):
             raise ValueError("one of teacher and teachers must be set")
         if self.divergence != "mixed_kl" and self.reverse_weight != 0.5:
             raise ValueError(f"reverse_weight is a setting of divergence mixed_kl, got {self.divergence}")
+        for name in self.teachers:
+            if name in POLICIES or "/" in name or name != name.strip() or not name or not name.isprintable():
+                raise ValueError(
+                    f"teachers: {name!r} is no name for metrics such as NAME/loss: it must have printable "
+                    f"characters other than /, no space at its ends, and not be {' or '.join(POLICIES)}"
+                )
         for teacher in self.all_teachers.values():
             tail: dict[str, Any] = {} if teacher.targets == "full" else {"tail": teacher.tail}
             (TopKLossConfig if tail else LossConfig)(**self.loss_options, **tail)
@@ -260,7 +205,10 @@ class TrainConfig(_Section):
         return any(teacher.stored is not None for teacher in self.all_teachers.values())
 
 
-_FREE_OF_TEACHER = {"model", "url", "stored", "deadline_seconds", "tokenizer"}
+_FREE_OF_TEACHER: Any = {
+    **dict.fromkeys(("model", "url", "stored", "deadline_seconds", "tokenizer"), True),
+    "load": {"device_map", "attn_implementation"},
+}
 # Settings that may change on resume: the length of the run, its files and its machines.
 _FREE_ON_RESUME: Any = {
     **dict.fromkeys(("student", "output", "steps", "gradient_accumulation_steps", "trackers"), True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .config import TeacherConfig
 from .targets import Teacher
 from .teachers import LocalTeacher
 
@@ -37,12 +38,22 @@ def _teacher(teacher: Teacher) -> str:
     shown = settings.model_dump(mode="json")  # without credentials
     source = settings.model or shown["url"] or shown["stored"]
     name = ", ".join(source) if isinstance(source, list) else str(source)
+    if settings.is_self:
+        name += f" ({_following(settings)})"
     size = ""
     if isinstance(teacher, LocalTeacher):
         dtype = str(teacher.model.dtype).removeprefix("torch.")
         size = f"{n_parameters(teacher.model):,} parameters in {dtype}, "
     k = "" if settings.targets == "full" else f", k {settings.k}"
     return f"{name}: {size}targets {settings.targets}{k}"
+
+
+def _following(settings: TeacherConfig) -> str:
+    if settings.ema is not None:
+        return f"average of the student's weights, ema {settings.ema:g}"
+    if settings.refresh_every is not None:
+        return f"the student, copied every {settings.refresh_every} steps"
+    return "the student at the start"
 
 
 def _device(run: Trainer) -> str:

@@ -30,6 +30,7 @@ from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sample
 from .preflight import preflight, require
 from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
+from .self_teacher import following_teachers
 from .sources import fingerprints
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .stopping import RunStopped, StopSignals
@@ -85,6 +86,7 @@ class Trainer:
             config.schedule, self.optimizer, config.warmup_steps, config.steps
         )
         self.accelerator.register_for_checkpointing(self.schedule)
+        self.following = following_teachers(self.teachers, self.model, self.accelerator)
         self.saved_dtype = saved_dtype(config)
         self.rollouts = StudentRollouts(
             config, self.accelerator, self.wrapped, self.tokenizer, common_vocabulary(self.teachers)
@@ -194,6 +196,8 @@ class Trainer:
         if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
         self.optimizer.step()
+        for teacher in self.following:
+            teacher.follow(self.step + 1)
         self.schedule.step()
         self.optimizer.zero_grad()
         return metrics | {"learning_rate": float(self.schedule.get_last_lr()[0])}

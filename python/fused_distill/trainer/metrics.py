@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .config import POLICIES
 from .data import Batch
 from .targets import Scored
 
@@ -65,7 +66,7 @@ def policy_losses(sums: list[Tensor], batches: list[Batch], accelerator: Acceler
     All processes call it together; each has slices of the same policies.
     """
     found = dict[str, Tensor]()
-    for on_policy, name in ((True, "on_policy"), (False, "off_policy")):
+    for on_policy, name in zip((True, False), POLICIES, strict=True):
         chosen = [i for i, batch in enumerate(batches) if batch.samples[0].on_policy == on_policy]
         if chosen:
             loss = torch.stack([sums[i][..., 0].sum() for i in chosen]).sum()

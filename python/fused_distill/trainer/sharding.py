@@ -6,9 +6,23 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .long_sequences import checkpointed_layers
+
+
+def resident_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of a model's parameters in this process.
+
+    Of the layers that `shard_teacher` shards only this process's part counts; what is outside them is whole
+    after the first forward pass.
+    """
+    in_layers = {id(p) for layer in checkpointed_layers(model) for p in layer.parameters()}
+    parameters = [
+        p.to_local() if isinstance(p, DTensor) and id(p) in in_layers else p for p in model.parameters()
+    ]
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def shard_teacher(model: PreTrainedModel, device: torch.device) -> None:

@@ -30,7 +30,8 @@ def check_weight_files(config: TrainConfig) -> None:
     """Raise a ConfigError if weight files of student or teacher are truncated, before anything is loaded."""
     models: list[tuple[str, str | None]] = [("student", config.student)]
     for name, teacher in config.all_teachers.items():
-        models.append((f"teachers.{name}.model" if name else "teacher.model", teacher.model))
+        if not teacher.is_self:
+            models.append((f"teachers.{name}.model" if name else "teacher.model", teacher.model))
     for key, name in models:
         problem = None if name is None else find_broken_weights(name)
         if problem is not None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import patch_environment
@@ -24,7 +24,7 @@ from .data import Batch, Data
 from .long_sequences import check_positions, set_attention
 from .sharding import shard_teacher
 from .stored import StoredTeacher
-from .student import check_lm_head, load_pretrained
+from .student import check_lm_head, load_pretrained, load_student
 from .targets import FullTargets, Targets, Teacher, TopKTargets, topk_targets
 from .vocabulary import common_tokens
 
@@ -71,7 +71,7 @@ class HiddenStateTeacher:
 
 @dataclass
 class ServedTeacher:
-    """A teacher server that returns log-probabilities, ours or a stock vLLM server."""
+    """A teacher server that returns log-probabilities: ours, vLLM or SGLang."""
 
     client: TeacherClient
     config: TrainConfig
@@ -117,6 +117,12 @@ def load_teachers(
             "teachers: with FSDP only a single teacher may have a model, which is sharded, because processes "
             "ask several teachers at different times. Serve the models (teachers.NAME.url)"
         )
+    for settings in config.all_teachers.values():
+        if shard and "device_map" in settings.load:
+            raise ConfigError("teacher.load: must not have device_map with FSDP, which shards the teacher")
+        if shard and settings.follows_student:
+            key = "ema" if settings.refresh_every is None else "refresh_every"
+            raise ConfigError(f"teacher.{key}: must be null with FSDP, which shards student and teacher")
     teachers: dict[str, Teacher] = {}
     for name, settings in config.all_teachers.items():
         with _key_of(name):
@@ -150,18 +156,23 @@ def _load_teacher(
     vocab_size = load_pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
     if settings.model is not None:
         vocab_size = common_tokens(settings, tokenizer, vocab_size)
-        dtype = weights_dtype(settings.dtype, device.type)
         # FSDP's low-memory loading leaves weights empty until accelerate fills those of the student.
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
-            model = load_pretrained(AutoModelForCausalLM, "teacher.model", settings.model, dtype=dtype)
-        model.eval().requires_grad_(False)
+            model = _load_model(config, settings, settings.model, device)
+        model = cast(Any, model).eval().requires_grad_(False)
         weights = model_fingerprint(model)  # before it is sharded
         if shard and all(p.is_floating_point() for p in model.parameters()):  # not if quantized
             shard_teacher(model, device)
-        else:
+        elif getattr(model, "hf_device_map", None) is None:  # of teacher.load
             model.to(device)
         check_lm_head(model, "teacher.model", model)
-        set_attention(model, config)
+        place = checked_head(model)[0].weight.device
+        if not shard and place != torch.empty(0, device=device).device:
+            raise ConfigError(
+                f"teacher.load: device_map puts the LM head on {place}; the loss needs it on {device}"
+            )
+        if "attn_implementation" not in settings.load:
+            set_attention(model, config)
         embedding = cast(Tensor, model.get_input_embeddings().weight)
         vocab_size = min(vocab_size, len(checked_head(model)[0].weight), len(embedding))
         teacher = LocalTeacher(model, config, settings, vocab_size, weights)
@@ -200,6 +211,26 @@ def _load_teacher(
     if settings.targets != "full" and settings.k > teacher.vocab_size:
         raise ConfigError(f"teacher.k: {settings.k} is more than the {teacher.vocab_size} tokens there are")
     return teacher
+
+
+def _load_model(
+    config: TrainConfig, settings: TeacherConfig, name: str, device: torch.device
+) -> PreTrainedModel:
+    if settings.is_self:
+        torch.manual_seed(config.seed)  # for the adapters of LoRA, as the student's
+        return load_student(config.model_copy(update={"gradient_checkpointing": False}))
+    options = settings.load | {"dtype": weights_dtype(settings.dtype, device.type)}
+    load_pretrained(AutoConfig, "teacher.model", name)  # a fault of its own is not one of the options
+    try:
+        return load_pretrained(AutoModelForCausalLM, "teacher.model", name, **options)
+    except Exception as error:  # options raise many types
+        if not settings.load:
+            raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        raise ConfigError(f"teacher.load: {name} cannot be loaded with {settings.load}: {reason}") from error
 
 
 def check_limits(teachers: dict[str, Teacher], config: TrainConfig, length: Callable[[], int]) -> None:

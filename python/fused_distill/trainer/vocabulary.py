@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import pyarrow.compute as pc
+import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 from ..huggingface.loading import load_tokenizer, read_tokenizer, tokenizer_fingerprint
@@ -13,6 +13,7 @@ from .config import ConfigError, TeacherConfig
 from .data import Data, Sample
 from .targets import Teacher
 
+pc: Any = pyarrow.compute
 _NAMED = 5  # an error message names so many tokens
 
 
@@ -99,7 +100,7 @@ def common_tokens(
 
 def _teacher_tokenizer(settings: TeacherConfig) -> PreTrainedTokenizerBase | None:
     if settings.tokenizer is None:
-        return None if settings.model is None else load_tokenizer(settings.model)
+        return None if settings.tokenizer_name is None else load_tokenizer(settings.tokenizer_name)
     try:
         return read_tokenizer(settings.tokenizer)
     except (OSError, ValueError) as error:
@@ -127,7 +128,7 @@ def check_tokens(
     columns = ("prompt", "teacher_prompt", *(["completion"] if completions else []))
     table: Any = data.samples.data  # a quick look, also at samples that were dropped
     chunks = [chunk for name in columns for chunk in table.column(name).chunks]
-    largest = max((cast(Any, pc).max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0)
+    largest = max((pc.max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0)
     if largest < min(teacher.vocab_size for teacher in teachers.values()):
         return
     for i in range(len(data.samples)):

@@ -31,6 +31,7 @@ with atheris.instrument_imports(include=["fused_distill.serving"]):
     from fused_distill.serving.protocol.logprobs import TeacherLogprobs, decode_binary, encode_binary
     from fused_distill.serving.protocol.openai import openai_answer
     from fused_distill.serving.protocol.packing import WireError
+    from fused_distill.serving.protocol.sglang import sglang_answer
     from fused_distill.serving.server.engine import TeacherInfo
     from fused_distill.serving.server.validation import RequestError, ServerLimits, parse_request
     from serving_cases import from_json
@@ -69,6 +70,13 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 POSITION = {"7": {"logprob": -0.5, "rank": 1}, "3": {"logprob": -1.5, "rank": 2}}
 VLLM = {"choices": [{"index": 0, "prompt_logprobs": [None, POSITION, POSITION]}]}
+TRIPLES = [[-0.5, 7, None], [-1.5, 3, None]]
+SGLANG_INFO = {
+    "input_token_logprobs": [[None, 1, None], *TRIPLES],
+    "input_top_logprobs": [None, TRIPLES, TRIPLES],
+    "input_token_ids_logprobs": [None, TRIPLES, TRIPLES],
+}
+SGLANG = [{"meta_info": SGLANG_INFO}]
 VALUES = [
     None,
     True,
@@ -198,6 +206,16 @@ def changed_vllm(data: bytes) -> None:
     assert answer.lengths.sum() == len(answer.actual_logprobs)
 
 
+def changed_sglang(data: bytes) -> None:
+    """An SGLang server's response with a few places changed; the client retries these exceptions."""
+    provider = atheris.FuzzedDataProvider(data)
+    try:
+        answer = sglang_answer(changed(SGLANG, provider), 2, [[[7, 3], [3, 7]]])
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        return
+    assert answer.lengths.sum() == len(answer.actual_logprobs)
+
+
 def changed(content: Any, provider: Any) -> Any:
     """A copy with up to three places replaced, removed or doubled."""
     content = copy.deepcopy(content)
@@ -242,6 +260,7 @@ TARGETS: tuple[Callable[[bytes], None], ...] = (
     changed_numbers(hidden_payloads(), hidden_states),
     changed_request,
     changed_vllm,
+    changed_sglang,
 )
 
 

@@ -25,9 +25,11 @@ from .description import check_head, check_limits, head_bytes, teacher_descripti
 from .identity import SameFingerprint
 from .request import Ids, ScoreIds, ScoringRequest, TeacherError
 from .retry import RetryingClient, RetryPolicy
+from .stock import StockServer
+from .stock_sglang import StockSglang
 from .stock_vllm import StockVllm
 
-Protocol = Literal["auto", "fused-distill", "openai"]
+Protocol = Literal["auto", "fused-distill", "openai", "sglang"]
 T = TypeVar("T")
 
 
@@ -40,9 +42,9 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
     Args:
         url: one server, or several that serve the same teacher; when one fails, the next is tried.
         token: bearer token.
-        protocol: "fused-distill", "openai" (a stock vLLM server's /v1/completions with prompt_logprobs), or
-            "auto" to detect which of them the server speaks.
-        model: model name for "openai". None: the first that the server lists.
+        protocol: "fused-distill", "openai" (a stock vLLM server's /v1/completions with prompt_logprobs),
+            "sglang" (an SGLang server's /generate), or "auto" to detect which of them the server speaks.
+        model: model name for "openai" and "sglang". None: the first that the server lists.
         timeout_seconds: limit between two bytes of one attempt; longer than the server's own limit of 300 s.
         deadline_seconds: limit of one call, all attempts together.
         concurrency: number of requests in flight.
@@ -89,7 +91,10 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             transport=transport,
             concurrency=concurrency,
         )
-        self._stock_vllm = StockVllm(self._http, model)
+        self._stock_servers: dict[Protocol, StockServer] = {
+            "openai": StockVllm(self._http, model),
+            "sglang": StockSglang(self._http, model),
+        }
         self._same_weights = SameFingerprint()
 
     def __exit__(self, *_: object) -> None:
@@ -113,7 +118,7 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         self._info(time.monotonic() + seconds)
 
     def info(self) -> dict[str, Any]:
-        """Return the server's description: /v1/teacher, or with "openai" the model's entry in /v1/models.
+        """Return the server's description: /v1/teacher, or the model's entry in a stock server's /v1/models.
 
         Raises:
             ServerError: no server gave a valid description before the deadline.
@@ -121,8 +126,8 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
         return self._info(time.monotonic() + self.deadline_seconds)
 
     def _info(self, deadline: float) -> dict[str, Any]:
-        if self._detect_protocol(deadline) == "openai":
-            return self._stock_vllm.description(deadline)
+        if (stock := self._stock(deadline)) is not None:
+            return stock.description(deadline)
         return self._http.send_one("GET", "/v1/teacher", deadline, teacher_description)
 
     def check_limits(self, *, top_logprobs: int, length: int) -> None:
@@ -138,8 +143,8 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                 --max-logprobs is reported.
         """
         deadline = time.monotonic() + self.deadline_seconds
-        if self._detect_protocol(deadline) == "openai":
-            self._stock_vllm.check_limits(top_logprobs, length, deadline)
+        if (stock := self._stock(deadline)) is not None:
+            stock.check_limits(top_logprobs, length, deadline)
             return
         check_limits(self._describe(deadline), top_logprobs, length)
 
@@ -236,10 +241,10 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             sequences: token ids, prompt and completion.
             prompt_lengths: number of prompt tokens of each sequence.
             top_logprobs: K, the number of most likely tokens per position; 0 for none.
-            temperature: > 0, divides the teacher's logits; must be 1 with protocol "openai".
+            temperature: > 0, divides the teacher's logits; must be 1 with a stock server.
             score_ids: M further tokens per sequence and position to score; not with protocol "openai".
             vocab_size: number of tokens, from the first, that the distribution is over, for a student with a
-                shorter LM head; not with protocol "openai". None: all rows of the teacher's head.
+                shorter LM head; not with a stock server. None: all rows of the teacher's head.
 
         Returns:
             `TeacherLogprobs` in the order of the sequences, one position per token after the prompt.
@@ -253,23 +258,14 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             sequences, prompt_lengths, top_logprobs, temperature, score_ids, vocab_size
         )
         deadline = time.monotonic() + self.deadline_seconds
-        openai = self._detect_protocol(deadline) == "openai"
-        if openai:
-            server = "with a stock vLLM server, which"
-            if temperature != 1:
-                reason = f"ignores it for prompt log-probabilities, got {temperature}"
-                raise ValueError(f"temperature must be 1 {server} {reason}")
-            if score_ids is not None:
-                raise ValueError(f"score_ids must be None {server} scores its own top tokens only")
-            if vocab_size is not None:
-                raise ValueError(f"vocab_size must be None {server} scores over its own vocabulary")
-            for i, tokens in enumerate(request.sequences):
-                self._stock_vllm.check_length(f"sequences[{i}]", len(tokens), deadline)
-        rows = None if openai else vocab_size or self._describe(deadline)["vocab_size"]
+        stock = self._stock(deadline)
+        if stock is not None:
+            stock.check(request, deadline)
+        rows = None if stock else vocab_size or self._describe(deadline)["vocab_size"]
 
         def send(part: ScoringRequest, first: int) -> TeacherLogprobs:
-            if openai:
-                answer = self._stock_vllm.score(part, deadline)
+            if stock is not None:
+                answer = stock.score(part, deadline)
             else:
                 body = {**vars(part), "response_format": "binary"}
                 decode = self._same_weights.then(lambda r: decode_binary(r.content))
@@ -278,8 +274,9 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
             part.check_answer(answer, first, rows)
             return answer
 
-        max_tokens = self.request_tokens
-        if not openai:
+        if stock is not None:
+            max_tokens = stock.parts_tokens(request, self.request_tokens)
+        else:
             width = 1 + request.top_logprobs + request.score_count
             max_tokens = self._describe(deadline)["limits"]["numbers"] // width
         return TeacherLogprobs.join(self._send_parts(request, send, max_tokens))
@@ -316,13 +313,16 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
                 lambda r: teacher_description(r) if r.status_code == 200 else None,
                 accepted=(200, 404),
             )
-            if description is None:
-                self._http.send_one(
-                    "GET", "/v1/models", deadline, first_model
-                )  # a 404 alone may be a gateway's
-            self._description = description
-            self._protocol = "openai" if description is None else "fused-distill"
+            if description is None:  # the 404 alone may be a gateway's
+                owner = self._http.send_one("GET", "/v1/models", deadline, first_model).get("owned_by")
+                self._protocol = "sglang" if owner == "sglang" else "openai"
+            else:
+                self._description, self._protocol = description, "fused-distill"
         return self._protocol
+
+    def _stock(self, deadline: float) -> StockServer | None:
+        """Return how to ask the servers, if they are not of our protocol."""
+        return self._stock_servers.get(self._detect_protocol(deadline))
 
     def _describe(self, deadline: float) -> dict[str, Any]:
         """Return the description of a server of our protocol, requested once."""
@@ -334,8 +334,8 @@ class TeacherClient(AbstractContextManager["TeacherClient"]):
 
     def _require_hidden_states(self, deadline: float) -> dict[str, Any]:
         """Return the server's description, if it gives hidden states."""
-        if self._detect_protocol(deadline) == "openai":
-            raise ValueError("a stock vLLM server gives no hidden states")
+        if (stock := self._stock(deadline)) is not None:
+            raise ValueError(f"a stock {stock.name} server gives no hidden states")
         description = self._describe(deadline)
         if "hidden_states" not in description["capabilities"]:
             reason = f"only {description['capabilities']}"

@@ -24,7 +24,7 @@ ScoreIds = Sequence[Sequence[Ids] | NDArray[Any]] | NDArray[Any]
 _MAX_SEQUENCES = 256  # per request
 _SCORE_IDS_PER_TOKEN = 16  # so many score ids count as one token when a call is divided into requests
 _HEADER_BYTES = 64 << 10  # of a response, besides its numbers
-_JSON_ENTRY_BYTES = 512  # of a token in a stock vLLM server's response: id, text, log-probability and rank
+_JSON_ENTRY_BYTES = 512  # of a token in a stock server's response: id, text, log-probability and rank
 
 
 class TeacherError(ServerError):
@@ -108,10 +108,9 @@ class ScoringRequest:
         )  # of 4 bytes: ids have as many as log-probabilities
         return 4 * (len(self.sequences) + sum(self.positions) * width) + _HEADER_BYTES
 
-    @property
-    def openai_bytes(self) -> int:
-        """Largest size of a stock vLLM server's response, which has the tokens of the prompts too."""
-        entries = sum(map(len, self.sequences)) * (1 + self.top_logprobs)
+    def json_bytes(self, scores: int = 0) -> int:
+        """Return the largest size of a stock server's response, with the tokens of the prompts and scores."""
+        entries = sum(map(len, self.sequences)) * (1 + max(self.top_logprobs, 1)) + scores
         return _JSON_ENTRY_BYTES * entries + _HEADER_BYTES * len(self.sequences)
 
     def hidden_bytes(self, hidden_size: int, dtype: HiddenDtype) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute
 import torch
 
 from ...huggingface.fingerprint import checkpoint_fingerprint, local_checkpoint
@@ -18,6 +19,7 @@ from .teacher_of_run import TeacherOfRun
 if TYPE_CHECKING:
     from ..loop import Trainer
 
+pc: Any = pyarrow.compute
 _PROBE_TOKENS = 8  # of a prompt and of a completion
 # Nats per token. Equal weights in bfloat16 and float32, or behind a server, give less.
 _EQUAL = 0.02
@@ -60,7 +62,6 @@ def check_loss(run: Trainer, teacher: TeacherOfRun) -> Finding:
     sample = next(filter(teacher.scores, map(_sample, run.samples)), None)
     if sample is None:
         return warning("no training sample has this teacher: remove it, or check the column of the data")
-    own_prompt = sample.teacher_prompt is not None
     if teacher.settings.stored is None:
         prompt = sample.prompt[:_PROBE_TOKENS]
         completion = (sample.completion or prompt)[:_PROBE_TOKENS]
@@ -78,9 +79,19 @@ def check_loss(run: Trainer, teacher: TeacherOfRun) -> Finding:
         return ok(text)
     if abs(loss) > _EQUAL:
         return error(f"{text}, but the teacher has the student's weights, so it should be 0")
-    if own_prompt:
+    if _has_own_prompts(run, teacher):
         return ok(f"{text}: the teacher has the student's weights, and prompts of its own")
-    return warning(f"{text}: the teacher has the student's weights, so there is nothing to learn from it")
+    return warning(
+        f"{text}: the teacher has the student's weights, so there is nothing to learn from it "
+        "without prompts of its own (column teacher_prompt)"
+    )
+
+
+def _has_own_prompts(run: Trainer, teacher: TeacherOfRun) -> bool:
+    """Return whether a row of the data has a prompt of its own for the teacher."""
+    table: Any = run.samples.data
+    own = pc.is_valid(table.column("teacher_prompt"))
+    return bool(pc.any(pc.and_(own, pc.equal(table.column("teacher"), teacher.name))).as_py())
 
 
 def _sample(row: Any) -> Sample:
@@ -92,6 +103,8 @@ def _same_weights(student: str, of_run: TeacherOfRun) -> bool:
     folder = local_checkpoint(student)
     own = None if folder is None else checkpoint_fingerprint(folder)
     settings, teacher = of_run.settings, of_run.teacher
+    if settings.is_self:
+        return True
     if isinstance(teacher, HiddenStateTeacher | ServedTeacher):
         return own is not None and own == teacher.client.info().get("weights_fingerprint")
     if settings.model is None or folder is None:

@@ -14,6 +14,7 @@ from ...huggingface.lm_head import LMHeadParams, checked_head
 from ...plan import plan
 from ...rollouts.base import Sampling
 from ..data import Batch, Sample, sample_stream
+from ..sharding import resident_bytes
 from ..teachers import HiddenStateTeacher, LocalTeacher
 from .finding import Finding, ok, warning
 from .teacher_of_run import teachers_of
@@ -68,8 +69,7 @@ def _memory(run: Trainer) -> dict[str, int]:
         head: LMHeadParams | None = None
         teacher = of_run.teacher
         if isinstance(teacher, LocalTeacher):
-            size = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
-            parts[of_run.title] = size
+            parts[of_run.title] = resident_bytes(teacher.model)
             head, _ = checked_head(teacher.model)
         elif isinstance(teacher, HiddenStateTeacher):
             head = teacher.head
