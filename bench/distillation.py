@@ -31,7 +31,8 @@ TEACHERS: dict[str, tuple[str, ...]] = {
     "served top 64": ("teacher.targets=topk", "teacher.k=64"),
     "served hidden states": (),
 }
-METRICS = ("loss", "forward_kl", "reverse_kl", "top1_agreement")
+STATISTICS = ("forward_kl", "reverse_kl", "top1_agreement")
+METRICS = ("loss", *STATISTICS, *(f"topk_{name}" for name in STATISTICS))
 
 
 def rows(teacher: Path, overrides: list[str], scratch: Path) -> list[dict[str, Any]]:
@@ -52,7 +53,8 @@ def rows(teacher: Path, overrides: list[str], scratch: Path) -> list[dict[str, A
             end, _ = Trainer(final).evaluate()
             lines.append({"step": final.steps, "kind": "full distribution", **end})
             results += [
-                {"beta": beta, "teacher": name, **{k: line[k] for k in ("step", "kind", *METRICS)}}
+                {"beta": beta, "teacher": name}
+                | {k: line[k] for k in ("step", "kind", *METRICS) if k in line}
                 for line in lines
             ]
             shutil.rmtree(output)
@@ -82,14 +84,13 @@ def plot(content: dict[str, Any], path: Path) -> None:
     for column, beta in enumerate(BETAS):
         for i, teacher in enumerate(TEACHERS):
             run = [r for r in content["rows"] if (r["beta"], r["teacher"]) == (beta, teacher)]
-            for row, kind, metric, style in (
-                (0, "train", "loss", "-"),
-                (1, "evaluation", "forward_kl", "-"),
-                (1, "evaluation", "reverse_kl", "--"),
-            ):
-                points = [(r["step"], r[metric]) for r in run if r["kind"] == kind]
+            for row, metric, style in ((0, "loss", "-"), (1, "forward_kl", "-"), (1, "reverse_kl", "--")):
+                shown = [r for r in run if metric in r and (r["kind"] == "train") == (metric == "loss")]
+                points = [(r["step"], r[metric]) for r in shown]
                 label = teacher if metric == "loss" else f"{metric.replace('_kl', ' KL')}, {teacher}"
                 marker = {"marker": "x", "linestyle": "none"} if "hidden" in teacher else {"linestyle": style}
+                if len(points) == 1:  # of the whole distribution, which a teacher of the top k does not give
+                    marker = {"marker": "o"}
                 axes[row, column].plot(*zip(*points, strict=True), color=f"C{i}", label=label, **marker)
         axes[0, column].set_title(f"beta {beta:g}: loss of each step", fontsize=9, loc="left")
         axes[1, column].set_title("held-out prompts, nats per token", fontsize=9, loc="left")

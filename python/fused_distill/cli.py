@@ -8,7 +8,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -136,12 +137,34 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command that the command line names."""
     options = parse_arguments(arguments)
     try:
-        options.run(options)
+        with _ended_by_signals(options.command) if hasattr(options, "overrides") else nullcontext():
+            options.run(options)
     except (ImportError, OSError, ValueError, FloatingPointError) as error:
         print(f"fused-distill {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # a second Ctrl-C during a step
+        print(f"fused-distill {options.command}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(_INTERRUPTED)
+
+
+@contextmanager
+def _ended_by_signals(command: str) -> Generator[None]:
+    """End the process at once, with one line, on Ctrl-C and SIGTERM, until a run handles them itself.
+
+    A model that loads holds up Python's own handling of Ctrl-C, or catches its exception.
+    """
+
+    def end(number: int, _: object) -> None:
+        cause = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        os.write(2, f"\nfused-distill {command}: stopped by {cause}\n".encode())
+        os._exit(128 + number)
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def serve_teacher(options: argparse.Namespace) -> None:

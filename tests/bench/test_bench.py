@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import report
 import torch
 from cases import INTERPRETED
 from fused_distill import reference
@@ -104,6 +105,18 @@ def test_a_gpu_run_takes_the_triton_path_and_records_errors(tmp_path: Path) -> N
     assert rows["fused-distill, triton", 0.5]["loss"] > 0
     assert len(rows) == 6
     assert all(row.get("seconds") or row["error"] for row in run["rows"])
+
+
+def test_phases_of_the_trainer_stand_beside_their_parts_run_alone(tiny_model: Path, tmp_path: Path) -> None:
+    content = bench("phases.py", tmp_path / "phases.json", "--model", str(tiny_model))
+    assert all(min(round_.values()) > 0 for round_ in content["seconds"])
+    text = report.table(content)
+    lines = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines() if "|" in line}
+    step = [*lines][2:-2]
+    assert step == ["rollouts", "teacher", "student"]
+    assert sum(int(lines[name][1].strip(" %")) for name in step) == pytest.approx(100, abs=2)
+    assert "optimizer" in lines["student"][2]
+    assert [*lines][-2:] == ["whole step", "evaluation"]
 
 
 def test_numerics_beat_naive_float32_on_close_models(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -16,10 +17,11 @@ import pytest
 from forking import forking
 from fused_distill.cli import main
 from fused_distill.trainer import rollouts as trainer_rollouts
+from fused_distill.trainer.cache_teacher import store_teacher
 from fused_distill.trainer.checkpoint import list_checkpoints
 from fused_distill.trainer.config import ConfigError, TrainConfig
 from fused_distill.trainer.loop import Trainer, train
-from trainer_cases import NOT_INTERPRETED, FakeServer, Lab, metrics, save_model
+from trainer_cases import NOT_INTERPRETED, FakeServer, Lab, metrics, save_model, write_rows
 from trainer_cases import lab as lab
 
 pytestmark = [NOT_INTERPRETED, pytest.mark.xdist_group("forks")]
@@ -69,9 +71,23 @@ def outcome(output: Path) -> tuple[list[dict[str, object]], bytes]:
     return kept, (output / "student" / "model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module", params=[(), AHEAD], ids=["", "ahead"])
-def settings(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    return (*SETTINGS, *request.param)
+@pytest.fixture(scope="module", params=["", "ahead", "stored"])
+def settings(
+    request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, ...]:
+    """Return settings: plain, ahead with two teachers of which one follows the student, or with a store."""
+    folder = tmp_path_factory.mktemp("settings")
+    if request.param == "ahead":
+        rows = [json.loads(line) for line in lab.data.read_text().splitlines()]
+        named = [row | {"teacher": ("math", "code")[i % 2]} for i, row in enumerate(rows)]
+        teachers = f"teachers={{math: {{model: {lab.teacher}}}, code: {{model: self, ema: 0.5}}}}"
+        data = write_rows(folder / "data.jsonl", named)
+        return (*SETTINGS, *AHEAD, "teacher=null", teachers, f"data.path={data}")
+    if request.param == "stored":
+        topk = (*SETTINGS, "lmbda=0", "teacher.targets=topk", "teacher.k=5")
+        store_teacher(lab.config(folder, *topk), folder / "store", "float32")
+        return (*topk, "teacher.model=null", f"teacher.stored={folder}/store")
+    return SETTINGS
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def turns(tokenizer: Any, row: dict[str, Any], **options: Any) -> list[tuple[str
     def text(tokens: list[int] | None) -> str | None:
         return None if tokens is None else "".join(tokenizer.convert_ids_to_tokens(tokens))
 
-    found = tokenize_row(row, tokenizer, DataConfig.model_validate({"path": "", **options}))
+    found = tokenize_row(row, tokenizer, DataConfig.model_validate({"path": "chats.jsonl", **options}))
     assert all(isinstance(turn, Turn) for turn in found)
     return [(str(text(turn.prompt)), text(turn.completion)) for turn in found]
 

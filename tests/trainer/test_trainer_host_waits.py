@@ -40,14 +40,26 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def counted(method: Any, calls: list[str]) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls.append(method.__name__)
+        return method(*arguments, **options)
+
+    return call
+
+
 def reads_of_a_step(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[str], int]:
     """Return the reads of an update by line, without those of making batches, and the calls of tolist."""
     lists: list[int] = []
+    messages: list[str] = []  # to the other processes
     tolist = torch.Tensor.tolist
     buffer = trainer.fill_buffer()
     with HostReads() as mode, monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "tolist", lambda self: (lists.append(1), tolist(self))[1])
+        for name in ("gather", "reduce"):
+            patch.setattr(trainer.accelerator, name, counted(getattr(trainer.accelerator, name), messages))
         trainer.update(buffer)
+    assert messages == ["reduce", "gather"]  # the number of tokens before the first slice, then all metrics
     # Batches are made of tensors in the memory of the host.
     return Counter({line: n for line, n in mode.by_line.items() if "/data.py:" not in line}), len(lists)
 
@@ -60,7 +72,8 @@ def test_a_step_reads_from_the_device_as_often_for_four_slices_as_for_one(
     monkeypatch.setattr(validation, "_require_all", lambda *_: None)
     for module in (teacher_of_loss, sys.modules[topk_logprobs.__module__]):
         monkeypatch.setattr(module, "check_id_range", lambda *_, **__: None)
-    settings = ["lmbda=0", f"teacher={{model: {lab.teacher}, targets: {targets}, k: 4}}"]
+    settings = ["rollouts.importance_clip=2", "lmbda=0.5"]
+    settings.append(f"teacher={{model: {lab.teacher}, targets: {targets}, k: 4}}")
     for slices in (1, 4):
         trainer = Trainer(lab.config(tmp_path, f"gradient_accumulation_steps={slices}", *settings))
         reads, lists = reads_of_a_step(trainer, monkeypatch)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from fused_distill.trainer.config import ConfigError
-from fused_distill.trainer.data import Sample
+from fused_distill.trainer.data import Batch, Sample
 from fused_distill.trainer.long_sequences import max_positions, split_by_tokens
 from fused_distill.trainer.loop import Trainer
 from plain_loop import BETAS, assert_equals_plain_steps
@@ -153,12 +153,19 @@ def test_a_process_with_fewer_micro_batches_splits_further(monkeypatch: pytest.M
     assert [[len(s.completion) for s in part] for part in parts] == [[19], [18], [17], [3, 2, 1]]
 
 
-def test_evaluation_keeps_to_tokens_per_forward(lab: Lab, tmp_path: Path) -> None:
+def test_evaluation_keeps_to_tokens_per_forward(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = Trainer(lab.config(tmp_path, "data.evaluation_prompts=8")).evaluate()
     trainer = Trainer(lab.config(tmp_path, "data.evaluation_prompts=8", "tokens_per_forward=24"))
     sizes: list[int] = []
     loss = trainer.loss
-    trainer.loss = lambda batch, normalizer: (sizes.append(batch.tokens.numel()), loss(batch, normalizer))[1]
+
+    def watched(batch: Batch, *others: Any) -> Any:
+        sizes.append(batch.tokens.numel())
+        return loss(batch, *others)
+
+    monkeypatch.setattr(trainer, "loss", watched)
     got = trainer.evaluate()
     assert len(sizes) > 1
     assert max(sizes) <= 24

@@ -84,8 +84,8 @@ def test_sampled_objective_is_the_policy_gradient(
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(max(g.abs().max() for g in want)))
     value = -sum(w * a for w, a in zip(weights, advantages, strict=True)) / 6
     assert got_metrics["loss"] == pytest.approx(value, rel=1e-4)
-    assert got_metrics["reverse_kl"] == pytest.approx(-sum(advantages) / 6, rel=1e-4)
-    assert "forward_kl" not in got_metrics
+    assert got_metrics["sampled_reverse_kl"] == pytest.approx(-sum(advantages) / 6, rel=1e-4)
+    assert not {"forward_kl", "reverse_kl", "student_mass"} & {*got_metrics}
 
 
 @pytest.mark.parametrize("targets", ["full", "topk"])
@@ -146,7 +146,7 @@ def test_a_served_teacher_sends_one_log_probability_per_token(lab: Lab, tmp_path
     trainer = Trainer(lab.config(tmp_path, "objective=sampled"))
     client: Any = Client()
     settings = trainer.teachers[""].settings
-    trainer.teachers[""] = ServedTeacher(client, trainer.config, settings, 98, None, True)
+    trainer.teachers[""] = ServedTeacher(client, trainer.config, settings, "sampled", 98, None, True)
     assert trainer.update([SAMPLES])["loss"] == pytest.approx(want, rel=1e-5)
     assert (client.asked["top_logprobs"], client.asked["score_ids"]) == (0, None)
 

@@ -140,7 +140,9 @@ def test_policies_and_teachers_have_curves_of_their_own() -> None:
 
 
 def test_metrics_of_top_k_targets_are_named_so() -> None:
-    assert "(nats per token) over the top k and their tail" in render(config(), rows())
+    page = render(config(), [*rows(), {"step": 60, "kind": "evaluation", "sampled_reverse_kl": 1.0}])
+    assert "(nats per token) over the top-k outcomes" in page
+    assert "(nats per token), estimated from the sampled tokens" in page
 
 
 def test_samples_of_the_first_and_the_last_evaluation_are_side_by_side() -> None:

@@ -64,9 +64,25 @@ def test_metrics_of_each_teacher_make_up_those_of_all(lab: Lab, other: Path, tmp
     train(settings(lab, tmp_path, "steps=2", "data.evaluation_prompts=6", **teachers))
     for row in metrics(tmp_path) + metrics(tmp_path, "evaluation"):
         assert row["math/tokens"] + row["code/tokens"] == row["tokens"]
-        for name in ("loss", "forward_kl", "top1_agreement"):
-            total = sum(row[f"{teacher}/{name}"] * row[f"{teacher}/tokens"] for teacher in teachers)
-            assert row[name] == pytest.approx(total / row["tokens"])
+    of_both = [(row, "loss") for row in metrics(tmp_path)]
+    of_both += [
+        (row, name) for row in metrics(tmp_path, "evaluation") for name in ("forward_kl", "top1_agreement")
+    ]
+    for row, name in of_both:
+        total = sum(row[f"{teacher}/{name}"] * row[f"{teacher}/tokens"] for teacher in teachers)
+        assert row[name] == pytest.approx(total / row["tokens"])
+
+
+def test_a_mean_is_over_the_teachers_that_log_the_metric(lab: Lab, other: Path, tmp_path: Path) -> None:
+    teachers = {"math": f"model: {lab.teacher}", "code": f"model: {other}, targets: topk, k: 4"}
+    train(settings(lab, tmp_path, "steps=1", "data.evaluation_prompts=6", **teachers))
+    [row], evaluation = metrics(tmp_path), metrics(tmp_path, "evaluation")[0]
+    assert row["forward_kl"] == row["math/forward_kl"]
+    assert row["topk_forward_kl"] == row["code/topk_forward_kl"]
+    assert row["student_mass"] == row["code/student_mass"]
+    assert not {"code/forward_kl", "math/topk_forward_kl", "math/student_mass"} & {*row}
+    assert evaluation["loss"] == evaluation["math/loss"]
+    assert evaluation["full_loss"] == evaluation["code/full_loss"]
 
 
 def test_metrics_of_a_single_teacher_have_no_prefix(lab: Lab, tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 import pytest
 from fused_distill.huggingface.loading import read_tokenizer, tokenizer_digest
 from fused_distill.trainer.data import load_data
 from fused_distill.trainer.loop import Trainer, train
+from limits import seconds
 from trainer_cases import NOT_INTERPRETED, Lab, transformers
 from trainer_cases import lab as lab
 
@@ -99,3 +103,47 @@ def test_a_run_says_what_it_loads_and_with_what_it_trains(
     train(lab.config(tmp_path, "steps=2", *overrides), resume=True)
     resumed = "resumed from the checkpoint of step 1, 1 of 2 done, 8 prompts each"
     assert any(line.endswith(resumed) for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "status", "cause"),
+    [
+        ("train", SIGINT, 130, "Ctrl-C"),
+        ("check", SIGTERM, 143, "SIGTERM"),
+        ("cache-teacher", SIGINT, 130, "Ctrl-C"),
+    ],
+)
+def test_a_signal_while_models_load_ends_a_command_with_one_line(
+    lab: Lab, tmp_path: Path, command: str, number: int, status: int, cause: str
+) -> None:
+    lab.config(tmp_path)
+    paths = [f"student={lab.student}", f"output={tmp_path}", f"data.path={lab.data}"]
+    arguments = [command, str(tmp_path / "settings.yaml"), *paths, f"teacher.model={lab.teacher}"]
+    arguments += ["teacher.targets=topk"]
+    if command == "cache-teacher":
+        arguments += ["--output", str(tmp_path / "store")]
+    # The exception that Ctrl-C raises by default is swallowed here, as a library may do.
+    script = f"""
+import time
+from transformers import AutoModelForCausalLM
+def load(*_, **__):
+    print("LOADING", flush=True)
+    while True:
+        try:
+            time.sleep(1000)
+        except BaseException:
+            pass
+AutoModelForCausalLM.from_pretrained = load
+from fused_distill.cli import main
+main({arguments!r})
+"""
+    command_line = [sys.executable, "-c", script]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any(line == "LOADING\n" for line in process.stdout)
+        process.send_signal(number)
+        assert process.wait(seconds(60)) == status
+        error = process.stderr.read()
+    assert error.splitlines()[-1] == f"fused-distill {command}: stopped by {cause}"
+    assert "Traceback" not in error

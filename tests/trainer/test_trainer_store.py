@@ -22,7 +22,7 @@ from fused_distill.trainer.cache_teacher import store_teacher
 from fused_distill.trainer.config import ConfigError, TeacherConfig
 from fused_distill.trainer.data import Batch, Sample
 from fused_distill.trainer.loop import Trainer, train
-from fused_distill.trainer.targets import TopKTargets
+from fused_distill.trainer.targets import Kind, TopKTargets
 from pyarrow import parquet
 from serving_cases import serving
 from trainer_cases import NOT_INTERPRETED, Lab, losses, save_model, transformers
@@ -107,6 +107,7 @@ def test_a_float16_store_holds_rounded_logprobs_of_the_same_ids(lab: Lab, tmp_pa
 def test_finite_logprobs_stay_finite_in_float16() -> None:
     class FarApart:
         settings = TeacherConfig.model_validate({"model": "teacher"})
+        kind: Kind = "topk"
         vocab_size = 98
         fingerprint: str | None = None
 

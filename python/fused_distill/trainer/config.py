@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..config import Divergence, LossConfig, Surplus, TopKLossConfig
-from .teacher_config import ConfigError, Dtype, Section, TeacherConfig
+from .section import Section, Texts, problem
+from .teacher_config import ConfigError, Dtype, TeacherConfig
 
 POLICIES = ("on_policy", "off_policy")  # metrics of these slices of a step begin with them
 Engine = Literal["transformers", "vllm", "vllm_server"]
@@ -83,7 +84,7 @@ class LoraConfig(Section):
 
     r: int = Field(16, ge=1, description="rank")
     alpha: int = Field(32, ge=1, description="scale of the adapters is alpha / r")
-    target_modules: list[str] | str = Field("all-linear", description="module names that get adapters")
+    target_modules: Texts = Field("all-linear", description="module names that get adapters")
     merge: bool = Field(False, description="save student/ as a whole model, with the adapters merged into it")
 
 
@@ -257,13 +258,17 @@ def load_config(
     Raises:
         ConfigError: the file, an override or a setting is invalid (the message names the key).
     """
-    content = _parse_yaml(str(path), Path(path).read_text()) or {}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    content = _parse_yaml(str(path), text) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values")
     content = {**(defaults or {}), **content}
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals:
+        if not key or not equals:
             raise ConfigError(f"an override must be KEY=VALUE, got {override!r}")
         section: dict[str, Any] = content
         *names, last = key.split(".")
@@ -275,8 +280,7 @@ def load_config(
     try:
         return TrainConfig.model_validate(content)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("; ".join(problems).replace(": Value error, ", ": ")) from None
+        raise ConfigError("; ".join(map(problem, error.errors()))) from None
 
 
 def _parse_yaml(source: str, text: str) -> Any:

@@ -11,12 +11,16 @@ from rich.table import Table
 from .report import POLICIES, Row, before_and_after, describe, phase_seconds
 
 SHOWN_SAMPLES = 2
-_LINE = {  # metrics of a line, and their names there
+_LOSSES = {"loss": "loss", "full_loss": "full loss"}  # metrics of a line, and their names there
+_LINE = {
     "forward_kl": "forward KL",
     "topk_forward_kl": "top-k forward KL",
     "reverse_kl": "reverse KL",
     "topk_reverse_kl": "top-k reverse KL",
+    "sampled_reverse_kl": "sampled reverse KL",
     "top1_agreement": "top-1",
+    "topk_top1_agreement": "top-k top-1",
+    "student_mass": "student mass",
     "completion_length": "length",
 }
 
@@ -52,8 +56,9 @@ class RunConsole:
 
     def print_evaluation(self, row: Row) -> None:
         """Print the metrics of an evaluation, and two of its samples."""
-        others = [f"{label} {row[name]:.4g}" for name, label in _LINE.items() if name in row]
-        self.print("  ".join([f"evaluation at step {row['step']}", f"loss {row['loss']:.4g}", *others]))
+        labels = (_LOSSES | _LINE).items()
+        values = [f"{label} {row[name]:.4g}" for name, label in labels if name in row]
+        self.print("  ".join([f"evaluation at step {row['step']}", *values]))
         for sample in row.get("samples", [])[:SHOWN_SAMPLES]:
             prompt, completion = sample["prompt"], sample["completion"]
             self.print(f"  prompt      {'...' if len(prompt) > 200 else ''}{prompt[-200:]!r}")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from ..shortened import shortened
 from .config import DataConfig
-from .files import shortened
 
 # ShareGPT's names of the speakers.
 _ROLES = {

@@ -18,10 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..huggingface.loading import tokenizer_digest
+from ..shortened import shortened
 from . import conversations
 from .config import ConfigError, DataConfig, TrainConfig
 from .conversations import RowError, tokenize_row
-from .files import read_rows, shortened, unreadable
+from .files import read_rows, unreadable
 from .tokenizers import chat_tokenizer
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from ..shortened import shortened
 from .config import ConfigError, DataConfig
 
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -59,12 +60,6 @@ def read_rows(config: DataConfig) -> Rows:
         return Rows(load_dataset(path, config.name, split=config.split), f"{path} ({config.split})", [])
     except Exception as error:  # the readers of datasets raise many types
         raise ConfigError(f"data.path: {path} cannot be read: {_first_line(error)}") from error
-
-
-def shortened(value: object) -> str:
-    """Quote a value in at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _format(path: str) -> str | None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..shortened import shortened
 from .atomic import write_whole
 from .config import TrainConfig, flat_settings
 from .console import RunConsole
-from .files import shortened
 from .report import Row, write_report
 
 

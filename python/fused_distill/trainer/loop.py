@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
@@ -25,18 +26,19 @@ from .data import Batch, Sample, load_data, longest_for_teacher, sample_stream, 
 from .header import header
 from .logger import MetricsLogger
 from .long_sequences import check_positions, split_by_tokens
-from .metrics import Timer, batch_sums, mean_metrics, memory_gib, policy_losses, sample_counts
-from .off_policy import UNKNOWN_IF_SAMPLED, ImportanceRatios, batch_loss, sampled_ids
+from .metrics import Sums, Timer, memory_gib
+from .off_policy import ImportanceRatios
 from .preflight import preflight, require
 from .rollouts import StudentRollouts
 from .saving import save_student, saved_dtype
+from .scoring import score
 from .self_teacher import following_teachers
 from .sources import fingerprints
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .stopping import RunStopped, StopSignals
 from .student import load_pretrained, load_student, run_in_student_forward
-from .targets import Part, Scored, describe_non_finite, topk_targets
-from .teachers import check_limits, check_stores, common_vocabulary, load_teachers
+from .targets import Part, Scored, Teacher, describe_non_finite
+from .teachers import check_limits, check_stores, common_vocabulary, evaluating, load_teachers
 from .vocabulary import check_tokens
 
 EVAL_BATCH_SIZE = 8
@@ -147,24 +149,18 @@ class Trainer:
             slices = split_by_tokens(slices, self.config.tokens_per_forward, self.accelerator)
         return [Batch.collate(samples, self.device) for samples in slices]
 
-    def loss(self, batch: Batch, normalizer: float) -> tuple[Tensor, list[Scored]]:
+    def loss(
+        self, batch: Batch, normalizer: float, teachers: Mapping[str, Teacher] | None = None
+    ) -> tuple[Tensor, list[Scored]]:
         """Return a batch's summed loss divided by `normalizer`, and the part of each of its teachers."""
-        parts = Part.split(batch)
+        asked = self.teachers if teachers is None else teachers
 
         def compute(states: Tensor, head: LMHeadParams) -> tuple[Tensor, list[Scored]]:
-            scored: list[Scored] = []
-            for part in parts:
-                teacher, hidden, ids = self.teachers[part.name], part.select(states), None
-                if self.config.objective == "sampled":
-                    ids = sampled_ids(part.batch)[:, None]
-                elif teacher.settings.targets == "student_topk":
-                    ids = topk_targets(hidden, head, self.config, teacher).ids
-                with self.timer.measure("teacher_seconds"):
-                    targets = teacher.targets(part.batch, ids)
-                loss = batch_loss(
-                    hidden, head, part.batch, targets, normalizer, self.config, teacher, self.importance
-                )
-                scored.append(Scored(part, *loss, targets))
+            options = normalizer, self.config, self.importance, self.timer
+            scored = [
+                score(part, part.select(states), head, asked[part.name], *options)
+                for part in Part.split(batch)
+            ]
             return sum((part.loss for part in scored[1:]), scored[0].loss), scored
 
         with self.accelerator.autocast():
@@ -179,7 +175,7 @@ class Trainer:
         batches = self.collate(buffer)
         n_local = torch.tensor(sum(len(batch.valid) for batch in batches), device=self.device)
         n_tokens = max(1.0, float(self.accelerator.reduce(n_local, "sum")))  # pyright: ignore[reportArgumentType]
-        sums: list[Tensor] = []
+        sums = Sums(self.teachers, self.device)
         for i, batch in enumerate(batches):
             # Without reducing gradients per slice FSDP would keep unsharded gradients on every device.
             reduce_now = self.sharded or i == len(batches) - 1
@@ -187,24 +183,28 @@ class Trainer:
                 loss, scored = self.loss(batch, n_tokens)
                 # DDP and FSDP average over processes, but n_tokens counts the tokens of all of them.
                 self.accelerator.backward(loss * self.processes)
-            sums.append(batch_sums(scored, n_tokens, [*self.teachers]))
+            sums.add(scored, n_tokens)
         norm: Any = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        others = self.importance.read(self.accelerator) | policy_losses(sums, batches, self.accelerator)
-        metrics = self.read_metrics(sums, batches, grad_norm=norm, **others)
+        ratios = self.importance.take()
+        metrics = self.read_metrics(sums, batches, by_policy=True, ratios=ratios, grad_norm=norm)
         norm = metrics["grad_norm"]
         if not isfinite(norm) and self.config.precision != "fp16":  # the fp16 gradient scaler skips the step
             raise NonFiniteLoss(f"the loss is finite, its gradient is not: its norm is {norm}")
         self.optimizer.step()
         for teacher in self.following:
             teacher.follow(self.step + 1)
+        metrics["learning_rate"] = float(self.schedule.get_last_lr()[0])  # before it becomes the next step's
         self.schedule.step()
         self.optimizer.zero_grad()
-        return metrics | {"learning_rate": float(self.schedule.get_last_lr()[0])}
+        return metrics
 
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, str]]]:
-        """Return the mean metrics on held-out prompts and a few decoded samples."""
+        """Return the mean metrics on held-out prompts and a few decoded samples.
+
+        A teacher in this process gives its whole distribution, whatever the student trains on.
+        """
         start = time.perf_counter()
         samples = self.held_out[self.rank :: self.processes]
         if not self.config.uses_store:
@@ -212,34 +212,29 @@ class Trainer:
             [samples] = self.generate(samples, self.config.seed + self.rank, 1)
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
         batches = self.collate([samples[i : i + EVAL_BATCH_SIZE] for i in starts])
-        sums = [batch_sums(self.loss(batch, 1.0)[1], 1.0, [*self.teachers]) for batch in batches]
+        sums = Sums(evaluating(self.teachers), self.device)
+        for batch in batches:
+            sums.add(self.loss(batch, 1.0, sums.teachers)[1], 1.0)
         decode: Any = self.tokenizer.decode
         shown = [
             {"prompt": decode(s.prompt), "completion": decode(s.completion)}
             for s in samples[:N_SHOWN_SAMPLES]
         ]
-        metrics = self.read_metrics(sums, batches)
+        metrics = self.read_metrics(sums, batches, by_policy=False)
         return metrics | {"evaluation_seconds": time.perf_counter() - start}, shown
 
-    def read_metrics(self, sums: list[Tensor], batches: list[Batch], **others: Tensor) -> dict[str, float]:
-        """Read metrics of all processes and others at once; raise NonFiniteLoss unless the loss is finite."""
-        counts = sums[0].new_tensor(sample_counts(batches, [*self.teachers]))
-        totals: Any = self.accelerator.reduce(torch.cat([counts, sum(sums[1:], sums[0])], 1), "sum")
-        extra = [value.to(totals).reshape(1) for value in others.values()]
-        numbers = torch.cat([totals.flatten(), *extra]).tolist()
-        n = totals.numel()
-        metrics = mean_metrics(numbers[:n], [*self.teachers]) | dict(zip(others, numbers[n:], strict=True))
-        if not isfinite(metrics["loss"]):
-            raise NonFiniteLoss(self.diagnose(batches))
-        if self.config.objective == "sampled":
-            return {name: value for name, value in metrics.items() if name not in UNKNOWN_IF_SAMPLED}
+    def read_metrics(self, sums: Sums, batches: list[Batch], **options: Any) -> dict[str, float]:
+        """Read the metrics of all processes at once; raise NonFiniteLoss unless the loss is finite."""
+        metrics = sums.read(self.accelerator, **options)
+        if not all(isfinite(metrics.get(name, 0.0)) for name in ("loss", "full_loss")):
+            raise NonFiniteLoss(self.diagnose(batches, sums.teachers))
         return metrics
 
     @torch.no_grad()
-    def diagnose(self, batches: list[Batch]) -> str:
+    def diagnose(self, batches: list[Batch], teachers: Mapping[str, Teacher] | None = None) -> str:
         """Compute the batches once more and describe the first of them whose loss is not finite."""
         # The list holds all of them, as FSDP's processes compute together.
-        scored = [part for batch in batches for part in self.loss(batch, 1.0)[1]]
+        scored = [part for batch in batches for part in self.loss(batch, 1.0, teachers)[1]]
         diagnoses = [describe_non_finite(part, self.tokenizer) for part in scored]
         return next(filter(None, diagnoses), "the loss is not finite, but every token's is in this process")
 

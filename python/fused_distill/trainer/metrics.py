@@ -5,75 +5,113 @@ from __future__ import annotations
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from math import isnan
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from .config import POLICIES
-from .data import Batch
-from .targets import Scored
+from .targets import Kind, Scored, Teacher
 
 STATISTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+# Sums over the tokens that a teacher scores, and before them its samples, tokens and truncated samples.
+COLUMNS = ("loss", *STATISTICS, "student_mass", "teacher_mass")
+COUNTS = 3
 
 
-def batch_sums(scored: list[Scored], normalizer: float, teachers: Sequence[str]) -> Tensor:
-    """Return the summed losses and statistics of a batch, (teachers, 6), without waiting for the device."""
-    device = scored[0].loss.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(len(teachers), 1 + len(STATISTICS), dtype=dtype, device=device)
-    for part, loss, stats, _ in scored:
-        values = [loss.detach() * normalizer, *(getattr(stats, name).sum() for name in STATISTICS)]
-        sums[teachers.index(part.name)] = torch.stack([value.to(dtype) for value in values])
-    return sums
+def metric_names(kind: Kind) -> dict[str, str]:
+    """Return the names under which a kind of targets logs the columns that it gives."""
+    if kind == "sampled":
+        return {"loss": "loss", "reverse_kl": "sampled_reverse_kl"}
+    if kind in ("topk", "student_topk"):
+        return {name: f"topk_{name}" if name in STATISTICS else name for name in COLUMNS}
+    return {"loss": "full_loss" if kind == "exact" else "loss", **{name: name for name in STATISTICS}}
 
 
-def sample_counts(batches: list[Batch], teachers: Sequence[str]) -> list[list[int]]:
-    """Return, for each teacher, the numbers of samples, of completion tokens and of truncated samples."""
-    samples = [[s for b in batches for s in b.samples if s.teacher == name] for name in teachers]
-    return [[len(s), sum(len(x.completion) for x in s), sum(x.truncated for x in s)] for s in samples]
+class Sums:
+    """What the samples of a step or an evaluation add up to, for each policy and teacher."""
+
+    def __init__(self, teachers: Mapping[str, Teacher], device: torch.device):
+        self.teachers = teachers
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._counts = [[[0] * COUNTS for _ in teachers] for _ in POLICIES]
+        self._sums = torch.zeros(len(POLICIES), len(teachers), len(COLUMNS), dtype=dtype, device=device)
+
+    def add(self, scored: Sequence[Scored], normalizer: float) -> None:
+        """Add the parts of a batch, whose samples have one policy, without waiting for the device."""
+        for part, loss, stats, _ in scored:
+            policy = POLICIES.index("on_policy" if part.samples[0].on_policy else "off_policy")
+            teacher = [*self.teachers].index(part.name)
+            counts, samples = self._counts[policy][teacher], part.samples
+            counts[0] += len(samples)
+            counts[1] += sum(len(sample.completion) for sample in samples)
+            counts[2] += sum(sample.truncated for sample in samples)
+            columns = (getattr(stats, name) for name in COLUMNS[1:])
+            unknown = loss.new_full((), torch.nan)
+            values = [loss.detach() * normalizer, *(unknown if c is None else c.sum() for c in columns)]
+            self._sums[policy, teacher] += torch.stack([value.to(self._sums) for value in values])
+
+    def read(
+        self, accelerator: Accelerator, by_policy: bool, ratios: Tensor | None = None, **others: Tensor
+    ) -> dict[str, float]:
+        """Return the means per sample and per token, of all teachers and of each, e.g. as math/loss.
+
+        All processes call it together. It communicates once, and the host waits for the device here alone. A
+        mean over several teachers is over the tokens of those that log the metric.
+
+        Args:
+            accelerator: of the run.
+            by_policy: also return loss and tokens of each policy.
+            ratios: see `ImportanceRatios.take`.
+            others: numbers (), the same in all processes, which are returned too.
+        """
+        sums = torch.cat([self._sums.new_tensor(self._counts), self._sums], -1)
+        parts = [*others.values(), *([] if ratios is None else [ratios]), sums]
+        local = torch.cat([part.to(sums).flatten() for part in parts])
+        gathered: Any = accelerator.gather(local[None])
+        columns: list[tuple[float, ...]] = [*zip(*gathered.tolist(), strict=True)]
+        metrics = {name: columns.pop(0)[0] for name in others}
+        if ratios is not None:
+            totals, numbers, largest = (columns.pop(0) for _ in range(3))
+            metrics |= {"ratio_mean": sum(totals) / max(sum(numbers), 1), "ratio_max": max(largest)}
+        numbers, width, rows = [sum(column) for column in columns], sums.shape[-1], list[_Row]()
+        for policy in POLICIES:
+            for name, teacher in self.teachers.items():
+                rows.append(_Row(policy, name, teacher.kind, numbers[:width]))
+                del numbers[:width]
+        rows = [row for row in rows if row.numbers[0]]  # has samples
+        metrics |= _means(rows)
+        for name in dict.fromkeys(row.teacher for row in rows if row.teacher):
+            own = _means([row for row in rows if row.teacher == name])
+            metrics |= {f"{name}/{key}": value for key, value in own.items()}
+        for policy in dict.fromkeys(row.policy for row in rows if by_policy):
+            own = _means([row for row in rows if row.policy == policy])
+            metrics |= {f"{policy}/{key}": own[key] for key in ("loss", "tokens")}
+        return metrics
 
 
-def mean_metrics(numbers: Sequence[float], teachers: Sequence[str]) -> dict[str, float]:
-    """Return the means per sample and per token, of all teachers and of each, e.g. as math/loss.
-
-    Args:
-        numbers: `sample_counts` and added `batch_sums`, one teacher after the other.
-        teachers: their names; a single one has none.
-    """
-    width = len(numbers) // len(teachers)
-    rows = [numbers[i : i + width] for i in range(0, len(numbers), width)]
-    metrics = _means([sum(column) for column in zip(*rows, strict=True)])
-    for name, row in zip(teachers, rows, strict=True):
-        if name and row[0]:
-            metrics |= {f"{name}/{key}": value for key, value in _means(row).items()}
-    return metrics
+class _Row(NamedTuple):
+    policy: str
+    teacher: str
+    kind: Kind
+    numbers: Sequence[float]  # counts and columns
 
 
-def _means(numbers: Sequence[float]) -> dict[str, float]:
-    samples, tokens, truncated, *totals = numbers
-    means = {"completion_length": tokens / samples, "truncated": truncated / samples, "tokens": tokens}
-    names = ("loss", *STATISTICS)
-    return means | {name: value / max(tokens, 1) for name, value in zip(names, totals, strict=True)}
-
-
-def policy_losses(sums: list[Tensor], batches: list[Batch], accelerator: Accelerator) -> dict[str, Tensor]:
-    """Return loss and tokens of a step's on-policy and off-policy slices, as far as it has them.
-
-    All processes call it together; each has slices of the same policies.
-    """
-    found = dict[str, Tensor]()
-    for on_policy, name in zip((True, False), POLICIES, strict=True):
-        chosen = [i for i, batch in enumerate(batches) if batch.samples[0].on_policy == on_policy]
-        if chosen:
-            loss = torch.stack([sums[i][..., 0].sum() for i in chosen]).sum()
-            tokens = loss.new_tensor(float(sum(len(batches[i].valid) for i in chosen)))
-            total: Any = accelerator.reduce(torch.stack([loss, tokens]), "sum")
-            found |= {f"{name}/loss": total[0] / total[1].clamp(min=1), f"{name}/tokens": total[1]}
-    return found
+def _means(rows: Sequence[_Row]) -> dict[str, float]:
+    samples, tokens, truncated = (sum(row.numbers[i] for row in rows) for i in range(COUNTS))
+    totals, known = defaultdict[str, float](float), defaultdict[str, float](float)
+    for row in rows:
+        for column, name in metric_names(row.kind).items():
+            total = row.numbers[COUNTS + COLUMNS.index(column)]
+            if column != "student_mass" or not isnan(total):
+                totals[name] += total
+                known[name] += row.numbers[1]
+    means = {name: total / max(known[name], 1) for name, total in totals.items()}
+    return {"completion_length": tokens / samples, "truncated": truncated / samples, "tokens": tokens} | means
 
 
 def memory_gib(device: torch.device) -> float:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from .. import fused_linear_topk_jsd, topk_logprobs
+from .. import fused_linear_topk_jsd
 from ..huggingface.lm_head import LMHeadParams
 from ..stats import DistillStats
 from .config import TrainConfig
 from .data import Batch
-from .targets import Targets, Teacher, TopKTargets, distillation_loss
-
-UNKNOWN_IF_SAMPLED = ("forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
 class ImportanceRatios:
@@ -30,7 +25,7 @@ class ImportanceRatios:
         settings = config.rollouts
         stale = settings.engine != "transformers" and (settings.sync_every > 1 or settings.ahead > 0)
         self.clip, self.enabled = settings.importance_clip, stale or settings.importance_clip is not None
-        self._ratios: list[Tensor] = []  # of the current step
+        self._rows: list[Tensor] = []  # of the current step, see `take`
 
     def weights(self, batch: Batch, logprobs_now: Callable[[], Tensor]) -> Tensor | None:
         """Return the weights (n,) of a batch's tokens, or None if all are 1; evaluations are not weighted.
@@ -43,19 +38,17 @@ class ImportanceRatios:
             return None
         then = rollout_logprobs(batch)
         ratios = (logprobs_now() - then).exp()
-        self._ratios.append(ratios[then.isfinite()])
+        known = then.isfinite()
+        own = torch.cat([ratios.where(known, 0.0), ratios.new_zeros(1)])
+        self._rows.append(torch.stack([own.sum(), known.sum(), own.max()]))
         return None if self.clip is None else ratios.clamp(max=self.clip).nan_to_num(nan=1.0)
 
-    def read(self, accelerator: Accelerator) -> dict[str, Tensor]:
-        """Return mean and maximum over all processes since the last call; all of them call it together."""
-        if not self.enabled:
-            return {}
-        ratios = torch.cat([*self._ratios, torch.zeros(0, device=accelerator.device)])
-        self._ratios = []
-        largest = torch.cat([ratios, ratios.new_zeros(1)]).max()
-        local = torch.stack([ratios.sum(), ratios.new_tensor(len(ratios)), largest])
-        rows: Any = accelerator.gather(local[None])
-        return {"ratio_mean": rows[:, 0].sum() / rows[:, 1].sum().clamp(min=1), "ratio_max": rows[:, 2].max()}
+    def take(self) -> Tensor | None:
+        """Return sum, number and maximum (3,) of this process's ratios since the last call, if any."""
+        if not self._rows:
+            return None
+        rows, self._rows = torch.stack(self._rows), []
+        return torch.cat([rows[:, :2].sum(0), rows[:, 2:].amax(0)])
 
 
 def rollout_logprobs(batch: Batch) -> Tensor:
@@ -67,34 +60,6 @@ def rollout_logprobs(batch: Batch) -> Tensor:
 def sampled_ids(batch: Batch) -> Tensor:
     """Return the completion tokens (n,) that the valid positions predict."""
     return batch.tokens.flatten()[batch.valid + 1]
-
-
-def batch_loss(
-    hidden: Tensor,  # (n, Ds)
-    head: LMHeadParams,
-    batch: Batch,
-    targets: Targets,
-    normalizer: float,
-    config: TrainConfig,
-    teacher: Teacher,
-    importance: ImportanceRatios,
-) -> tuple[Tensor, DistillStats]:
-    """Return the loss of the settings' objective, see `distillation_loss` and `sampled_loss`."""
-    vocab_size = teacher.vocab_size
-    if config.objective == "sampled":
-        assert isinstance(targets, TopKTargets)
-        return sampled_loss(hidden, head, batch, targets.logprobs[:, 0], normalizer, vocab_size, importance)
-
-    def logprobs_now() -> Tensor:
-        ids = sampled_ids(batch)
-        now = topk_logprobs(
-            hidden.detach(), head.weight, 0, ids, vocab_size=vocab_size, **head.options()
-        ).actual_logprobs
-        assert now is not None
-        return now
-
-    weights = importance.weights(batch, logprobs_now)
-    return distillation_loss(hidden, head, targets, normalizer, config, teacher, weights)
 
 
 def sampled_loss(

@@ -21,13 +21,14 @@ PHASES = {
 POLICIES = {"on_policy": "on-policy", "off_policy": "off-policy"}
 TITLES = {
     "loss": "Loss (nats per token)",
+    "full_loss": "Loss against the teacher's whole distribution (nats per token)",
     "forward_kl": "Forward KL, KL(teacher || student) (nats per token)",
     "reverse_kl": "Reverse KL, KL(student || teacher) (nats per token)",
     "student_entropy": "Entropy of the student (nats per token)",
     "teacher_entropy": "Entropy of the teacher (nats per token)",
     "top1_agreement": "Tokens where both have the same most likely token (fraction)",
-    "student_mass": "Student's probability of the teacher's top k",
-    "teacher_mass": "Teacher's probability of its top k",
+    "student_mass": "Student's probability of the top-k tokens",
+    "teacher_mass": "Teacher's probability of the top-k tokens",
     "completion_length": "Length of a completion (tokens)",
     "truncated": "Completions cut at the length limit (fraction)",
     "grad_norm": "Norm of the gradient before clipping",
@@ -35,8 +36,8 @@ TITLES = {
     "tokens_per_second": "Speed (completion tokens per second)",
     "memory_gib": "Peak memory (GiB)",
 }
-SHOWN_BEFORE_AND_AFTER = (*TITLES,)[:10]
-_TOP_K = "topk_"  # before the name of a metric: see DistillStats
+SHOWN_BEFORE_AND_AFTER = (*TITLES,)[: [*TITLES].index("grad_norm")]
+_PREFIXES = {"topk_": " over the top-k outcomes", "sampled_": ", estimated from the sampled tokens"}
 _STYLE = """
 :root{color-scheme:light dark;--page:#fff;--text:#1c1c1c;--soft:#5d5d5d;--edge:#dcdcdc;--panel:#f6f6f6;
 --c1:#1f6fc4;--c2:#d9621e;--c3:#1a8f6b;--c4:#9650b8;--c5:#a57c00;--c6:#c23b5e}
@@ -103,7 +104,7 @@ def before_and_after(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
     return [
         (name, first[name], last[name])
         for name in first
-        if name in last and name.rpartition("/")[2].removeprefix(_TOP_K) in SHOWN_BEFORE_AND_AFTER
+        if name in last and _split(name)[1] in SHOWN_BEFORE_AND_AFTER
     ]
 
 
@@ -115,11 +116,16 @@ def phase_seconds(rows: Sequence[Row]) -> dict[str, float]:
 
 def describe(name: str) -> str:
     """Return what a metric is, for a reader who does not know its name."""
-    group, _, metric = name.rpartition("/")
-    title = TITLES.get(metric.removeprefix(_TOP_K), metric)
-    if metric.startswith(_TOP_K):
-        title += " over the top k and their tail"
+    group, metric, addition = _split(name)
+    title = TITLES.get(metric, metric) + addition
     return f"{group}: {title}" if group else title
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """Return a metric's teacher or policy, its name without prefix, and what the prefix says."""
+    group, _, metric = name.rpartition("/")
+    prefix = next(filter(metric.startswith, _PREFIXES), "")
+    return group, metric.removeprefix(prefix), _PREFIXES.get(prefix, "")
 
 
 def _summary(config: TrainConfig, rows: Sequence[Row], evaluations: Sequence[Row]) -> str:
@@ -162,7 +168,7 @@ def _charts(rows: Sequence[Row]) -> list[str]:
     found = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float))
     charts: list[str] = []
     for name in dict.fromkeys(name.rpartition("/")[2] for name in found):
-        if name.removeprefix(_TOP_K) not in TITLES:
+        if _split(name)[1] not in TITLES:
             continue
         groups = [n.rpartition("/")[0] for n in found if n.rpartition("/")[2] == name]
         policies = [group for group in POLICIES if group in groups]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .config import ConfigError, TeacherConfig
 from .data import Batch, Data, Sample
-from .targets import TopKTargets
+from .targets import Kind, TopKTargets
 
 DESCRIPTION = "teacher.json"
 KEYS = ("data", "tokenizer", "teacher", "source", "k", "temperature", "vocab_size", "dtype", "rows")
@@ -50,6 +50,7 @@ class StoredTeacher:
                 raise ConfigError(f"teacher.stored: {folder} is not complete: {advice}")
         self.settings, self.fingerprint = settings, self.info["teacher"]
         self.vocab_size = min(vocab_size, self.info["vocab_size"])
+        self.kind: Kind = "topk"
         try:
             files: Any = [*map(str, parts)]
             self._columns: Any = Dataset.from_parquet(files).data

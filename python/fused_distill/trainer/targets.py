@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class TopKTargets(NamedTuple):
 
 
 Targets: TypeAlias = FullTargets | TopKTargets
+# sampled: at the sampled tokens. exact: full, in evaluations of a run that trains on one of the other kinds.
+Kind: TypeAlias = Literal["full", "topk", "student_topk", "sampled", "exact"]
 _Loss: TypeAlias = Callable[..., tuple[Tensor, DistillStats]]
 
 
@@ -40,6 +42,7 @@ class Teacher(Protocol):
     """Teacher interface used by the training step."""
 
     settings: TeacherConfig
+    kind: Kind  # of its targets
     vocab_size: int  # rows that the LM heads of teacher and student have in common
     fingerprint: str | None  # of its weights; None: its server does not tell it
 
@@ -113,6 +116,9 @@ def distillation_loss(
     token_weight: Tensor | None = None,  # (n,)
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
+    if config.objective == "sampled":  # which estimates the reverse KL
+        defaults = {"divergence": "jsd", "reverse_weight": 0.5, "entry_clip": None, "surplus": "ignore"}
+        config = config.model_copy(update=defaults | {"beta": 1.0, "token_weight": None})
     options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": teacher.vocab_size}
     options |= config.loss_options | {"reverse_weight": config.reverse_weight} | head.options("student_")
     if isinstance(targets, TopKTargets):

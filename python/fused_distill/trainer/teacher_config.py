@@ -1,14 +1,14 @@
-"""Settings of a teacher, and what all sections of the settings share."""
+"""Settings of a teacher."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
+from pydantic import Field, model_validator
 
 from ..config import Tail
-from ..serving.protocol.urls import without_credentials
+from .section import Section, Texts
 
 Targets = Literal["full", "topk", "student_topk"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -16,19 +16,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 class ConfigError(ValueError):
     """An invalid setting; the message names its key."""
-
-
-class Section(BaseModel):
-    """Settings under one key."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_serializer("url", check_fields=False)
-    def _hide_credentials(self, url: list[str] | str | None) -> list[str] | str | None:
-        """Keep passwords out of reports and trackers, which get the settings of a run."""
-        if url is None or isinstance(url, str):
-            return url and without_credentials(url)
-        return [without_credentials(server) for server in url]
 
 
 _NOT_OF_LOAD = {
@@ -55,7 +42,7 @@ class TeacherConfig(Section):
         lt=1,
         description="of model self: teacher = ema * teacher + (1 - ema) * student after a step",
     )
-    url: list[str] | str | None = Field(None, description="teacher server or servers: ours, vLLM or SGLang")
+    url: Texts | None = Field(None, description="teacher server or servers: ours, vLLM or SGLang")
     stored: Path | None = Field(None, description="folder of `fused-distill cache-teacher`; off-policy only")
     targets: Targets = Field(
         "full", description="topk: teacher's top k; student_topk: at the student's top k"

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from .long_sequences import check_positions, set_attention
 from .sharding import shard_teacher
 from .stored import StoredTeacher
 from .student import check_lm_head, load_pretrained, load_student
-from .targets import FullTargets, Targets, Teacher, TopKTargets, topk_targets
+from .targets import FullTargets, Kind, Targets, Teacher, TopKTargets, topk_targets
 from .vocabulary import common_tokens
 
 _START_SECONDS = 60.0  # a server that does not answer for so long at the start is taken for absent
@@ -38,6 +38,7 @@ class LocalTeacher:
     model: PreTrainedModel
     config: TrainConfig
     settings: TeacherConfig
+    kind: Kind
     vocab_size: int
     fingerprint: str | None
 
@@ -47,7 +48,7 @@ class LocalTeacher:
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.attention, "use_cache": False}
         hidden = batch.pack(last_hidden_states(self.model, **inputs))
         head, _ = checked_head(self.model)  # whole by now if the model is sharded
-        if student_ids is None and self.settings.targets == "full":
+        if self.kind in ("full", "exact"):
             return FullTargets(hidden, head)
         return topk_targets(hidden, head, self.config, self, student_ids)
 
@@ -61,6 +62,7 @@ class HiddenStateTeacher:
     settings: TeacherConfig
     vocab_size: int
     fingerprint: str | None
+    kind: Kind = "full"
 
     def targets(self, batch: Batch, student_ids: Tensor | None) -> FullTargets:
         """See Teacher; student_ids must be None."""
@@ -76,6 +78,7 @@ class ServedTeacher:
     client: TeacherClient
     config: TrainConfig
     settings: TeacherConfig
+    kind: Kind
     vocab_size: int
     fingerprint: str | None
     normalizes: bool  # over vocab_size tokens; else over all rows of its own LM head
@@ -83,7 +86,7 @@ class ServedTeacher:
     def targets(self, batch: Batch, student_ids: Tensor | None) -> TopKTargets:
         """See Teacher."""
         k, score_ids = self.settings.k, None
-        sampled = self.config.objective == "sampled"
+        sampled = self.kind == "sampled"
         if sampled:
             k = 0
         elif student_ids is not None:
@@ -130,6 +133,16 @@ def load_teachers(
     return teachers
 
 
+def evaluating(teachers: dict[str, Teacher]) -> dict[str, Teacher]:
+    """Return the teachers for an evaluation, in which models in this process give whole distributions."""
+    return {
+        name: replace(teacher, kind="exact")
+        if isinstance(teacher, LocalTeacher) and teacher.kind != "full"
+        else teacher
+        for name, teacher in teachers.items()
+    }
+
+
 def common_vocabulary(teachers: dict[str, Teacher]) -> int:
     """Return the number of tokens, from the first, that the student and all teachers have."""
     return min(teacher.vocab_size for teacher in teachers.values())
@@ -153,6 +166,7 @@ def _load_teacher(
     device: torch.device,
     shard: bool,
 ) -> Teacher:
+    kind: Kind = "sampled" if config.objective == "sampled" else settings.targets
     vocab_size = load_pretrained(AutoConfig, "student", config.student).get_text_config().vocab_size
     if settings.model is not None:
         vocab_size = common_tokens(settings, tokenizer, vocab_size)
@@ -175,7 +189,7 @@ def _load_teacher(
             set_attention(model, config)
         embedding = cast(Tensor, model.get_input_embeddings().weight)
         vocab_size = min(vocab_size, len(checked_head(model)[0].weight), len(embedding))
-        teacher = LocalTeacher(model, config, settings, vocab_size, weights)
+        teacher = LocalTeacher(model, config, settings, kind, vocab_size, weights)
     elif settings.stored is not None:
         teacher = StoredTeacher(settings.stored, settings, config.temperature, vocab_size)
         teacher.vocab_size = common_tokens(settings, tokenizer, teacher.vocab_size, teacher.info["tokenizer"])
@@ -190,8 +204,7 @@ def _load_teacher(
         info = client.info()
         capabilities = info.get("capabilities", [])  # a stock vLLM server has none
         # The sampled tokens' log-probabilities are in every server's answer.
-        targets = "topk" if config.objective == "sampled" else settings.targets
-        needed = {"full": "hidden_states", "student_topk": "score_ids"}.get(targets)
+        needed = {"full": "hidden_states", "student_topk": "score_ids"}.get(kind)
         if needed is not None and needed not in capabilities:
             raise ConfigError(f"teacher.targets: must be topk with this server, which has no {needed}")
         if config.temperature != 1 and "temperature" not in capabilities:
@@ -199,14 +212,14 @@ def _load_teacher(
         vocab_size = min(vocab_size, info.get("vocab_size", vocab_size))
         vocab_size = common_tokens(settings, tokenizer, vocab_size, info.get("tokenizer_fingerprint"))
         weights = info.get("weights_fingerprint")
-        if targets == "full":
+        if kind == "full":
             head = client.head()
             bias = None if head.bias is None else head.bias.to(device)
             head = head._replace(weight=head.weight.to(device), bias=bias)
             teacher = HiddenStateTeacher(client, head, settings, vocab_size, weights)
         else:
             teacher = ServedTeacher(
-                client, config, settings, vocab_size, weights, "vocab_size" in capabilities
+                client, config, settings, kind, vocab_size, weights, "vocab_size" in capabilities
             )
     if settings.targets != "full" and settings.k > teacher.vocab_size:
         raise ConfigError(f"teacher.k: {settings.k} is more than the {teacher.vocab_size} tokens there are")

@@ -7,11 +7,11 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any, cast
 
 import httpx
 
+from ...shortened import shortened
 from ..protocol.urls import without_credentials
 
 _LARGEST_ID = 2**31 - 1
@@ -24,7 +24,7 @@ def whole_number(name: str, value: Any, at_least: int | None = None) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number, got {short(value)}")
+        raise ValueError(f"{name} must be a whole number, got {shortened(value)}")
     if at_least is not None and number < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {number}")
     return number
@@ -37,7 +37,7 @@ def positive_number(name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):  # PyTorch's for several elements
         number = math.nan
     if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"{name} must be a positive, finite number, got {short(value)}")
+        raise ValueError(f"{name} must be a positive, finite number, got {shortened(value)}")
     return number
 
 
@@ -46,7 +46,7 @@ def elements(name: str, values: Any, of: str) -> list[Any]:
     if hasattr(values, "tolist"):  # arrays of NumPy, PyTorch and others
         values = values.tolist()
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping, Set)):
-        raise ValueError(f"{name} must be a list of {of}, got {short(values)}")
+        raise ValueError(f"{name} must be a list of {of}, got {shortened(values)}")
     return list(cast(Iterable[Any], values))
 
 
@@ -74,7 +74,7 @@ def server_urls(url: Any) -> list[str]:
         raise ValueError("url must name at least one server, got none")
     for server in urls:
         if not isinstance(server, str) or not server.startswith(("http://", "https://")):
-            shown = short(without_credentials(server) if isinstance(server, str) else server)
+            shown = shortened(without_credentials(server) if isinstance(server, str) else server)
             raise ValueError(f"url must begin with http:// or https://, got {shown}")
         try:
             parts = httpx.URL(server)
@@ -103,5 +103,5 @@ def cache_folder(cache: Any) -> Path:
     if cache is None:
         return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fused-distill"
     if not isinstance(cache, (str, os.PathLike)) or (Path(cache).exists() and not Path(cache).is_dir()):
-        raise ValueError(f"cache must be a folder, got {short(cache)}")
+        raise ValueError(f"cache must be a folder, got {shortened(cache)}")
     return Path(cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...huggingface.loading import load_tokenizer
-from ..files import shortened
+from ...shortened import shortened
 from ..vocabulary import compare_vocabularies
 from .finding import Finding, ok, warning
 from .teacher_of_run import TeacherOfRun
