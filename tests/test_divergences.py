@@ -118,6 +118,21 @@ def test_total_variation_of_disjoint_models_is_one() -> None:
     assert case.loss().item() == pytest.approx(1.0, rel=1e-6)
 
 
+@pytest.mark.parametrize("entry_clip", [None, 10.0], ids=["unclipped", "no term is clipped"])
+def test_total_variation_has_slope_0_where_the_models_are_equal(entry_clip: float | None) -> None:
+    # The first token has the same logit in both models, the others have each other's.
+    student, teacher = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 2.0, 1.0]])
+    head = torch.eye(3)
+    case = Case(
+        (student, head, teacher, head), {}, {"divergence": "total_variation", "entry_clip": entry_clip}
+    )
+    p = torch.softmax(student.double(), -1)
+    slope = torch.tensor([[0.0, -0.5, 0.5]], dtype=torch.float64)
+    gradient = case.run().grads[0]
+    assert gradient is not None
+    assert_close(gradient.cpu(), p * (slope - (p * slope).sum()), 1e-6, 0.0)
+
+
 @pytest.mark.skipif(BACKEND == "triton", reason="the kernels compute in float32")
 @pytest.mark.parametrize("entry_clip", [None, 0.05])
 @pytest.mark.parametrize("divergence", NEW, ids=str)

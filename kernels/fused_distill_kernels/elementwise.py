@@ -30,12 +30,11 @@ def exp(x):
 
 @triton.jit
 def taylor_remainder(x):
-    """Return (e^x - 1 - x) / x^2 for |x| < TAYLOR_RADIUS, by 7 terms of its Taylor polynomial."""
-    value = 1.9841269841e-4 + x * 2.4801587302e-5
-    value = 1.3888888889e-3 + x * value
-    value = 8.3333333333e-3 + x * value
-    value = 4.1666666667e-2 + x * value
-    value = 1.6666666667e-1 + x * value
+    """Return (e^x - 1 - x) / x^2 for |x| < TAYLOR_RADIUS, by a polynomial fitted to it."""
+    value = 1.3975331094e-3 + x * 1.9863351190e-4
+    value = 8.3334799856e-3 + x * value
+    value = 4.1666001081e-2 + x * value
+    value = 1.6666665673e-1 + x * value
     return 0.5 + x * value
 
 
@@ -128,18 +127,16 @@ def pair_terms(p, q, x):
     """Return q - p, p (e^x - 1 - x) and q (e^-x - 1 + x) for p, q >= 0, given x = log(q / p).
 
     The last two are >= 0, the terms of KL(p || q) and KL(q || p). If p is 0 they are q and 0, or infinity if
-    q is not 0; likewise for q. The bounds on x matter only where p or q is 0, and `maximum` drops NaN.
+    q is not 0; likewise for q. The bounds on x matter only where p or q is 0, and `maximum` drops NaN. Near
+    x = 0 the last is computed as (q - p) x less the second, which is half of it.
     """
-    square = x * x
-    even = 0.5 + square * (4.1666666667e-2 + square * (1.3888888889e-3 + square * 2.4801587302e-5))
-    odd = x * (1.6666666667e-1 + square * (8.3333333333e-3 + square * 1.9841269841e-4))
     near = tl.abs(x) < TAYLOR_RADIUS
-    kl_p, kl_q = (p * square) * (even + odd), (q * square) * (even - odd)
-    difference = q - p
+    kl_p = p * ((x * x) * taylor_remainder(x))
+    near_difference, difference = p * x + kl_p, q - p
     return (
-        tl.where(near, p * x + kl_p, difference),
+        tl.where(near, near_difference, difference),
         tl.where(near, kl_p, tl.maximum(difference - p * tl.minimum(x, 1000.0), 0.0)),
-        tl.where(near, kl_q, tl.maximum(q * tl.maximum(x, -1000.0) - difference, 0.0)),
+        tl.where(near, near_difference * x - kl_p, tl.maximum(q * tl.maximum(x, -1000.0) - difference, 0.0)),
     )
 
 
@@ -255,21 +252,21 @@ def clipped(p_s, numbers, clip, terms, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def variation_terms(p_s, p_t, d, clip, CLIP: tl.constexpr):
-    """Return the loss's terms of 0.5 sum |p_t - p_s|, where the teacher leads, and where a term is clipped.
+    """Return the loss's terms of 0.5 sum |p_t - p_s|, where the teacher leads, and where the slope is 0.
 
-    Unclipped, the loss is the sum of p_s - p_t where the teacher does not lead, because both signs of the
-    difference have the same sum.
+    It is 0 where a term is clipped, and where the models are equal. Unclipped, the loss is the sum of
+    p_s - p_t where the teacher does not lead, because both signs of the difference have the same sum.
     """
-    leads, is_clipped = d > 0, tl.zeros(d.shape, tl.int1)
-    x = tl.minimum(d, 0.0)
-    if CLIP:
-        x = -tl.abs(d)
-    near = -x - (x * x) * (0.5 + x * (1.6666666667e-1 + x * (4.1666666667e-2 + x * 8.3333333333e-3)))
+    leads, flat = d > 0, d == 0
+    x = -tl.abs(d) if CLIP else tl.minimum(d, 0.0)
+    near = -x * (
+        1.0 + x * (4.9999710917e-1 + x * (1.6652604938e-1 + x * 3.9715882391e-2))
+    )  # fitted to 1 - e^x
     gap = tl.where(x > -0.125, near, 1.0 - exp(x))
     if CLIP:
         half = 0.5 * tl.maximum(p_s, p_t) * tl.minimum(gap, 1.0)  # `minimum` drops NaN
-        return tl.minimum(half, clip), leads, half > clip
-    return p_s * gap, leads, is_clipped
+        return tl.minimum(half, clip), leads, flat | (half > clip)
+    return p_s * gap, leads, flat
 
 
 @triton.jit

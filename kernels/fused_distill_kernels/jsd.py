@@ -19,7 +19,6 @@ import triton.language as tl
 
 from .elementwise import (
     FORWARD,
-    LOG2_E,
     MIXED,
     MIXTURE,
     REVERSE,
@@ -38,33 +37,13 @@ from .elementwise import (
 from .row_statistics import (
     LSE_DIFFERENCE,
     MAX_S,
-    MAX_T,
     PART,
     REVERSE_KL,
     SUM_S,
-    SUM_T,
     SUM_Y,
 )
-from .tile import WIDTH, gap_beyond, load_pair, rest_of_part, tile_columns
-
-
-@triton.jit
-def softmax_parts(row_ptr):
-    """Return the numbers of a row that `distributions` needs."""
-    inverse_s, inverse_t = 1.0 / tl.load(row_ptr + SUM_S), 1.0 / tl.load(row_ptr + SUM_T)
-    max_s, max_t = tl.load(row_ptr + MAX_S), tl.load(row_ptr + MAX_T)
-    return max_s, max_t, inverse_s, inverse_t, tl.load(row_ptr + LSE_DIFFERENCE)
-
-
-@triton.jit
-def distributions(pair, softmax, factor, TRANSFORM: tl.constexpr):
-    """Return p_s, p_t and d = log p_t - log p_s of one tile, given its `load_pair`."""
-    v_s, v_t, extra, _ = pair
-    max_s, max_t, inverse_s, inverse_t, lse_difference = softmax
-    exp_factor = factor * LOG2_E
-    p_s = tl.math.exp2((v_s - max_s) * exp_factor) * inverse_s
-    p_t = tl.math.exp2((v_t - max_t) * exp_factor) * inverse_t
-    return p_s, p_t, gap_beyond(v_s, v_t, extra, max_s, max_t, TRANSFORM) * factor - lse_difference
+from .softmaxes import distributions, softmax_parts
+from .tile import WIDTH, load_pair, moved, rest_of_part, tile_columns
 
 
 @triton.jit
@@ -94,8 +73,8 @@ def divergence_sums(
     p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
     three = p_s * 0.0
     if DIVERGENCE == TOTAL_VARIATION:
-        three, leads, is_clipped = variation_terms(p_s, p_t, d, clip, CLIP)
-        two = tl.where(is_clipped, 0.5 * p_s, tl.where(leads, p_s, 0.0))
+        three, leads, is_flat = variation_terms(p_s, p_t, d, clip, CLIP)
+        two = tl.where(is_flat, 0.5 * p_s, tl.where(leads, p_s, 0.0))
         one = p_s - two
     elif CLIP:
         terms = divergence_terms(p_s, p_t, d, numbers, DIVERGENCE, HALF)
@@ -155,18 +134,22 @@ def divergence_sums_kernel(
     numbers = row_numbers(
         (teacher_weight, student_weight, teacher_share, student_share, imbalance), reverse_weight_ptr, row
     )
-    softmax = softmax_parts(merged_ptr + row * PART)
+    offset, power_s, power_t, inverse_s, inverse_t, shift = softmax_parts(merged_ptr + row * PART, factor)
+    # The sums are those of the probabilities over inverse_s, by which they are multiplied at the end.
+    softmax = (offset, power_s, power_t, 1.0, inverse_t / inverse_s, shift)
+    clip /= inverse_s
     lanes = tile_columns(GROUPS, WIDTH)
     half: tl.constexpr = GROUPS * WIDTH
     block: tl.constexpr = 2 * half
+    pointers = moved(pointers, lanes)
     one = tl.zeros([GROUPS], tl.float32)
     two = tl.zeros([GROUPS], tl.float32)
     three = tl.zeros([GROUPS], tl.float32)
 
     for tile in range(index, n_columns // block, n_parts):
-        columns = tile * block + lanes
-        left = load_pair(pointers, columns, n_columns, transform, TRANSFORM, False)
-        right = load_pair(pointers, columns + half, n_columns, transform, TRANSFORM, False)
+        left_pointers = moved(pointers, tile * block)
+        left = load_pair(left_pointers, lanes, n_columns, transform, TRANSFORM, False)
+        right = load_pair(moved(left_pointers, half), lanes, n_columns, transform, TRANSFORM, False)
         l1, l2, l3 = divergence_sums(left, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
         r1, r2, r3 = divergence_sums(right, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
         one += l1 + r1
@@ -174,7 +157,8 @@ def divergence_sums_kernel(
         three += l3 + r3
     first, stop = rest_of_part(index, n_parts, n_columns, block, half)
     for tile in range(first, stop):
-        pair = load_pair(pointers, tile * half + lanes, n_columns, transform, TRANSFORM, True)
+        start = tile * half
+        pair = load_pair(moved(pointers, start), lanes, n_columns - start, transform, TRANSFORM, True)
         l1, l2, l3 = divergence_sums(pair, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
         one += l1
         two += l2
@@ -182,10 +166,10 @@ def divergence_sums_kernel(
 
     out = sums_ptr + row * ((3 if DIVERGENCE == TOTAL_VARIATION else 2) * n_parts) + index
     invalid = tl.load(merged_ptr + row * PART + LSE_DIFFERENCE) * 0.0  # NaN logits are lost by tl.maximum
-    tl.store(out, tl.sum(one, 0) + invalid)
-    tl.store(out + n_parts, tl.sum(two, 0) + invalid)
+    tl.store(out, tl.sum(one, 0) * inverse_s + invalid)
+    tl.store(out + n_parts, tl.sum(two, 0) * inverse_s + invalid)
     if DIVERGENCE == TOTAL_VARIATION:
-        tl.store(out + 2 * n_parts, tl.sum(three, 0) + invalid)
+        tl.store(out + 2 * n_parts, tl.sum(three, 0) * inverse_s + invalid)
 
 
 @triton.jit
@@ -204,14 +188,15 @@ def logit_gradient(
     """Return the divergence's gradient with respect to the student's z.
 
     That of the Jensen-Shannon divergence is over 1 - beta. sums are the first two of the row's sums, or its
-    reverse KL.
+    reverse KL. Unclipped gradients are multiplied as the probabilities of `distributions` are.
     """
     p_s, p_t, d = distributions(pair, softmax, factor, TRANSFORM)
     centre, teacher_leads = sums
     if DIVERGENCE == TOTAL_VARIATION:
-        _, leads, is_clipped = variation_terms(p_s, p_t, d, clip, CLIP)
-        slope_of_clipped = 0.5 * (teacher_leads - centre)
-        return p_s * tl.where(is_clipped, slope_of_clipped, tl.where(leads, -centre, teacher_leads))
+        _, leads, is_flat = variation_terms(p_s, p_t, d, clip, CLIP)
+        return p_s * tl.where(
+            is_flat, 0.5 * (teacher_leads - centre), tl.where(leads, -centre, teacher_leads)
+        )
     if CLIP:
         terms = divergence_terms(p_s, p_t, d, numbers, DIVERGENCE, HALF)
         _, _, is_clipped = clipped(p_s, numbers, clip, terms, DIVERGENCE)
@@ -281,7 +266,6 @@ def gradient_kernel(
     )
     transform = (student_scale, teacher_scale, student_softcap, teacher_softcap)
     merged = merged_ptr + row * PART
-    softmax = softmax_parts(merged)
     numbers = row_numbers(
         (teacher_weight, student_weight, teacher_share, student_share, imbalance), reverse_weight_ptr, row
     )
@@ -297,6 +281,14 @@ def gradient_kernel(
         label = tl.load(labels_ptr + row)
         hard_factor = tl.where(label >= 0, hard_factor, 0.0)
         y_factor = hard_factor / tl.load(merged + (SUM_Y if WANT_Y else SUM_S))
+    offset, power_s, power_t, inverse_s, inverse_t, shift = softmax_parts(merged, factor)
+    if not CLIP:
+        inverse_s, inverse_t = inverse_s * soft_factor, inverse_t * soft_factor
+    softmax = (offset, power_s, power_t, inverse_s, inverse_t, shift)
+    if DIVERGENCE == TOTAL_VARIATION and not CLIP:
+        softmax = (offset, power_s, power_t, 1.0, inverse_t, shift)
+        sums = (sums[0] * inverse_s, sums[1] * inverse_s)
+    max_s = tl.load(merged + MAX_S)
     # Each thread writes 16 bytes at once, with clipped terms 4 columns, for which its registers suffice.
     width: tl.constexpr = WIDTH if CLIP else 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
     lanes = tile_columns(GROUPS, width)
@@ -307,17 +299,20 @@ def gradient_kernel(
         if MASKED:
             first, stop = rest_of_part(index, n_parts, n_columns, block, block)
         for tile in range(first, stop, n_parts):
-            columns = tile * block + lanes
-            pair = load_pair(pointers, columns, n_columns, transform, TRANSFORM, MASKED)
-            grad = soft_factor * logit_gradient(
+            start = tile * block
+            left = n_columns - start
+            pair = load_pair(moved(pointers, start + lanes), lanes, left, transform, TRANSFORM, MASKED)
+            grad = logit_gradient(
                 pair, softmax, factor, sums, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF
             )
+            if CLIP:
+                grad *= soft_factor
             if labels_ptr is not None:
-                p_y = exp((pair[0] - softmax[0]) * label_factor)
-                grad += tl.where(columns == label, p_y * y_factor - hard_factor, p_y * y_factor)
+                p_y = exp((pair[0] - max_s) * label_factor)
+                grad += tl.where(lanes == label - start, p_y * y_factor - hard_factor, p_y * y_factor)
             grad = (grad * pair[3]).to(grad_ptr.dtype.element_ty)
-            out = grad_ptr + row * grad_stride + columns
+            out = grad_ptr + row * grad_stride + (start + lanes)
             if MASKED:
-                tl.store(out, grad, mask=columns < n_columns)
+                tl.store(out, grad, mask=lanes < left)
             else:
                 tl.store(out, grad)

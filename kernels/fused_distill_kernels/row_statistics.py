@@ -18,10 +18,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import LOG2_E, exp, log_ratio, mul_zero_safe, pair_terms
-from .tile import LINEAR, NO_ERROR, WIDTH, gap_beyond, load_pair, rest_of_part, tile_columns
-
-LOWEST = tl.constexpr(-1.0e30)  # the maximum of no logits; finite, because infinities do not subtract
+from .elementwise import LN_2, LOG2_E, exp, log_ratio, mul_zero_safe, pair_terms
+from .running_part import accumulate, empty_part, raised, relative_to_maxima
+from .tile import (
+    LINEAR,
+    LOWEST,
+    NO_ERROR,
+    WIDTH,
+    gap_beyond,
+    load_pair,
+    moved,
+    offset_between,
+    rest_of_part,
+    tile_columns,
+)
 
 # Fields of a part. s is the student, t the teacher, v as above, y = label_factor * v the student's logits at
 # temperature 1.
@@ -29,8 +39,8 @@ MAX_S, MAX_T = tl.constexpr(0), tl.constexpr(1)  # maxima of v
 SUM_S, SUM_T = tl.constexpr(2), tl.constexpr(3)  # sums of e^(z - max z)
 DIFFERENCE = tl.constexpr(4)  # sum_t - sum_s, without cancellation
 REVERSE_KL, FORWARD_KL = tl.constexpr(5), tl.constexpr(6)  # KL(s || t), KL(t || s) within the part
-MOMENT_S, MOMENT_T = tl.constexpr(7), tl.constexpr(8)  # sums of e^(z - max z) (v - max v)
-TOP = tl.constexpr(9)  # the largest (v_s - max_s) + (v_t - max_t): 0 if both have the same most likely token
+MOMENT_S, MOMENT_T = tl.constexpr(7), tl.constexpr(8)  # sums of e^u u / log(2), u = z - max z
+TOP = tl.constexpr(9)  # 0 if both models have the same most likely token, otherwise negative
 SUM_Y = tl.constexpr(10)  # sum of e^(y - max y)
 LABEL = tl.constexpr(11)  # v of the student's label, 0 if another part has it
 # Results for the whole row, written by merge_kernel.
@@ -38,75 +48,6 @@ LSE_DIFFERENCE = tl.constexpr(12)  # log(sum_t / sum_s)
 ENTROPY_S, ENTROPY_T = tl.constexpr(13), tl.constexpr(14)
 NLL = tl.constexpr(15)  # negative log-probability of the label at temperature 1
 PART = tl.constexpr(16)
-
-
-@triton.jit
-def raised(
-    part,
-    top_s,
-    top_t,
-    factor,
-    label_factor,
-    want,  # flags: reverse, forward, statistics, y
-):
-    """Return the groups' parts relative to the maxima of their own and of the given ones."""
-    old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
-    max_s, max_t = tl.maximum(old_s, top_s), tl.maximum(old_t, top_t)
-    want_reverse, want_forward, want_stats, want_y = want
-    exp_factor = factor * LOG2_E
-    scale_s, scale_t = tl.math.exp2((old_s - max_s) * exp_factor), tl.math.exp2((old_t - max_t) * exp_factor)
-    shift = gap_beyond(old_s, old_t, NO_ERROR, max_s, max_t, LINEAR) * factor
-    d, kl_s, kl_t = pair_terms(scale_s, scale_t, shift)
-    if want_reverse:
-        reverse = mul_zero_safe(scale_s, reverse) + (d * difference + kl_s * sum_s)
-    if want_forward:
-        forward = mul_zero_safe(scale_t, forward) + (d * difference + kl_t * sum_t)
-    if want_stats:
-        moment_s = scale_s * (moment_s + (old_s - max_s) * sum_s)
-        moment_t = scale_t * (moment_t + (old_t - max_t) * sum_t)
-        top += (old_s - max_s) + (old_t - max_t)
-    if want_y:
-        sum_y *= exp((old_s - max_s) * label_factor)
-    difference = scale_s * difference + d * sum_t
-    sum_s, sum_t = scale_s * sum_s, scale_t * sum_t
-    return max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
-
-
-@triton.jit
-def accumulate(
-    part,
-    pair,  # of `load_pair`
-    factor,
-    label_factor,
-    want,  # flags: reverse, forward, statistics, y
-    TRANSFORM: tl.constexpr,
-):
-    """Add columns to the groups' parts, whose maxima are at least theirs.
-
-    The parts' KL divergences are not normalised yet; see `normalised`.
-    """
-    v_s, v_t, extra, _ = pair
-    max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
-    want_reverse, want_forward, want_stats, want_y = want
-    exp_factor = factor * LOG2_E
-    u_s, u_t = v_s - max_s[:, None], v_t - max_t[:, None]
-    p, q = tl.math.exp2(u_s * exp_factor), tl.math.exp2(u_t * exp_factor)
-    sum_s += tl.sum(p, 1)
-    sum_t += tl.sum(q, 1)
-    if want_stats:
-        top = tl.maximum(top, tl.max(u_s + u_t, 1))
-        moment_s += tl.sum(p * tl.maximum(u_s, LOWEST), 1)
-        moment_t += tl.sum(q * tl.maximum(u_t, LOWEST), 1)
-    if want_y:
-        sum_y += tl.sum(exp(u_s * label_factor), 1)
-    x = gap_beyond(v_s, v_t, extra, max_s[:, None], max_t[:, None], TRANSFORM) * factor
-    d, kl_s, kl_t = pair_terms(p, q, x)
-    difference += tl.sum(d, 1)
-    if want_reverse:
-        reverse += tl.sum(kl_s, 1)
-    if want_forward:
-        forward += tl.sum(kl_t, 1)
-    return max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y
 
 
 @triton.jit
@@ -126,8 +67,11 @@ def merge(part, factor, label_factor):
     """Merge the parts along the only dimension; return the merged part and its log(sum_t / sum_s)."""
     old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
     max_s, max_t = tl.max(old_s, 0), tl.max(old_t, 0)
-    shift = gap_beyond(old_s, old_t, NO_ERROR, max_s, max_t, LINEAR) * factor
-    scale_s, scale_t = exp((old_s - max_s) * factor), exp((old_t - max_t) * factor)
+    offset, exp_factor = offset_between(max_s, max_t, factor), factor * LOG2_E
+    shift = gap_beyond(old_s, old_t - offset, NO_ERROR, offset, LINEAR) - ((max_t - offset) - max_s)
+    shift *= factor
+    power_s, power_t = (old_s - max_s) * exp_factor, (old_t - max_t) * exp_factor
+    scale_s, scale_t = tl.math.exp2(power_s), tl.math.exp2(power_t)
     d, _, _ = pair_terms(scale_s, scale_t, shift)
     total_s, total_t = tl.sum(scale_s * sum_s, 0), tl.sum(scale_t * sum_t, 0)
     total_difference = tl.sum(scale_s * difference + d * sum_t, 0)
@@ -144,8 +88,8 @@ def merge(part, factor, label_factor):
         total_difference,
         tl.sum(mul_zero_safe(p, reverse) + kl_s, 0) + invalid,
         tl.sum(mul_zero_safe(q, forward) + kl_t, 0) + invalid,
-        tl.sum(scale_s * (moment_s + (old_s - max_s) * sum_s), 0),
-        tl.sum(scale_t * (moment_t + (old_t - max_t) * sum_t), 0),
+        tl.sum(scale_s * (moment_s + power_s * sum_s), 0),
+        tl.sum(scale_t * (moment_t + power_t * sum_t), 0),
         tl.max(top + ((old_s - max_s) + (old_t - max_t)), 0),
         tl.sum(sum_y * exp((old_s - max_s) * label_factor), 0),
     )
@@ -184,7 +128,7 @@ def statistics_kernel(
     """
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n_parts = tl.num_programs(1)
-    pointers = (
+    row_pointers = (
         student_ptr + row * student_stride,
         teacher_ptr + row * teacher_stride,
         student_bias_ptr,
@@ -195,23 +139,24 @@ def statistics_kernel(
     lanes = tile_columns(GROUPS, WIDTH)
     half: tl.constexpr = GROUPS * WIDTH
     block: tl.constexpr = 2 * half
-    zero = tl.zeros([GROUPS], tl.float32)
-    lowest = zero + LOWEST
-    part = (lowest, lowest, zero, zero, zero, zero, zero, zero, zero, lowest, zero)
+    running = empty_part(factor, GROUPS)
 
     for tile in range(index, n_columns // block, n_parts):
-        columns = tile * block + lanes
-        one = load_pair(pointers, columns, n_columns, transform, TRANSFORM, False)
-        two = load_pair(pointers, columns + half, n_columns, transform, TRANSFORM, False)
+        pointers = moved(row_pointers, tile * block + lanes)
+        one = load_pair(pointers, lanes, n_columns, transform, TRANSFORM, False)
+        two = load_pair(moved(pointers, half), lanes, n_columns, transform, TRANSFORM, False)
         top_s, top_t = tl.maximum(one[0], two[0]), tl.maximum(one[1], two[1])
-        part = raised(part, tl.max(top_s, 1), tl.max(top_t, 1), factor, label_factor, want)
-        part = accumulate(part, one, factor, label_factor, want, TRANSFORM)
-        part = accumulate(part, two, factor, label_factor, want, TRANSFORM)
+        running = raised(running, tl.max(top_s, 1), tl.max(top_t, 1), factor, label_factor, want)
+        running = accumulate(running, one, factor, label_factor, want, TRANSFORM)
+        running = accumulate(running, two, factor, label_factor, want, TRANSFORM)
     first, stop = rest_of_part(index, n_parts, n_columns, block, half)
     for tile in range(first, stop):
-        pair = load_pair(pointers, tile * half + lanes, n_columns, transform, TRANSFORM, True)
-        part = raised(part, tl.max(pair[0], 1), tl.max(pair[1], 1), factor, label_factor, want)
-        part = accumulate(part, pair, factor, label_factor, want, TRANSFORM)
+        start = tile * half
+        pointers = moved(row_pointers, start + lanes)
+        pair = load_pair(pointers, lanes, n_columns - start, transform, TRANSFORM, True)
+        running = raised(running, tl.max(pair[0], 1), tl.max(pair[1], 1), factor, label_factor, want)
+        running = accumulate(running, pair, factor, label_factor, want, TRANSFORM)
+    part = relative_to_maxima(running, factor, want)
     merged, _ = merge(normalised(part), factor, label_factor)
     out = parts_ptr + row * (PART * n_parts) + index
     for field in tl.static_range(11):
@@ -219,9 +164,8 @@ def statistics_kernel(
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         held = (label >= 0) & (label < n_columns) & (index == 0)
-        v_s, _, _, _ = load_pair(
-            pointers, tl.where(held, label, n_columns), n_columns, transform, TRANSFORM, True
-        )
+        column = tl.where(held, label, n_columns)
+        v_s, _, _, _ = load_pair(moved(row_pointers, column), column, n_columns, transform, TRANSFORM, True)
         tl.store(out + LABEL * n_parts, tl.where(held, v_s, 0.0))
 
 
@@ -258,8 +202,8 @@ def merge_kernel(
     for field in tl.static_range(11):
         tl.store(out + field, merged[field])
     tl.store(out + LSE_DIFFERENCE, lse_difference)
-    tl.store(out + ENTROPY_S, tl.log(merged[SUM_S]) - merged[MOMENT_S] / merged[SUM_S] * factor)
-    tl.store(out + ENTROPY_T, tl.log(merged[SUM_T]) - merged[MOMENT_T] / merged[SUM_T] * factor)
+    tl.store(out + ENTROPY_S, tl.log(merged[SUM_S]) - merged[MOMENT_S] / merged[SUM_S] * LN_2)
+    tl.store(out + ENTROPY_T, tl.log(merged[SUM_T]) - merged[MOMENT_T] / merged[SUM_T] * LN_2)
     if labels_ptr is not None:
         label = tl.sum(tl.load(parts + LABEL * n_parts + index, mask=held, other=0.0), 0)
         sum_y = merged[SUM_Y] if WANT_Y else merged[SUM_S]

@@ -17,15 +17,31 @@ SOFTCAP = tl.constexpr(1)  # v is tanh(scale / softcap * (projection + bias)), w
 SEPARATE = tl.constexpr(2)  # v is the logit: the models have different scales or softcaps
 
 NO_ERROR = tl.constexpr(-0.0)  # unlike that of 0.0, its addition never changes a number, and is left out
+LOWEST = tl.constexpr(-1.0e30)  # the maximum of no logits; finite, because infinities do not subtract
 WIDTH = tl.constexpr(4)  # columns of a thread that it loads at once, 16 bytes
 
 
 @triton.jit
-def load_columns(row, columns, n_columns, other, MASKED: tl.constexpr):
-    """Load columns of a row, `other` beyond n_columns if MASKED."""
+def load_columns(pointer, columns, n_columns, other, MASKED: tl.constexpr):
+    """Load the columns of a row that a pointer points to, `other` beyond n_columns if MASKED."""
     if MASKED:
-        return tl.load(row + columns, mask=columns < n_columns, other=other)
-    return tl.load(row + columns)
+        return tl.load(pointer, mask=columns < n_columns, other=other)
+    return tl.load(pointer)
+
+
+@triton.jit
+def moved(pointers, columns):
+    """Return the pointers of `load_pair`, moved by a number of columns.
+
+    Pointers that are first moved to the columns of a tile, and by the tile's number in the loop, take the
+    fewest operations.
+    """
+    student, teacher, student_bias, teacher_bias = pointers
+    if student_bias is not None:
+        student_bias += columns
+    if teacher_bias is not None:
+        teacher_bias += columns
+    return student + columns, teacher + columns, student_bias, teacher_bias
 
 
 @triton.jit
@@ -48,7 +64,7 @@ def scaled(x, error, scale, softcap):
 
 @triton.jit
 def load_pair(
-    pointers,  # of the student's row, the teacher's row, the student's bias and the teacher's bias
+    pointers,  # to the columns of the student's row, the teacher's row, the student's bias and the teacher's
     columns,
     n_columns,
     transform,  # student_scale, teacher_scale, student_softcap, teacher_softcap
@@ -62,10 +78,10 @@ def load_pair(
         extra: the rounding error of v_t - v_s; with SOFTCAP the difference itself. See `gap_beyond`.
         derivative: of the student's logit with respect to its projection, over student_scale.
     """
-    student_row, teacher_row, student_bias, teacher_bias = pointers
+    student, teacher, student_bias, teacher_bias = pointers
     student_scale, teacher_scale, student_softcap, teacher_softcap = transform
-    x_s = load_columns(student_row, columns, n_columns, float("-inf"), MASKED)
-    x_t = load_columns(teacher_row, columns, n_columns, float("-inf"), MASKED)
+    x_s = load_columns(student, columns, n_columns, float("-inf"), MASKED)
+    x_t = load_columns(teacher, columns, n_columns, float("-inf"), MASKED)
     error_s, error_t = 0.0, 0.0
     if student_bias is not None:
         x_s, error_s = add_bias(x_s, load_columns(student_bias, columns, n_columns, 0.0, MASKED))
@@ -104,25 +120,29 @@ def load_logits(
 
     Logits are -inf beyond n_columns if MASKED, and where the caller has set the projection to -inf.
     """
-    x = load_columns(row_ptr, columns, n_columns, float("-inf"), MASKED)
+    x = load_columns(row_ptr + columns, columns, n_columns, float("-inf"), MASKED)
     inside = x != float("-inf")
     if bias_ptr is not None:
-        x += load_columns(bias_ptr, columns, n_columns, 0.0, MASKED)
+        x += load_columns(bias_ptr + columns, columns, n_columns, 0.0, MASKED)
     y, dlogit_dproj = transform_logits(x, scale, softcap, HAS_SOFTCAP)
     return tl.where(inside, y, float("-inf")), dlogit_dproj
 
 
 @triton.jit
-def gap_beyond(v_s, v_t, extra, max_s, max_t, TRANSFORM: tl.constexpr):
-    """Return (v_t - v_s) - (max_t - max_s), given `extra` of `load_pair`.
+def offset_between(max_s, max_t, factor):
+    """Return a number close to max_t - max_s with few binary digits, and 0 if a model has no logit.
 
-    The multiple of 16 closest to max_t - max_s is subtracted from the teacher's v first, which is exact where
-    the probability counts. So an offset of the teacher's logits does not cost digits of the difference.
+    Its subtraction from a teacher's v is exact where the probability counts. So an offset of the teacher's
+    logits does not cost digits of their difference. It is rounded by the addition of a large number.
     """
-    if TRANSFORM == SOFTCAP:
-        return extra - (max_t - max_s)
-    offset = tl.floor((max_t - max_s) * 0.0625 + 0.5) * 16.0
-    return (((v_t - offset) - v_s) - ((max_t - offset) - max_s)) + extra
+    gap, large = max_t - max_s, 96.0 / factor
+    return tl.where(tl.abs(gap) < -0.1 * LOWEST, (gap + large) - large, 0.0)
+
+
+@triton.jit
+def gap_beyond(v_s, v_t_less_offset, extra, offset, TRANSFORM: tl.constexpr):
+    """Return (v_t - v_s) - offset, given v_t - offset and `extra` of `load_pair`."""
+    return extra - offset if TRANSFORM == SOFTCAP else (v_t_less_offset - v_s) + extra
 
 
 @triton.jit

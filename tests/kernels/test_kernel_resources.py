@@ -16,6 +16,8 @@ from machine_code import TARGETS
 MAX_REGISTERS_PER_THREAD = 255
 SHARED_BYTES = 48 << 10
 MIN_THREADS = 512  # per multiprocessor, to hide the latency of memory
+# On sm_100 the statistics kernel reads one spilled pointer per tile, which costs less than a fourth program.
+SPILLED_BYTES = {"sm_100": {"statistics_kernel": 8}}
 ROW_KERNELS = {"statistics_kernel", "divergence_sums_kernel", "gradient_kernel"}
 # Instructions and bytes per logit position of a step, for sm_90.
 BUDGETS = {
@@ -26,7 +28,7 @@ BUDGETS = {
     "skewed KL, statistics": (240, 26),
     "mixed KL, statistics": (110, 18),
     "total variation": (90, 26),
-    "total variation, statistics": (100, 26),
+    "total variation, statistics": (90, 26),
 }
 SOFTCAP_FACTOR = 1.5  # of the instructions
 
@@ -59,7 +61,9 @@ def named(costs: list[Cost]) -> dict[str, Cost]:
 
 
 def test_kernels_do_not_spill(costs: list[Cost]) -> None:
-    assert {name: cost.spilled for name, cost in named(costs).items() if cost.spilled} == {}
+    allowed = SPILLED_BYTES.get(costs[0].target, {})
+    spilled = {name: c.spilled for name, c in named(costs).items() if c.spilled > allowed.get(c.kernel, 0)}
+    assert spilled == {}
 
 
 @pytest.mark.parametrize("target", TARGETS)
