@@ -107,6 +107,15 @@ def test_logits_are_loaded_in_vectors(costs: list[Cost]) -> None:
     assert [cost for cost in over_logits if not {"8", "16"} & set(cost.load_bytes)] == []
 
 
+def test_rows_of_an_odd_vocabulary_are_loaded_and_stored_16_bytes_at_once() -> None:
+    calls = [c for c in CALLS if (c.provider, c.name) == (OURS, "beta 0.5, statistics")]
+    rows = [cost for cost in measure(["sm_90"], 50257, calls) if cost.kernel in ROW_KERNELS]
+    assert {cost.kernel for cost in rows} == ROW_KERNELS
+    for name, cost in named(rows).items():
+        assert set(cost.load_bytes) == {"16"}, name
+        assert set(cost.store_bytes) <= {"16"}, name
+
+
 def instructions_and_bytes(name: str) -> tuple[float, float]:
     """Return what a call's kernels take together per logit position, for sm_90."""
     costs = measure(["sm_90"], calls=[c for c in CALLS if (c.provider, c.name) == (OURS, name)])
