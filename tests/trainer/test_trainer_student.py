@@ -41,7 +41,7 @@ def test_parameters_that_the_loss_does_not_reach_are_not_trained(
 
 @pytest.mark.parametrize(
     ("frozen", "message"),
-    [("[embd]", "frozen: no parameter has 'embd' in its name"), ("['']", "leaves nothing to train")],
+    [("[embd]", "frozen: no parameter has 'embd' in its name"), ("['.']", "leaves nothing to train")],
 )
 def test_frozen_must_match_parameters_and_leave_some_to_train(
     lab: Lab, tmp_path: Path, frozen: str, message: str
