@@ -18,6 +18,9 @@ from .base import StudentRows, TailStatistics
 from .elementwise import exp_sub_max, mul_zero_safe
 from .surplus import Surplus
 
+# Of sums of exponentials, whose products must not overflow. Compared columns then have no probability.
+_LARGEST_SUM = 1e30
+
 
 @dataclass(frozen=True)
 class TritonSurplus:
@@ -40,21 +43,17 @@ class TritonSurplus:
         lse_y = kernels.label_factor * max_s + read(field.SUM_Y.value).log() if kernels.wants_y else lse
         outcome = Surplus.beside(lse, lse_y, _tail_statistics(rows, config))
 
-        # The kernels hold maxima before they are multiplied by `factor`, in float32.
-        top = torch.maximum(max_s, outcome.tail.max_z / kernels.factor).float().double()
         rest, log_rest = outcome.log_rest.exp(), outcome.log_rest
+        # Maxima remain those of the compared columns, relative to which these keep their digits.
         new = {
-            field.MAX_S: top,
-            field.SUM_S: (outcome.lse - kernels.factor * top).exp(),
-            field.SUM_Y: (outcome.lse_y - kernels.label_factor * top).exp(),
-            field.LSE_DIFFERENCE: read(field.LSE_DIFFERENCE.value)
-            + log_rest
-            + kernels.factor * (top - max_s),
+            field.SUM_S: (outcome.lse - kernels.factor * max_s).exp().clamp_max(_LARGEST_SUM),
+            field.SUM_Y: (outcome.lse_y - kernels.label_factor * max_s).exp().clamp_max(_LARGEST_SUM),
+            field.LSE_DIFFERENCE: read(field.LSE_DIFFERENCE.value) + log_rest,
             field.ENTROPY_S: rest * (read(field.ENTROPY_S.value) - log_rest) + outcome.entropy,
             field.FORWARD_KL: read(field.FORWARD_KL.value) - log_rest,
             field.REVERSE_KL: mul_zero_safe(rest, read(field.REVERSE_KL.value) + log_rest)
             + (outcome.mass + outcome.reverse_kl),
-            field.TOP: torch.where(top == max_s, read(field.TOP.value), -1.0),
+            field.TOP: torch.where(outcome.tail.max_z > kernels.factor * max_s, -1.0, read(field.TOP.value)),
         }
         if rows.labels is not None:
             new[field.NLL] = read(field.NLL.value) - (rows.labels >= 0) * outcome.log_rest_y
