@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,11 @@ from providers import FLOOR, Case
 from suite import (
     Planned,
     Rounds,
-    Suite,
     chosen_product,
     device_name,
     header,
+    recorded,
     results_folder,
-    save_run,
-    saved_runs,
     slug,
 )
 
@@ -96,20 +93,14 @@ def main() -> int:
         "part": "scaling",
         "rows": [],
     }
-    run["complete"] = False
     threads = {
         f"{n} threads": {"OMP_NUM_THREADS": str(n), "MKL_NUM_THREADS": str(n)} for n in thread_counts()
     }
     rounds = Rounds(0.0, 2) if arguments.small else Rounds(seconds=6.0, at_least=2, at_most=5)
-    suite = Suite(partial(save_run, output, saved_runs(output)), run, rounds, threads)
-    try:
+    with recorded(output, run, rounds, complete=not arguments.sweeps, environments=threads) as suite:
         for sweep in arguments.sweeps or wanted:
             for group in groups(sweep, wanted[sweep]):
                 labelled(sweep, suite.measure(group))
-    finally:
-        suite.close()
-    run["complete"] = not arguments.sweeps
-    suite.save(run)
     print(output)
     return 0
 

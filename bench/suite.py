@@ -287,18 +287,33 @@ def main(script: str, device: str, parts: Mapping[str, Callable[[bool], list[lis
             [row for row in group if re.search(arguments.only, row.label)]
             for group in parts[part](arguments.small)
         ]
-        run = {**header(command), "part": part, "complete": False, "peak": {}, "rows": []}
-        suite = Suite(partial(save_run, output, saved_runs(output)), run, rounds)
-        try:
+        run = {**header(command), "part": part, "peak": {}, "rows": []}
+        with recorded(output, run, rounds, complete=not arguments.only) as suite:
             for group in filter(None, groups):
                 measure_peak(run, group[0].case, arguments.small)
                 suite.measure(group)
-        finally:
-            suite.close()
-        run["complete"] = not arguments.only
-        suite.save(run)
     print(output)
     return 0
+
+
+@contextmanager
+def recorded(
+    output: Path,
+    run: dict[str, Any],
+    rounds: Rounds,
+    *,
+    complete: bool,
+    environments: dict[str, dict[str, str]] | None = None,
+) -> Iterator[Suite]:
+    """Provide a suite that appends the run to a result file, as complete only once all rows are measured."""
+    run["complete"] = False
+    suite = Suite(partial(save_run, output, saved_runs(output)), run, rounds, environments or {})
+    try:
+        yield suite
+    finally:
+        suite.close()
+    run["complete"] = complete
+    suite.save(run)
 
 
 def measure_peak(run: dict[str, Any], case: Case, small: bool) -> None:

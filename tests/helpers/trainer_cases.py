@@ -122,3 +122,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(output: Path, expected: Path) -> None:
+    """Assert that two runs have bitwise the same losses and the same student."""
+    assert losses(output) == losses(expected)
+    own, others = weights(output / "student"), weights(expected / "student")
+    assert own.keys() == others.keys()
+    assert all(torch.equal(own[name], others[name]) for name in others)

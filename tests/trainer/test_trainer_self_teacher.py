@@ -14,7 +14,7 @@ from fused_distill.trainer.loop import Trainer, train
 from fused_distill.trainer.preflight import preflight
 from fused_distill.trainer.teachers import load_teachers
 from plain_loop import assert_equals_plain_steps
-from trainer_cases import NOT_INTERPRETED, Lab, losses, transformers, weights
+from trainer_cases import NOT_INTERPRETED, Lab, assert_same_run, transformers
 from trainer_cases import lab as lab
 from trainer_cases import prompts as prompts
 
@@ -82,9 +82,7 @@ def test_a_resumed_run_has_the_teacher_that_it_had(lab: Lab, prompts: Path, tmp_
     train(lab.config(tmp_path / "at_once", *settings, "steps=5"))
     train(lab.config(tmp_path / "parts", *settings, "steps=3"))
     train(lab.config(tmp_path / "parts", *settings, "steps=5"), resume=True)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "at_once")
-    at_once, parts = (weights(tmp_path / name / "student") for name in ("at_once", "parts"))
-    assert all(torch.equal(at_once[name], parts[name]) for name in at_once)
+    assert_same_run(tmp_path / "parts", tmp_path / "at_once")
 
 
 def test_a_resumed_run_does_not_follow_the_student_in_another_way(

@@ -14,7 +14,16 @@ from fused_distill.trainer.loop import NonFiniteLoss, Trainer, train
 from fused_distill.trainer.preflight import preflight
 from fused_distill.trainer.teachers import load_teachers
 from plain_loop import BETAS, assert_equals_plain_steps
-from trainer_cases import NOT_INTERPRETED, SETTINGS, Lab, losses, metrics, save_model, transformers, weights
+from trainer_cases import (
+    NOT_INTERPRETED,
+    SETTINGS,
+    Lab,
+    assert_same_run,
+    losses,
+    metrics,
+    save_model,
+    transformers,
+)
 from trainer_cases import lab as lab
 
 pytestmark = NOT_INTERPRETED
@@ -197,9 +206,7 @@ def test_a_resumed_run_with_several_teachers_is_exact(lab: Lab, other: Path, tmp
     train(settings(lab, tmp_path / "at_once", "lmbda=0.5", "steps=4", **teachers))
     for steps in (2, 4):
         train(settings(lab, tmp_path / "parts", "lmbda=0.5", f"steps={steps}", **teachers), resume=True)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "at_once")
-    at_once, parts = (weights(tmp_path / name / "student") for name in ("at_once", "parts"))
-    assert all(torch.equal(at_once[name], parts[name]) for name in at_once)
+    assert_same_run(tmp_path / "parts", tmp_path / "at_once")
 
 
 def test_changed_weights_of_one_of_two_teachers_are_named_on_resume(

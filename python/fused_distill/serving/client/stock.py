@@ -26,15 +26,25 @@ class StockServer(ABC):
 
     name: ClassVar[str]
     path: ClassVar[str]  # of scoring requests
+    title: ClassVar[str]  # in error messages
+    scored: ClassVar[str]  # what the server calls the log-probabilities that are asked for
+    scores_ids: ClassVar[bool]  # takes the tokens to score
 
     def __init__(self, http: RetryingClient, model: str | None):
         self._http, self._model = http, model
         self._description: dict[str, Any] | None = None
         self._same_weights = SameLogprobs()
 
-    @abstractmethod
     def check_options(self, request: ScoringRequest) -> None:
         """Raise a ValueError if the request has options that the server lacks."""
+        server = f"with {self.title}, which"
+        if request.temperature != 1:
+            reason = f"ignores it for {self.scored}, got {request.temperature}"
+            raise ValueError(f"temperature must be 1 {server} {reason}")
+        if request.score_ids is not None and not self.scores_ids:
+            raise ValueError(f"score_ids must be None {server} scores its own top tokens only")
+        if request.vocab_size is not None:
+            raise ValueError(f"vocab_size must be None {server} scores over its own vocabulary")
 
     @abstractmethod
     def longest(self, deadline: float) -> tuple[int | None, str]:

@@ -20,15 +20,7 @@ class StockSglang(StockServer):
     """See StockServer."""
 
     name, path = "SGLang", "/generate"
-
-    def check_options(self, request: ScoringRequest) -> None:
-        """See StockServer."""
-        server = "with an SGLang server, which"
-        if request.temperature != 1:
-            reason = f"ignores it for the tokens of its input, got {request.temperature}"
-            raise ValueError(f"temperature must be 1 {server} {reason}")
-        if request.vocab_size is not None:
-            raise ValueError(f"vocab_size must be None {server} scores over its own vocabulary")
+    title, scored, scores_ids = "an SGLang server", "the tokens of its input", True
 
     def details(self, deadline: float) -> dict[str, Any]:
         """Return what SGLang can do, and the longest sequence it takes, which /server_info limits."""

@@ -14,17 +14,7 @@ class StockVllm(StockServer):
     """See StockServer."""
 
     name, path = "vLLM", "/v1/completions"
-
-    def check_options(self, request: ScoringRequest) -> None:
-        """See StockServer."""
-        server = "with a stock vLLM server, which"
-        if request.temperature != 1:
-            reason = f"ignores it for prompt log-probabilities, got {request.temperature}"
-            raise ValueError(f"temperature must be 1 {server} {reason}")
-        if request.score_ids is not None:
-            raise ValueError(f"score_ids must be None {server} scores its own top tokens only")
-        if request.vocab_size is not None:
-            raise ValueError(f"vocab_size must be None {server} scores over its own vocabulary")
+    title, scored, scores_ids = "a stock vLLM server", "prompt log-probabilities", False
 
     def longest(self, deadline: float) -> tuple[int | None, str]:
         """See StockServer. vLLM always generates one token."""
