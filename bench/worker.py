@@ -28,13 +28,18 @@ class ProviderFailed(Exception):
     """A provider cannot run a case; the message goes into the results."""
 
 
+# glibc keeps freed memory, as other allocators do. Otherwise each step writes large tensors into new pages,
+# whose page faults take part of its time, and much of it on a virtual machine that returns unused memory.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+
 class Worker:
     """Parent's end of the pipe to a process with these additional environment variables."""
 
     def __init__(self, provider: str, environment: dict[str, str] | None = None):
         self._child = subprocess.Popen(
             [sys.executable, __file__, provider],
-            env=os.environ | (environment or {}),
+            env=os.environ | KEEP_FREED_MEMORY | (environment or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -44,7 +44,7 @@ def test_report_names_os_python_torch_and_the_cpu() -> None:
     assert (
         f", {torch.get_num_threads()} threads, capability {torch.backends.cpu.get_cpu_capability()}" in report
     )
-    assert 'backend="auto": torch (the Triton kernels need a CUDA or ROCm device)' in report
+    assert 'backend="auto": cpp (a CPU with a C++ compiler)' in report
 
 
 def test_report_says_which_packages_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

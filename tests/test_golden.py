@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,16 @@ TOKENS, VOCAB, WIDTH, TEACHER_WIDTH = (2, 3), 2100, 8, 6  # one tile of the kern
 
 
 def machine() -> str:
-    """Describe what the last bit depends on: the torch version and the processor's vector instructions."""
+    """Describe what the last bit depends on: torch, the processor's vector instructions, the C++ compiler."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     vendor = next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
     capability = torch.backends.cpu.get_cpu_capability()
-    return " ".join([f"torch {torch.__version__}", platform.system(), platform.machine(), vendor, capability])
+    words = [f"torch {torch.__version__}", platform.system(), platform.machine(), vendor, capability]
+    if BACKEND == "cpp":
+        version = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True).stdout
+        words.append(version.splitlines()[0])
+    return " ".join(words)
 
 
 def tensors() -> dict[str, Tensor]:
@@ -90,7 +95,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         for tail in ("bucket", "renormalize"):
             sparse = Case((*student, support.logprobs, support.ids), {}, {"tail": tail, **divergence}, TOPK)
             yield f"{tail}-{name}", sparse
-    if BACKEND == "torch":
+    if BACKEND == "cpp":
         yield "full-0.3-float64", full.to(torch.float64).with_options(beta=0.3)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Reduction = Literal["mean", "sum", "none"]
-Backend = Literal["auto", "triton", "torch", "reference"]
+Backend = Literal["auto", "triton", "cpp", "torch", "reference"]
 Tail = Literal["bucket", "renormalize", "truncate"]
 Surplus = Literal["ignore", "count"]
 Divergence = Literal["jsd", "skew_forward_kl", "skew_reverse_kl", "mixed_kl", "total_variation"]
@@ -55,7 +55,7 @@ class Mixture(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """The numbers of a `LossConfig` as 0-d tensors, so that new values cause no recompilation."""
+    """The numbers of a `LossConfig` as 0-d tensors; rows/cpp/ reads them in this order."""
 
     teacher_weight: Tensor
     student_weight: Tensor
@@ -303,4 +303,4 @@ def _require_process_group(group: object, backend: str) -> None:
             f"(for a DeviceMesh: mesh.get_group()), got {type(group).__name__}"
         )
     if backend == "reference":
-        raise ValueError('process_group goes with backend "auto", "triton" or "torch", got "reference"')
+        raise ValueError('process_group does not go with backend="reference"')

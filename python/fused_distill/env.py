@@ -18,11 +18,14 @@ import torch
 from .chunked.cpu_product import VARIABLE as CPU_PRODUCT
 from .chunked.cpu_product import cpu_product
 from .rows.backend import auto_backend
+from .rows.cpp.library import CACHE_VARIABLE as CPP_CACHE
 
 PACKAGES = ("fused-distill", "triton", "transformers", "accelerate", "trl", "liger-kernel", "vllm", "httpx")
 VARIABLES = (
     "TRITON_INTERPRET",
     "OMP_NUM_THREADS",
+    "CXX",
+    CPP_CACHE,
     "CUDA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES",
     CPU_PRODUCT,

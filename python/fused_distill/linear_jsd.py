@@ -151,8 +151,10 @@ def fused_linear_jsd(
         workspace_bytes: bound on temporary memory in bytes. The gradients, accumulated in float32, are not
             included. None: on a GPU the float32 size of the student head, but from a fortieth to a sixteenth
             of the device's memory and at least 1 GiB, plus copies of heads that must be converted; on a CPU
-            max(256 MiB, half the size of a float32 student head).
-        backend: "auto" ("triton" on a CUDA or ROCm device, else "torch"), "triton", "torch" or "reference".
+            twice that size, at least 256 MiB.
+        backend: "auto", "triton", "cpp" (C++ on a CPU, compiled when first used), "torch" or "reference".
+            "auto" is "triton" on a CUDA or ROCm device in float32, "cpp" on a CPU with a C++ compiler, and
+            "torch" otherwise and under torch.export.
         return_stats: also return a `DistillStats` of the valid tokens.
         process_group: ranks that share the vocabulary (tensor parallelism). Each rank passes its shard of the
             vocabulary rows of both heads and biases (rank order, sizes may differ; student and teacher
@@ -173,8 +175,8 @@ def fused_linear_jsd(
     Raises:
         ValueError, TypeError: an argument is invalid (the message names it).
         ImportError: backend="triton" without Triton.
-        RuntimeError: the loss is differentiated twice, or a backward pass that recomputes the forward pass
-            finds a tensor that has been changed in place since.
+        RuntimeError: backend="cpp" where its C++ cannot be compiled, the loss is differentiated twice, or a
+            backward pass that recomputes the forward pass finds a tensor that has been changed in place.
     """
     arguments = locals()
     return fused_loss(tensors_from(FullTeacher, arguments), config_from(LossConfig, arguments))

@@ -125,7 +125,7 @@ def fused_linear_topk_jsd(
         normalizer: divisor for reduction="mean" (default: number of valid tokens); see `fused_linear_jsd`.
         workspace_bytes: bound on temporary memory in bytes, see `fused_linear_jsd`. Not included are the
             check of teacher_ids, 3 bytes per entry, and copies of teacher tensors that are not contiguous.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "cpp", "torch" or "reference", see `fused_linear_jsd`.
         return_stats: also return a `DistillStats` of the valid tokens.
         process_group: ranks that share the vocabulary. Each rank passes its shard of the rows of
             student_weight and student_bias; teacher_ids count over all shards. See `fused_linear_jsd`, for
@@ -139,11 +139,11 @@ def fused_linear_topk_jsd(
         ValueError, TypeError: an argument is invalid (the message names it). An id outside the vocabulary
             whose entry is present, and a probability above 1, raise ValueError, except on a CUDA GPU: there
             it is a device-side assertion with the same message, as for an embedding, because reading it back
-            would make the host wait. With the PyTorch backend so do probabilities that sum to more than 1.
-            The Triton backend does not sum them.
+            would make the host wait. So do probabilities that sum to more than 1, which the Triton backend
+            alone does not check.
         ImportError: backend="triton" without Triton.
-        RuntimeError: the loss is differentiated twice, or a backward pass that recomputes the forward pass
-            finds a tensor that has been changed in place since.
+        RuntimeError: backend="cpp" where its C++ cannot be compiled, the loss is differentiated twice, or a
+            backward pass that recomputes the forward pass finds a tensor that has been changed in place.
     """
     arguments = locals()
     return fused_loss(tensors_from(TopKTeacher, arguments), config_from(TopKLossConfig, arguments))

@@ -20,7 +20,7 @@ from .validation import DEFAULT_REVERSE_WEIGHT
 
 @dataclass(frozen=True)
 class Product:
-    """Matrix products (m, k) @ (k, n) of one kind. On a CPU each runs on slices of the vocabulary."""
+    """Matrix products (m, k) @ (k, n) of one kind. On a CPU some run on slices of the vocabulary."""
 
     name: str
     count: int
@@ -40,7 +40,7 @@ class LossPlan:
     """Sizes of a call of `fused_linear_jsd`; print it for a table."""
 
     device: torch.device
-    backend: str  # "triton" or "torch"
+    backend: str  # "triton", "cpp" or "torch"
     n_tokens: int  # valid tokens
     rows: int  # tokens whose logits exist at once
     gradient_rows: int  # tokens whose logit gradient exists at once; equal to rows where it overwrites logits
@@ -49,7 +49,7 @@ class LossPlan:
     workspace_bytes: int  # bound on buffer_bytes
     buffers: dict[str, int]  # bytes by name
     products: tuple[Product, ...]
-    kernel_launches_per_chunk: int | None  # of the row kernels; None if PyTorch computes the rows
+    kernel_launches_per_chunk: int | None  # of Triton's row kernels; None for other backends
 
     @property
     def buffer_bytes(self) -> int:
@@ -63,7 +63,7 @@ class LossPlan:
             ("valid tokens", f"{self.n_tokens:,}"),
             ("rows of logits", f"{self.rows:,} in {_count(self.n_chunks, 'chunk')}"),
             ("rows of the gradient", f"{self.gradient_rows:,} in {_count(self.n_gradient_chunks, 'chunk')}"),
-            ("row kernels per chunk", "compiled by PyTorch" if launches is None else str(launches)),
+            ("row kernels per chunk", "no Triton kernels" if launches is None else str(launches)),
             *((name, _mib(size)) for name, size in self.buffers.items()),
             ("all buffers", f"{_mib(self.buffer_bytes)} of {_mib(self.workspace_bytes)}"),
             *(
@@ -128,7 +128,7 @@ def plan(
     """
     config = LossConfig(**options)
     if config.backend == "reference":
-        raise ValueError('backend must be "auto", "triton" or "torch" for a plan, got "reference"')
+        raise ValueError('backend must be "auto", "triton", "cpp" or "torch" for a plan, got "reference"')
     target = student_hidden.device if device is None else torch.device(device)
     if target.type == "meta":
         raise ValueError("device must name the device to plan for, as student_hidden is on the device meta")

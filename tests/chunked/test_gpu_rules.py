@@ -98,7 +98,7 @@ def test_close_models_keep_their_gradient_in_float16_with_every_option(case: Cas
 def with_small_workspace(case: Case) -> Case:
     """Return the call with as many times the smallest workspace of a GPU as it had."""
     before = case.options["workspace_bytes"]
-    return case.with_options(workspace_bytes=case.min_workspace() * (1 + before % 5))
+    return case.with_options(workspace_bytes=case.min_workspace("torch") * (1 + before % 5))
 
 
 def top_k_of(case: Case, k: int = 32) -> Case:

@@ -223,7 +223,7 @@ def test_plan_needs_a_device_for_meta_tensors() -> None:
 
 
 def test_reference_has_no_plan() -> None:
-    with pytest.raises(ValueError, match='backend must be "auto", "triton" or "torch" for a plan'):
+    with pytest.raises(ValueError, match='backend must be "auto", "triton", "cpp" or "torch" for a plan'):
         gpu_plan(backend="reference")
 
 

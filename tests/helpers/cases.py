@@ -35,7 +35,9 @@ def device_named(name: str | None) -> torch.device:
 DEVICE = device_named(os.environ.get("FUSED_DISTILL_TEST_DEVICE"))
 EMULATED_GPU = os.environ.get("FUSED_DISTILL_TEST_DEVICE") == "emulated-cuda"
 DTYPES = HALF if EMULATED_GPU else (torch.float32,)
-BACKEND = "triton" if INTERPRETED or DEVICE.type == "cuda" else "torch"
+# What a GPU would do without Triton is emulated in PyTorch.
+_ON_CPU = "torch" if EMULATED_GPU else "cpp"
+BACKEND = "triton" if INTERPRETED or DEVICE.type == "cuda" else _ON_CPU
 
 
 class LossResult(NamedTuple):
@@ -113,10 +115,10 @@ class Case:
         """Return what the reference gives in float64."""
         return self.to(torch.float64).run("reference")
 
-    def min_workspace(self) -> int:
+    def min_workspace(self, backend: str = BACKEND) -> int:
         """Return the smallest workspace_bytes that the call accepts, which holds one token at a time."""
         try:
-            self.with_options(workspace_bytes=1, reduction="sum", normalizer=None).run()
+            self.with_options(workspace_bytes=1, reduction="sum", normalizer=None).run(backend)
         except ValueError as error:
             minimum = re.search(r"at least (\d+)", str(error))
             if minimum:

@@ -28,12 +28,8 @@ CPU_ONLY = {
         "shards modules over a mesh of CPU processes"
     ),
     "test_vocab_shard.py::test_invalid_call_is_refused_on_every_rank": "makes a mesh of CPU processes",
-    "test_vocab_shard.py::test_compiled_rows_on_all_or_some_ranks_equal_the_oracle": "compiles for the CPU",
     "test_contexts.py::test_caller_compiled_with_inductor_gets_the_same_results": (
         "torch.compile does not trace the mode below"
-    ),
-    "test_contexts.py::test_failing_compiler_warns_once_and_leaves_the_result_unchanged": (
-        "concerns the PyTorch backend"
     ),
 }
 

@@ -31,7 +31,7 @@ def test_tensors_are_moved_to_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("name", "device", "backend"),
-    [("cpu", "cpu", "torch"), ("cuda", "cuda", "triton"), ("emulated-cuda", "cpu", "torch")],
+    [("cpu", "cpu", "cpp"), ("cuda", "cuda", "triton"), ("emulated-cuda", "cpu", "torch")],
 )
 def test_variable_sets_device_and_backend(name: str, device: str, backend: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

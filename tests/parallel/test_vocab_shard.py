@@ -34,9 +34,8 @@ from fused_distill import (
     fused_linear_topk_jsd,
 )
 from fused_distill.chunked import memory as chunked_memory
+from fused_distill.chunked import tensors as loss_tensors
 from fused_distill.chunked.workspace import plan_chunks
-from fused_distill.rows import backend as rows_backend
-from fused_distill.rows import compiled as rows_compiled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from long_double import divergence_rows
@@ -352,40 +351,13 @@ def test_every_rank_stays_within_its_workspace(two: Ranks, tail: str | None, wor
         assert peak <= workspace_bytes + checked_ids + 64 * n
 
 
-def broken(*args: Any) -> Any:
-    raise RuntimeError("no C++ compiler")
-
-
-def compiled_result_of_rank(rank: int, case: Case, cuts: list[int], broken_rank: int | None) -> LossResult:
-    compiled = rows_compiled.compiled_stage
-    calls = []
-
-    def stage(function: Any) -> Any:
-        calls.append(function)
-        return broken if rank == broken_rank and len(calls) > 1 else compiled(function)
-
-    with (
-        mock.patch.object(rows_backend, "_COMPILE_MIN_LOGITS", 1),
-        mock.patch.object(rows_compiled, "compiled_stage", stage),
-        mock.patch.object(rows_compiled.Compiler, "works", True),
-    ):
-        result = shard_of(case, rank, cuts).run("torch")
-        assert calls
-        assert rows_compiled.Compiler.works == (rank != broken_rank)
-    return result
-
-
-@pytest.mark.skipif(INTERPRETED, reason="about torch.compile")
-@pytest.mark.parametrize("broken_rank", [None, 1])
-@pytest.mark.filterwarnings("ignore:fused_distill. torch.compile failed")
+@pytest.mark.skipif(INTERPRETED, reason="about the CPU's backends")
 @pytest.mark.parametrize("case", [random_case(beta=0.3), random_topk_case(beta=0.3)])
-def test_compiled_rows_on_all_or_some_ranks_equal_the_oracle(
-    two: Ranks, case: Case, broken_rank: int | None
-) -> None:
+def test_pytorch_rows_on_all_ranks_equal_the_oracle(two: Ranks, case: Case) -> None:
     case = replace(case, keyword_tensors={"labels": torch.tensor([0, 12, 29, -100, 5, 22, 14])})
     case = case.with_options(hard_weight=0.5, temperature=1.5, student_softcap=6.0)
-    case = case.with_options(workspace_bytes=3 * case.min_workspace())
-    results = two(compiled_result_of_rank, case, [0, 11, 30], broken_rank)
+    case = case.with_options(workspace_bytes=3 * case.min_workspace("torch"))
+    results = two(result_of_rank, case, [0, 11, 30], "torch")
     oracle = case.oracle()
     hidden_grad, weight_grad = oracle.grads
     assert weight_grad is not None
@@ -471,7 +443,11 @@ def error_of_rank(rank: int, kind: str) -> None:
     elif kind == "DTensor":
         mesh = init_device_mesh("cpu", (2,))
         ws = DTensor.from_local(ws, mesh, [Shard(0)])
-    fused_linear_jsd(hs, ws, ht, wt, **options)
+    reason = "no compiler" if kind == "compiler" and rank == 1 else None
+    if kind == "compiler":
+        options["backend"] = "auto"
+    with mock.patch.object(loss_tensors, "why_unavailable", return_value=reason):
+        fused_linear_jsd(hs, ws, ht, wt, **options)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +469,8 @@ def error_of_rank(rank: int, kind: str) -> None:
         ),
         ("workspace", ValueError, "^workspace_bytes must be the same"),
         ("labels", ValueError, r"^labels must be in \[0, 30\)"),
-        ("reference", ValueError, "^process_group goes with"),
+        ("reference", ValueError, "^process_group does not go with"),
+        ("compiler", ValueError, r"^whether the rows are computed in C\+\+ must be the same .* got \[1, 0\]"),
         ("DTensor", TypeError, "^student_weight must be an ordinary tensor .* DTensor"),
     ],
 )

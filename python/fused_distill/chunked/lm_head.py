@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .gemm import gemm, supports_fp32_output, use_onednn
+from .huge_pages import in_huge_pages
 from .workspace import Workspace, blocks
 
-# On a CPU products run on slices of the vocabulary that fit its caches. On other devices only a head whose
-# dtype must be converted is sliced, where a converted copy of it does not fit.
+# A head whose dtype must be converted is multiplied in slices of the vocabulary: on a CPU in slices that fit
+# its caches, on other devices where a converted copy of the head does not fit. On a CPU oneDNN multiplies
+# slices too, because its results are new tensors. Otherwise whole products are faster.
 _CPU_SLICE_BYTES = 4 << 20
 _MAX_CPU_SLICE_ROWS = 4096
 _CONVERTED_SLICE_BYTES = 16 << 20  # for callers that plan no memory for the conversion
@@ -50,7 +52,7 @@ class LMHead:
         if accumulation == torch.float64 or not supports_fp32_output(device, dtype):
             dtype = accumulation
         head = cls(weight, dtype, device.type, len(weight))
-        if device.type == "cpu":
+        if device.type == "cpu" and (head.converts or use_onednn(device, dtype)):
             return head._sliced(min(_CPU_SLICE_BYTES, _MAX_CPU_SLICE_ROWS * head._row_bytes))
         return head._sliced(_CONVERTED_SLICE_BYTES) if head.converts else head
 
@@ -207,4 +209,4 @@ def row_bytes(columns: int, dtype: torch.dtype, device_type: str) -> int:
 def logit_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised (rows, columns) tensor whose rows are `row_bytes` apart."""
     pitch = row_bytes(columns, dtype, device.type) // dtype.itemsize
-    return torch.empty(rows, pitch, dtype=dtype, device=device)[:, :columns]
+    return in_huge_pages(torch.empty(rows, pitch, dtype=dtype, device=device))[:, :columns]

@@ -15,12 +15,12 @@ from ..parallel.dtensor import gather_dtensor
 from ..parallel.vocab_shard import VocabShard
 from ..rows.backend import choose_backend, make_row_loss
 from ..rows.base import RowLoss, StudentRows
-from ..rows.compiled import NeedsEagerPlanError
 from ..stats import DistillStats, RowResult
 from ..tracing import check_has_data
 from .autograd import FusedLoss, Gradients, LossOutput, Student
 from .gemm import accumulation_dtype, autocast_dtype, float64_if_supported
 from .grad_scale import excess_over_bound, float16_grad_scale
+from .huge_pages import in_huge_pages
 from .lm_head import IndexedLMHead, LMHead, logit_buffer
 from .memory import CallMemory, call_memory, memory_of
 from .teacher import TopKTeacher
@@ -86,11 +86,9 @@ def prepare(
         _per_token(tensors.reverse_weight, hidden) if config.divergence == "mixed_kl" else None,
         valid_token_ids,
     )
-    config = replace(config, backend=choose_backend(config.backend, device, inputs.dtype))
-    n_logits = inputs.n_valid(student) * shard.max_local_size
-    row_loss = make_row_loss(
-        config.backend, config, teacher.k, device, n_logits=n_logits, sharded=shard.is_sharded
-    )
+    backend = choose_backend(config.backend, device, inputs.dtype)
+    config = replace(config, backend=backend)
+    row_loss = make_row_loss(backend, config, teacher.k, device.type)
     needs_grad = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in student)
     return ChunkLoop(student, inputs, config, row_loss, needs_grad)
 
@@ -141,7 +139,7 @@ class ChunkLoop:
 
     student: Student
     inputs: LossInputs
-    config: LossConfig  # with the chosen backend, "triton" or "torch"
+    config: LossConfig  # with the chosen backend, not "auto"
     row_loss: RowLoss
     needs_grad: tuple[bool, ...]  # of hidden, weight, bias
 
@@ -154,26 +152,7 @@ class ChunkLoop:
         return memory, memory.plan(inputs.n_valid(self.student))
 
     def run(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
-        """Return losses and statistics of the n valid tokens, and gradients of their sum with a factor.
-
-        If the rows cannot be compiled as planned, the call starts over with chunks for eager rows.
-        """
-        try:
-            return self._run_as_planned(token_weight)
-        except NeedsEagerPlanError:
-            pass  # the end of this block frees the buffers of the first attempt
-        inputs = self.inputs
-        eager = make_row_loss(
-            self.config.backend,
-            self.config,
-            inputs.teacher.k,
-            inputs.device,
-            n_logits=0,
-            sharded=inputs.shard.is_sharded,
-        )
-        return replace(self, row_loss=eager)._run_as_planned(token_weight)
-
-    def _run_as_planned(self, token_weight: Tensor | None) -> tuple[RowResult, Gradients, Tensor | None]:
+        """Return losses and statistics of the n valid tokens, and gradients of their sum with a factor."""
         student, inputs, dtype, shard = self.student, self.inputs, self.inputs.dtype, self.inputs.shard
         memory, plan = self.plan(memory_of(inputs.device))
         columns = shard.student_size
@@ -286,8 +265,8 @@ class ChunkLoop:
         student, dtype = self.student, self.inputs.dtype
         hidden, weight, bias = self.needs_grad
         gradients = Gradients(
-            torch.empty_like(student.hidden, dtype=dtype) if hidden else None,
-            torch.empty_like(student.weight, dtype=dtype) if weight else None,
+            in_huge_pages(torch.empty_like(student.hidden, dtype=dtype)) if hidden else None,
+            in_huge_pages(torch.empty_like(student.weight, dtype=dtype)) if weight else None,
             torch.zeros_like(student.bias, dtype=dtype) if bias and student.bias is not None else None,
         )
         if gradients.hidden is not None and self.inputs.valid_token_ids is not None:

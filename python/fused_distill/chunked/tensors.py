@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import LossConfig
 from ..parallel.vocab_shard import VocabShard
+from ..rows.cpp.library import why_unavailable
 from ..stats import DistillStats, WeightFunction
 from ..validation import (
     check_float,
@@ -51,7 +52,9 @@ class LossTensors(NamedTuple):
         check_normalizer(self.normalizer, config.reduction, self.mask, shape.numel())
         self.teacher.check(hidden)
         student = {name: getattr(self, name) for name in self._fields[:3]}
-        shard = shard_of_call(config, student, self.teacher.products, self.mask)
+        wants_cpp = device.type == "cpu" and config.backend in ("auto", "cpp")
+        uses_cpp = wants_cpp and why_unavailable() is None
+        shard = shard_of_call(config, student, self.teacher.products, self.mask, uses_cpp=uses_cpp)
         if config.surplus == "count":
             shard = replace(shard, n_surplus=len(self.student_weight) - shard.total)
         check_labels(self.labels, config.hard_weight, shape, device, shard.total, self.mask)

@@ -30,9 +30,6 @@ class Workspace:
     per_grad_row: int = 0  # per row of the logit gradient, where it has a buffer of its own
     per_block_row: int = 0  # per row of a block, a part of a chunk that is processed at once
     block_rows: int = 0  # rows that a block should have; 0: this part does not use blocks
-    # Per row of a block that cannot be compiled, for which the chunks are planned again. Counts in the
-    # minimum alone.
-    per_uncompiled_row: int = 0
 
     def __add__(self, other: Workspace) -> Workspace:
         return Workspace(
@@ -41,7 +38,6 @@ class Workspace:
             self.per_grad_row + other.per_grad_row,
             self.per_block_row + other.per_block_row,
             max(self.block_rows, other.block_rows),
-            self.per_uncompiled_row + other.per_uncompiled_row,
         )
 
     def either(self, other: Workspace) -> Workspace:
@@ -51,7 +47,7 @@ class Workspace:
     @property
     def minimum(self) -> int:
         """Return the bytes for chunks of one token."""
-        return self.bytes_for(ChunkPlan(1, 1, 1, 1, 1)) + self.per_uncompiled_row
+        return self.bytes_for(ChunkPlan(1, 1, 1, 1, 1))
 
     def bytes_for(self, plan: ChunkPlan) -> int:
         """Return the bytes for a plan's chunks."""
@@ -92,12 +88,12 @@ def default_workspace_bytes(device_type: str, head_bytes: int, device_memory: in
     """Return the default bound for a student head of head_bytes in float32.
 
     Every chunk reads both heads and every logit gradient adds to the weight gradient, so that chunks must
-    grow with the head to keep the matrix products fast. On a CPU the bound is half the head, at least 256
+    grow with the head to keep the matrix products fast. On a CPU the bound is twice the head, at least 256
     MiB. On a GPU it is the head, as large as the accumulated weight gradient, but from a fortieth to a
     sixteenth of the device's memory, and at least 1 GiB.
     """
     if device_type == "cpu":
-        return max(256 * _MIB, head_bytes // 2)
+        return max(256 * _MIB, 2 * head_bytes)
     if device_memory is not None:
         head_bytes = min(max(head_bytes, device_memory // 40), device_memory // 16)
     return max(1024 * _MIB, head_bytes)
@@ -164,12 +160,14 @@ def shard_of_call(
     student: Mapping[str, Tensor | None],  # tensors that may need gradients, by argument name
     teacher: Mapping[str, Tensor],  # tensors of the teacher's matrix products, by argument name
     mask: Tensor | None,  # (...) bool
+    *,
+    uses_cpp: bool,
 ) -> VocabShard:
     """Return this rank's shard of the vocabulary, once all ranks are known to derive the same chunks.
 
     Ranks reduce each other's partial results chunk by chunk. So everything that a plan depends on must be
-    equal on all ranks of config.process_group: the number of valid tokens, workspace_bytes and which
-    gradients are needed.
+    equal on all ranks of config.process_group: the number of valid tokens, workspace_bytes, which gradients
+    are needed, and whether a C++ compiler was found for the CPU.
 
     Raises:
         ValueError: vocab_size is too large, or the ranks' arguments do not fit each other.
@@ -185,6 +183,7 @@ def shard_of_call(
                 hidden.shape[:-1].numel() if mask is None else mask.sum()
             ),
             "workspace_bytes": config.workspace_bytes or 0,
+            "whether the rows are computed in C++": int(uses_cpp),
         }
         for name, tensor in student.items():
             needs_grad = torch.is_grad_enabled() and tensor is not None and tensor.requires_grad

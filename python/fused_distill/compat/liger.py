@@ -39,7 +39,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         beta: in [0, 1].
         ignore_index: tokens with this label are skipped.
         temperature: > 0.
-        compiled, chunk_size: ignored; the backend compiles, and the workspace determines the chunk size.
+        compiled, chunk_size: ignored; torch.compile is not used, and the workspace determines the chunk size.
         return_soft_hard_loss: return (loss, soft_loss, hard_loss), the latter two unweighted and without
             gradient. They are computed separately, which about doubles the time.
 

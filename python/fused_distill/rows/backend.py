@@ -15,19 +15,25 @@ import torch
 
 from ..config import Backend, LossConfig, TopKLossConfig
 from .base import RowLoss
-from .compiled import Compiler, StageRunner
+from .cpp.library import why_unavailable
+from .full_cpp import CppJSD
 from .full_torch import TorchJSD
+from .tail_cpp import CppTail
 from .tail_torch import TorchTail
 from .topk import SupportRowLoss, TailRowLoss
 
-# Below this many logits per call, compiling the row arithmetic costs more than it saves.
-_COMPILE_MIN_LOGITS = 1 << 24
+Chosen = Literal["triton", "cpp", "torch"]
 
 
-def auto_backend(device: torch.device, dtype: torch.dtype) -> tuple[Literal["triton", "torch"], str]:
+def auto_backend(device: torch.device, dtype: torch.dtype) -> tuple[Chosen, str]:
     """Return the backend that "auto" selects for a device and accumulation dtype, and the reason."""
+    if torch.compiler.is_exporting():
+        return "torch", "torch.export records PyTorch's operations"
+    if device.type == "cpu":
+        missing = why_unavailable()
+        return ("cpp", "a CPU with a C++ compiler") if missing is None else ("torch", missing)
     if device.type != "cuda":
-        return "torch", "the Triton kernels need a CUDA or ROCm device"
+        return "torch", "there are kernels for the CPU and for CUDA and ROCm devices alone"
     if dtype != torch.float32:
         return "torch", "the Triton kernels compute in float32"
     if find_spec("triton") is None:
@@ -50,27 +56,37 @@ def _missing_for_triton() -> str | None:
 
 
 @cache
-def _warn_of_slow_backend(reason: str) -> None:
+def _warn_of_slow_backend(device_type: str, reason: str) -> None:
     warnings.warn(
-        f"fused_distill: the GPU uses the PyTorch backend, which is slower than the Triton kernels: {reason}",
+        f"fused_distill: the loss on {device_type} uses the PyTorch backend, which is several times slower "
+        f"than the kernels: {reason}",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
-def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> Literal["triton", "torch"]:
-    """Return "triton" or "torch" for a backend option, a device and an accumulation dtype.
+def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> Chosen:
+    """Return "triton", "cpp" or "torch" for a backend option, a device and an accumulation dtype.
 
     Raises:
         ImportError: "triton" without Triton installed.
-        ValueError: "triton" on a device or with a dtype that its kernels do not support.
+        RuntimeError: "cpp" where its library cannot be built.
+        ValueError: a backend on a device or with a dtype that it does not support.
     """
     if name == "auto":
         backend, reason = auto_backend(device, dtype)
-        if backend == "torch" and device.type == "cuda" and dtype == torch.float32:
-            _warn_of_slow_backend(reason)
+        has_kernels = device.type == "cpu" or (device.type == "cuda" and dtype == torch.float32)
+        if backend == "torch" and has_kernels and not torch.compiler.is_exporting():
+            _warn_of_slow_backend(device.type, reason)
         return backend
     if name == "torch":
+        return name
+    if name == "cpp":
+        if device.type != "cpu":
+            raise ValueError(f"backend='cpp' needs tensors on a CPU, got student_hidden on {device}")
+        missing = why_unavailable()
+        if missing is not None:
+            raise RuntimeError(f"backend='cpp' cannot be built: {missing}")
         return name
     if find_spec("triton") is None:
         raise ImportError("backend='triton' needs Triton: pip install 'fused-distill[triton]'")
@@ -83,32 +99,26 @@ def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> L
     return "triton"
 
 
-def make_row_loss(
-    name: str, config: LossConfig, k: int | None, device: torch.device, *, n_logits: int, sharded: bool
-) -> RowLoss:
+def make_row_loss(name: Chosen, config: LossConfig, k: int | None, device_type: str) -> RowLoss:
     """Return the row loss of a call.
 
     Args:
-        name: "triton" or "torch".
+        name: from `choose_backend`.
         config: the loss's options.
         k: size of a top-k teacher's support; None for a full-vocabulary teacher.
-        device: where the loss is computed.
-        n_logits: logits of either model in the whole call; 0: nothing is compiled.
-        sharded: several ranks share the vocabulary. They must derive equal chunk sizes, so these must not
-            depend on whether a rank's compiler works.
+        device_type: of the device that computes the loss.
     """
-    compiled = n_logits >= _COMPILE_MIN_LOGITS and (Compiler.works or sharded)
-    stages = StageRunner(compiled, sharded or not compiled, device.type)
     if k is None or not isinstance(config, TopKLossConfig):
         if name == "triton":
             from .full_triton import TritonJSD
 
             return TritonJSD()
-        return TorchJSD(stages)
+        return CppJSD() if name == "cpp" else TorchJSD(device_type)
     if name == "triton":
         from .topk_triton import TritonSupportRowLoss, TritonTailRowLoss
 
         return TritonSupportRowLoss(k) if config.projects_support_only else TritonTailRowLoss(k)
-    if config.projects_support_only:
-        return SupportRowLoss(k)
-    return TailRowLoss(k, TorchTail(stages))
+    outcomes, passes = (
+        (CppJSD(), CppTail()) if name == "cpp" else (TorchJSD(device_type), TorchTail(device_type))
+    )
+    return SupportRowLoss(k, outcomes) if config.projects_support_only else TailRowLoss(k, outcomes, passes)

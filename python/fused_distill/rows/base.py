@@ -55,10 +55,11 @@ class StudentRows(NamedTuple):
 class TeacherRows(NamedTuple):
     """The teacher's side of a chunk of n tokens: logits, or log-probabilities at K ids."""
 
-    values: Tensor  # (n, V) logits, as projected; with ids (n, K) log-probabilities, -inf where absent
+    # (n, V) logits, as projected, which may be overwritten; with ids (n, K) log-probabilities, -inf if absent
+    values: Tensor
     bias: Tensor | None = None  # (V,) of the logits
-    # (n, K) int64 columns. For the torch backend an absent entry repeats an id of its row; for the kernels it
-    # is -1, and so is a column of another rank.
+    # (n, K) int64 columns. An absent entry repeats an id of its row; for the Triton kernels it is -1, and so
+    # is a column of another rank.
     ids: Tensor | None = None
     is_local: Tensor | None = None  # (n, K) bool: False for a column of another rank; None: all are local
 

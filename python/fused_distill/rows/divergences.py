@@ -13,7 +13,7 @@ A constant has no effect on the gradient through a softmax, p_s (h - sum p_s h),
 clipped term has the derivative 0, so its h is k. The total variation 0.5 sum |p_t - p_s| is beside the
 family, with k 0.
 
-`fused_distill_kernels.elementwise` has the same functions by the same names.
+`fused_distill_kernels.elementwise` and cpp/divergences.h have the same functions by the same names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Elementwise formulas of the row losses, accurate where the two models are close.
 
-`fused_distill_kernels.elementwise` has the same functions by the same names. They serve every floating dtype,
-eager and compiled. With d = log p_t - log p_s:
+`fused_distill_kernels.elementwise` and cpp/elementwise.h have the same functions by the same names. These
+serve every floating dtype. With d = log p_t - log p_s:
 
 - d = x - c with x = (z_t - z_s) - (max_t - max_s). Close logits subtract exactly (`gap_beyond`). With p and q
   the exponentials relative to each model's maximum, c = log(sum q / sum p) = log1p(sum(q - p) / sum p) is no
@@ -11,9 +11,6 @@ eager and compiled. With d = log p_t - log p_s:
   e^x - 1 - x near 0 (`kl_terms`).
 - log m - log p = log1p(k expm1(-|d|)), from the side where the argument is in (-1, 0] (`mixture_log_ratios`),
   and (p_t - p_s) / m from the same side (`mixture_ratio`).
-
-Constants inside the functions are literals, because torch.compile(dynamic=True) treats a global float as an
-input of the compiled function.
 """
 
 from __future__ import annotations
@@ -107,7 +104,7 @@ def mul_zero_safe(p: Tensor, x: Tensor) -> Tensor:
 
 
 def expm1(x: Tensor) -> Tensor:
-    """Return e^x - 1 for x <= 0; torch.expm1 compiled for the CPU is exp(x) - 1, which cancels."""
+    """Return e^x - 1 for x <= 0, by a polynomial near 0, where exp(x) - 1 cancels."""
     return torch.where(_use_taylor(x), x + x * x * taylor_remainder(x), torch.exp(x) - 1)
 
 

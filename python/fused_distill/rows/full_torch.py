@@ -1,10 +1,8 @@
 """Row loss for a full-vocabulary teacher in PyTorch: logits to losses, statistics and logit gradients.
 
-It runs in four stages, each compiled on its own: `_maxima`, `_sums`, `_losses` and `_gradient`. A stage
-passes only a few numbers per row to the next, so that nothing of the logits' size is stored between stages.
-These numbers are maxima and sums over columns, which vocabulary-parallel ranks all-reduce between stages.
-Within a stage, an exponential that is used twice is computed twice, because the compiler would otherwise
-store it.
+It runs in four stages: `_maxima`, `_sums`, `_losses` and `_gradient`. A stage passes only a few numbers per
+row to the next, so that nothing of the logits' size is stored between stages. These numbers are maxima and
+sums over columns, which vocabulary-parallel ranks all-reduce between stages.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from ..config import DivergenceForm, LossConfig, Scalars
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
 from .base import StudentRows, TailStatistics, TeacherRows
-from .compiled import EAGER, StageRunner
 from .divergences import Outcomes, led_parts, terms_and_slopes
 from .elementwise import (
     gap_beyond,
@@ -33,6 +30,7 @@ from .elementwise import (
     stable_prob_diff,
     transform_logits,
 )
+from .row_blocks import in_blocks, temporaries
 from .surplus import Surplus
 from .tail_torch import TorchTail
 
@@ -43,18 +41,18 @@ _BY_KL = (
     DivergenceForm.MIXTURE,
     DivergenceForm.MIXED_KL,
 )
-_EAGER_TEMPORARIES = 26  # tensors of a block's size that the largest eager stage holds at once
+_TEMPORARIES = 26  # tensors of a block's size that the largest stage holds at once
 
 
 @dataclass(frozen=True)
 class TorchJSD:
     """The divergence of each row, in PyTorch."""
 
-    stages: StageRunner = EAGER
+    device_type: str = "cpu"
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
-        """Return the memory of the eager temporaries of a block."""
-        return self.stages.workspace(_EAGER_TEMPORARIES, n_columns, dtype)
+        """Return the memory of the temporaries of a block."""
+        return temporaries(_TEMPORARIES, n_columns, dtype, self.device_type)
 
     def __call__(
         self,
@@ -66,14 +64,10 @@ class TorchJSD:
         group: ShardGroup | None = None,
         block_rows: int | None = None,
     ) -> RowResult:
-        """Return losses and statistics; see `RowLoss`.
-
-        `grad` may be the object student.logits, to be overwritten, but no other view of the same memory:
-        torch.compile gives wrong results for arguments that overlap when their offsets change.
-        """
+        """Return losses and statistics; see `RowLoss`."""
         group = group or ShardGroup()
         scalars = config.scalars(torch.float64)
-        run = partial(self.stages.run, n=len(student.logits), block_rows=block_rows)
+        run = partial(in_blocks, n=len(student.logits), block_rows=block_rows)
 
         compared, surplus_rows = student, None
         if student.logits.shape[1] > teacher.values.shape[1]:
@@ -101,7 +95,7 @@ class TorchJSD:
         max_s, max_t, max_y = maxima
         lse_diff = log_ratio(sum_s, sum_t, diff_sum)
         softmax = _SoftmaxParts(max_s, max_t, sum_s, sum_t, lse_diff, max_y, sum_y)
-        surplus, passes = None, TorchTail(self.stages)
+        surplus, passes = None, TorchTail(self.device_type)
         if surplus_rows is not None:
             tail = passes.statistics(surplus_rows.logits, surplus_rows.bias, config, block_rows=block_rows)
             softmax, surplus = softmax.with_surplus(tail)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..chunked.workspace import Workspace
 from ..config import DivergenceForm, LossConfig, Scalars
+from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats
-from .base import MIN_TEACHER_TAIL_PROB, StudentRows, TailStatistics, TeacherRows
+from .base import MIN_TEACHER_TAIL_PROB, RowLoss, StudentRows, TailStatistics, TeacherRows
 from .elementwise import log_gap, mixture_log_ratios, mul_zero_safe, transform_logits
-from .full_torch import TorchJSD
 
 # float64 temporaries per named outcome that a row needs at once.
 _SUPPORT_TEMPORARIES = 40
@@ -93,19 +93,21 @@ def log_normalizer_of(named: Tensor, tail_max: Tensor, tail_sum: Tensor) -> Tens
 
 
 def bucketed(
-    support: Support, tail: TailStatistics, config: LossConfig
+    support: Support, tail: TailStatistics, config: LossConfig, outcomes: RowLoss
 ) -> tuple[Tensor, Tensor, Tensor, DistillStats | None]:
     """Return the divergence over K + 1 outcomes and its gradients by z (n, K) and the tail's logit (n,)."""
     named = support.logprobs.exp().sum(-1)
     tail_t = torch.where(tail.sum_z == 0, 0.0, (1 - named).clamp_min(MIN_TEACHER_TAIL_PROB))
     z = torch.cat([support.z, (tail.max_z + tail.sum_z.log()).unsqueeze(-1)], -1)
     logprobs = torch.cat([support.logprobs, tail_t.log().unsqueeze(-1)], -1)
-    loss, grad, stats = _outcome_divergence(z, logprobs, support.reverse_weight, config)
+    loss, grad, stats = _outcome_divergence(z, logprobs, support.reverse_weight, config, outcomes)
     k = support.z.shape[-1]
     return loss, grad[:, :k], grad[:, k], stats
 
 
-def renormalized(support: Support, config: LossConfig) -> tuple[Tensor, Tensor, DistillStats | None]:
+def renormalized(
+    support: Support, config: LossConfig, outcomes: RowLoss
+) -> tuple[Tensor, Tensor, DistillStats | None]:
     """Return the divergence over K outcomes and its gradient by z (n, K)."""
     z, logprobs = support.z, support.logprobs
     # A row without entries, or whose entries the student forbids, has one outcome for both models.
@@ -113,15 +115,15 @@ def renormalized(support: Support, config: LossConfig) -> tuple[Tensor, Tensor, 
     only_outcome[:, 0] = (z == -torch.inf).all(-1)
     logprobs = logprobs.masked_fill(only_outcome.any(-1, keepdim=True), -torch.inf)
     z, logprobs = z.masked_fill(only_outcome, 0.0), logprobs.masked_fill(only_outcome, 0.0)
-    return _outcome_divergence(z, logprobs, support.reverse_weight, config)
+    return _outcome_divergence(z, logprobs, support.reverse_weight, config, outcomes)
 
 
 def _outcome_divergence(
-    z: Tensor, logprobs: Tensor, reverse_weight: Tensor | None, config: LossConfig
+    z: Tensor, logprobs: Tensor, reverse_weight: Tensor | None, config: LossConfig, row_loss: RowLoss
 ) -> tuple[Tensor, Tensor, DistillStats | None]:
-    """Return the divergence of each row's few outcomes, and its gradient by z."""
+    """Return the divergence of each row's few outcomes, and its gradient by z. z is overwritten."""
     grad = torch.empty_like(z)
-    outcomes = LossConfig(
+    config = LossConfig(
         divergence=config.divergence,
         beta=config.beta,
         alpha=config.alpha,
@@ -129,7 +131,8 @@ def _outcome_divergence(
         return_stats=config.return_stats,
     )
     rows = StudentRows(z, torch.ones_like(z[:, 0]), reverse_weight=reverse_weight)
-    loss, stats = TorchJSD()(rows, TeacherRows(logprobs), outcomes, grad=grad)
+    teacher, group = TeacherRows(logprobs), ShardGroup()
+    loss, stats = row_loss(rows, teacher, config, grad=grad, group=group, block_rows=None)
     return loss, grad, stats
 
 

@@ -13,27 +13,27 @@ from ..chunked.gemm import float64_if_supported
 from ..chunked.workspace import Workspace
 from ..config import LossConfig, Scalars
 from .base import TailStatistics
-from .compiled import EAGER, StageRunner
 from .elementwise import exp_sub_max, transform_logits
+from .row_blocks import in_blocks, temporaries
 
-_EAGER_TEMPORARIES = 8  # tensors of a block's size that the larger eager stage holds at once
+_TEMPORARIES = 8  # tensors of a block's size that the larger stage holds at once
 
 
 @dataclass(frozen=True)
 class TorchTail:
     """Passes over the tail's columns. The support's columns hold -inf."""
 
-    stages: StageRunner = EAGER
+    device_type: str = "cpu"
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
-        """Return the memory of the eager temporaries of a block."""
-        return self.stages.workspace(_EAGER_TEMPORARIES, n_columns, dtype)
+        """Return the memory of the temporaries of a block."""
+        return temporaries(_TEMPORARIES, n_columns, dtype, self.device_type)
 
     def statistics(
         self, logits: Tensor, bias: Tensor | None, config: LossConfig, *, block_rows: int | None
     ) -> TailStatistics:
         """Return the log-sum-exp parts of each row's tail."""
-        run = partial(self.stages.run, n=len(logits), block_rows=block_rows)
+        run = partial(in_blocks, n=len(logits), block_rows=block_rows)
         one_softmax = not config.needs_two_softmaxes
         rows = _Rows.of(logits, bias, config)
 
@@ -76,7 +76,7 @@ class TorchTail:
                 block_of_rows.x if out is logits else out[block],
             )
 
-        self.stages.run(_gradient, arguments, len(logits), block_rows=block_rows)
+        in_blocks(_gradient, arguments, len(logits), block_rows=block_rows)
 
 
 class _Rows(NamedTuple):

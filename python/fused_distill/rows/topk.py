@@ -1,4 +1,4 @@
-"""Row losses for a top-k teacher in PyTorch: K named outcomes, and the tail, the rest of the vocabulary.
+"""Row losses for a top-k teacher without Triton: K named outcomes, and the tail, the rest of the vocabulary.
 
 The K columns are taken out of the student's logits and set to -inf, so that one pass over the row gives the
 sum of the tail's exponentials directly, not as a difference of two nearly equal masses. The K + 1 numbers per
@@ -21,7 +21,7 @@ from ..chunked.workspace import Workspace
 from ..config import LossConfig, TopKLossConfig
 from ..parallel.vocab_shard import ShardGroup
 from ..stats import DistillStats, RowResult
-from .base import StudentRows, TailStatistics, TeacherRows
+from .base import RowLoss, StudentRows, TailStatistics, TeacherRows
 from .elementwise import exp_sub_max
 from .support import (
     Support,
@@ -36,6 +36,7 @@ from .support import (
     valid_local,
     with_masses,
 )
+from .tail_cpp import CppTail
 from .tail_torch import TorchTail
 
 
@@ -44,6 +45,7 @@ class SupportRowLoss:
     """The loss of tail="renormalize" on the student's logits at the K ids alone."""
 
     k: int
+    outcomes: RowLoss  # the divergence of few outcomes
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
         """Return the memory of the K outcomes in float64."""
@@ -65,7 +67,7 @@ class SupportRowLoss:
         y, dlogit_dproj = support_logits(student.logits, teacher, config, student.bias)
         (y,) = group.all_reduce_sum(y)
         support = Support.from_logits(y, student, teacher, config)
-        soft, grad_support, stats = renormalized(support, config)
+        soft, grad_support, stats = renormalized(support, config, self.outcomes)
         if stats is not None:
             stats = _in_dtype(with_masses(stats, support, None), student.logits.dtype)
             student = student.weighted(stats)
@@ -81,7 +83,8 @@ class TailRowLoss:
     """The loss of any tail option on the student's logits of the whole vocabulary."""
 
     k: int
-    passes: TorchTail
+    outcomes: RowLoss  # the divergence of few outcomes
+    passes: TorchTail | CppTail
 
     def workspace(self, n_columns: int, dtype: torch.dtype) -> Workspace:
         """Return the memory of the K + 1 outcomes in float64 and of the passes over the tail."""
@@ -108,12 +111,13 @@ class TailRowLoss:
         y, label, tail = _over_ranks(group, y, label, tail)
         support = Support.from_logits(y, student, teacher, config)
 
-        divergence = {"bucket": bucketed, "truncate": truncated}.get(config.tail)
-        if divergence is None:
-            soft, grad_support, stats = renormalized(support, config)
+        if config.tail == "renormalize":
+            soft, grad_support, stats = renormalized(support, config, self.outcomes)
             grad_tail = torch.zeros_like(soft)
+        elif config.tail == "bucket":
+            soft, grad_support, grad_tail, stats = bucketed(support, tail, config, self.outcomes)
         else:
-            soft, grad_support, grad_tail, stats = divergence(support, tail, config)
+            soft, grad_support, grad_tail, stats = truncated(support, tail, config)
         if stats is not None:
             stats = _in_dtype(with_masses(stats, support, tail), student.logits.dtype)
             student = student.weighted(stats)

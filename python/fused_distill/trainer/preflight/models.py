@@ -65,7 +65,7 @@ def check_loss(run: Trainer, teacher: TeacherOfRun) -> Finding:
     if teacher.settings.stored is None:
         prompt = sample.prompt[:_PROBE_TOKENS]
         completion = (sample.completion or prompt)[:_PROBE_TOKENS]
-        # Two tokens at least, because the loss is compiled for any number of tokens but one.
+        # Two tokens at least.
         completion = (completion * 2)[: max(2, len(completion))]
         # After the student's prompt, because an equal teacher gives another loss after one of its own.
         sample = sample._replace(prompt=prompt, completion=completion, teacher_prompt=None)

@@ -1,0 +1,1 @@
+"""Row losses for the CPU in C++, compiled on the user's machine."""

@@ -1,0 +1,137 @@
+"""The C++ row losses: how they are built, and what happens where they cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import BACKEND, TOPK, Case, cases, topk_cases
+from checks import assert_results_close, with_few_examples
+from fused_distill import fused_linear_jsd
+from fused_distill.rows import backend
+from fused_distill.rows.cpp import library
+from hypothesis import given
+
+pytestmark = pytest.mark.skipif(BACKEND == "triton", reason="about the CPU's backends")
+
+
+@pytest.fixture
+def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Forget the loaded library and given warnings, as if nothing had been used yet."""
+    caches = library._library, backend._warn_of_slow_backend  # pyright: ignore[reportPrivateUsage]
+    for cached in caches:
+        cached.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for cached in caches:
+        cached.cache_clear()
+
+
+def small_call(**options: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(rows, 4, generator=generator) for rows in (5, 30, 5, 30)]
+    return fused_linear_jsd(*tensors, **options)  # pyright: ignore[reportArgumentType]
+
+
+def without_workspace(case: Case) -> Case:
+    """Return the call with the default workspace: PyTorch needs more for its temporaries than C++."""
+    return case.with_options(workspace_bytes=None)
+
+
+@with_few_examples
+@given(cases())
+def test_pytorch_and_cpp_rows_agree(case: Case) -> None:
+    case = without_workspace(case)
+    assert_results_close(case.run("torch"), case.run("cpp"), 1e-4, 1e-5)
+
+
+@with_few_examples
+@given(topk_cases())
+def test_pytorch_and_cpp_rows_of_a_top_k_teacher_agree(case: Case) -> None:
+    case = without_workspace(case)
+    assert_results_close(case.run("torch"), case.run("cpp"), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tail", [None, "bucket", "truncate"])
+def test_pytorch_rows_in_several_chunks_equal_the_oracle(tail: str | None, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((70, 16), (1000, 16), (70, 24), (1000, 24))
+    hs, ws, ht, wt = ((0.7 * torch.randn(size, generator=generator)).to(dtype) for size in sizes)
+    keywords = {"labels": torch.arange(70) * 3}
+    options = {"beta": 0.3, "hard_weight": 0.5, "temperature": 1.4, "student_softcap": 6.0}
+    case = Case((hs, ws, ht, wt), keywords, options)
+    if tail is not None:
+        top = torch.log_softmax(ht.float() @ wt.float().T, -1).topk(9)
+        case = Case((hs, ws, top.values, top.indices), keywords, {**options, "tail": tail}, TOPK)
+    case = case.with_options(workspace_bytes=30 * case.min_workspace("torch"))
+    result, oracle = case.run("torch"), case.oracle()
+    assert result.loss.item() == pytest.approx(oracle.loss.item(), rel=1e-5)
+    for grad, exact in zip(result.grads, oracle.grads, strict=True):
+        assert grad is not None
+        assert exact is not None
+        rounding = 1e-5 if dtype == torch.float32 else 2**-8
+        assert (grad.double() - exact).norm() < rounding * exact.norm()
+
+
+def test_without_a_compiler_pytorch_computes_the_same_with_one_warning(
+    new_process: pytest.MonkeyPatch,
+) -> None:
+    expected = small_call(backend="cpp")
+    library._library.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    new_process.setattr(library.shutil, "which", lambda name: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = [small_call() for _ in range(3)]
+    messages = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    assert len(messages) == 1
+    assert "several times slower" in messages[0]
+    assert "install g++ or clang++, or set CXX" in messages[0]
+    for result in results:
+        torch.testing.assert_close(result, expected)
+
+
+def test_asking_for_cpp_without_a_compiler_is_an_error(new_process: pytest.MonkeyPatch) -> None:
+    new_process.setattr(library.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="backend='cpp' cannot be built: no C\\+\\+ compiler was found"):
+        small_call(backend="cpp")
+
+
+def test_the_compilers_first_error_is_the_reason(new_process: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\necho 'note: x' >&2\necho 'a.h:1: error: no such header' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    new_process.setenv("CXX", str(compiler))
+    new_process.setenv(library.CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert str(library.why_unavailable()).endswith("failed: a.h:1: error: no such header")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_the_reason(
+    new_process: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    new_process.setenv(library.CACHE_VARIABLE, str(occupied / "cache"))
+    assert str(occupied) in str(library.why_unavailable())
+
+
+def test_processes_that_start_at_once_build_one_library(tmp_path: Path) -> None:
+    environment = {**os.environ, library.CACHE_VARIABLE: str(tmp_path)}
+    code = "from fused_distill.rows.cpp.library import why_unavailable; print(why_unavailable())"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0].strip() for process in processes] == ["None", "None"]
+    (built,) = tmp_path.iterdir()
+    before = built.stat().st_mtime_ns
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert built.stat().st_mtime_ns == before
