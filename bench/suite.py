@@ -115,7 +115,7 @@ class Planned(NamedTuple):
 class Rounds:
     """How often a step is repeated: until it took `seconds` in all, within these numbers of repetitions."""
 
-    seconds: float = 15.0
+    seconds: float = 8.0
     at_least: int = 3
     at_most: int = 7
 

@@ -89,6 +89,8 @@ class FusedLoss(torch.autograd.Function):
         gradients, scale = computed
         if not ctx.per_token:
             scale = grad_loss if scale is None else grad_loss * scale
+            if scale.device.type == "cpu" and scale == 1:  # elsewhere reading it would wait for the device
+                scale = None
         scaled = (_scale_gradient(g, scale, t) for g, t in zip(gradients, ctx.dtypes, strict=True))
         return None, None, None, None, *scaled
 

@@ -42,7 +42,12 @@ def fused_loss(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tenso
     valid_token_ids = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
     call = prepare(tensors, config, shard, device_of(tensors.student_hidden), valid_token_ids)
     n_valid = call.inputs.n_valid(call.student)
-    compute = partial(chunked_loss, inputs=call.inputs, config=call.config, row_loss=call.row_loss)
+    divisor = None
+    if config.reduction == "mean" and n_valid:  # no valid token: 0 even if the normalizer is 0
+        divisor = n_valid if tensors.normalizer is None else tensors.normalizer
+    compute = partial(
+        chunked_loss, inputs=call.inputs, config=call.config, row_loss=call.row_loss, divisor=divisor
+    )
     per_token = config.reduction == "none"
     if per_token:  # backward's chunks may need more memory than those of forward, and must not fail later
         call.plan(memory_of(call.inputs.device))
@@ -50,8 +55,6 @@ def fused_loss(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tenso
     loss, *columns = cast("tuple[Any, ...]", outputs)
     if config.reduction == "none":
         loss = loss.reshape(shape)
-    elif config.reduction == "mean" and n_valid:  # no valid token: 0 even if the normalizer is 0
-        loss = loss / (n_valid if tensors.normalizer is None else tensors.normalizer)
     if not config.return_stats:
         return loss
     return loss, DistillStats(*columns).map(lambda c: c.reshape(shape))
@@ -106,6 +109,7 @@ def chunked_loss(
     inputs: LossInputs,
     config: LossConfig,
     row_loss: RowLoss,
+    divisor: float | Tensor | None,  # of each token's loss; None: 1
     per_token: bool,
     needs_grad: tuple[bool, ...],  # of hidden, weight, bias
     factor: Tensor | None = None,  # (N,) multiplies each token's loss
@@ -117,6 +121,10 @@ def chunked_loss(
     token_weight = inputs.token_weight
     if factor is not None:
         token_weight = factor if token_weight is None else factor * token_weight
+    if divisor is not None:  # of the weights, so that the gradients of a mean need no pass of their own
+        share = torch.ones((), dtype=inputs.dtype, device=student.hidden.device) / divisor
+        share = share.expand(len(student.hidden))
+        token_weight = share if token_weight is None else share * token_weight.to(inputs.dtype)
     with torch.no_grad(), torch.autocast(student.hidden.device.type, enabled=False):
         loop = ChunkLoop(student, inputs, config, row_loss, needs_grad)
         rows, gradients, grad_factor = loop.run(token_weight)
