@@ -115,9 +115,9 @@ class Planned(NamedTuple):
 class Rounds:
     """How often a step is repeated: until it took `seconds` in all, within these numbers of repetitions."""
 
-    seconds: float = 8.0
-    at_least: int = 3
-    at_most: int = 7
+    seconds: float = 6.0
+    at_least: int = 4
+    at_most: int = 8
 
     def enough(self, times: list[float]) -> bool:
         return len(times) >= self.at_most or (len(times) >= self.at_least and sum(times) >= self.seconds)
@@ -191,7 +191,7 @@ class Suite:
             self._fail(planned, row, "its process ended")
             return
         try:
-            row["seconds"].append(self.workers[planned.process].step(str(number)))
+            row["seconds"] += self.workers[planned.process].turn(str(number))
         except ProviderFailed as failure:
             self._fail(planned, row, str(failure))
 
@@ -209,7 +209,7 @@ def summary(row: dict[str, Any]) -> str:
         return row["error"]
     times = row["seconds"]
     spread = f"{min(times):.4g} to {max(times):.4g} s"
-    return f"{statistics.median(times):.4g} s ({spread}, {len(times)} rounds)"
+    return f"{statistics.median(times):.4g} s ({spread}, {len(times)} steps)"
 
 
 def product_environment(product: Product) -> dict[str, str]:

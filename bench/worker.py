@@ -51,9 +51,9 @@ class Worker:
         """Make or map inputs, warm up, and measure memory; see `_Measured.prepare`."""
         return self._ask("prepare", key=key, inputs=inputs, **asdict(case))
 
-    def step(self, key: str) -> float:
-        """Run one forward and backward pass of a prepared case and return its time in seconds."""
-        return self._ask("step", key=key)["seconds"]
+    def turn(self, key: str) -> list[float]:
+        """Run forward and backward passes of a prepared case and return the times of some in seconds."""
+        return self._ask("turn", key=key)["seconds"]
 
     def peak(self, case: Case, size: int) -> float:
         """Return the best rate of a product of square matrices, in operations per second."""
@@ -136,16 +136,17 @@ class _Measured:
         self._free()
         return answer
 
-    def step(self, key: str) -> dict[str, float]:
-        """Run a step, then another one and time it, by CUDA events on a GPU.
+    def turn(self, key: str) -> dict[str, list[float]]:
+        """Run two steps, then another two and time them, by CUDA events on a GPU.
 
-        The first one maps the memory, which is given back at the end of the turn: all processes together
-        would need too much.
+        The first two map the memory, which is given back at the end of the turn: all processes together would
+        need too much.
         """
-        self.steps[key]()
-        answer = {"seconds": self._seconds(self.steps[key])}
+        for _ in range(2):
+            self.steps[key]()
+        seconds = [self._seconds(self.steps[key]) for _ in range(2)]
         self._free()
-        return answer
+        return {"seconds": seconds}
 
     def peak(self, size: int, **case_fields: Any) -> dict[str, float]:
         from providers import peak_step

@@ -25,22 +25,22 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 
 
 class FakeWorker:
-    """Takes 1, 2, 3, ... seconds; a provider named "broken" fails at its second step."""
+    """Takes 1, 2, 3, ... seconds; a provider named "broken" fails in its second turn."""
 
     log: list[str]
 
     def __init__(self, provider: str, environment: dict[str, str] | None = None):
-        self.provider, self.steps = provider, 0
+        self.provider, self.turns = provider, 0
 
     def prepare(self, key: str, case: Case, inputs: str | None = None) -> dict[str, float]:
         return {"loss": 1.0}
 
-    def step(self, key: str) -> float:
-        self.steps += 1
+    def turn(self, key: str) -> list[float]:
+        self.turns += 1
         self.log.append(self.provider)
-        if self.provider == "broken" and self.steps == 2:
+        if self.provider == "broken" and self.turns == 2:
             raise ProviderFailed("out of memory")
-        return float(self.steps)
+        return [float(self.turns)]
 
     def reset(self) -> None: ...
 
