@@ -89,10 +89,14 @@ class FusedLoss(torch.autograd.Function):
         gradients, scale = computed
         if not ctx.per_token:
             scale = grad_loss if scale is None else grad_loss * scale
-            if scale.device.type == "cpu" and scale == 1:  # elsewhere reading it would wait for the device
-                scale = None
+            scale = None if _is_one_on_cpu(scale) else scale
         scaled = (_scale_gradient(g, scale, t) for g, t in zip(gradients, ctx.dtypes, strict=True))
         return None, None, None, None, *scaled
+
+
+def _is_one_on_cpu(scale: Tensor) -> bool:
+    """Return True if a factor on a CPU is 1. Elsewhere reading it would wait for the device."""
+    return scale.device.type == "cpu" and scale.item() == 1
 
 
 def _scale_gradient(
