@@ -28,18 +28,13 @@ class ProviderFailed(Exception):
     """A provider cannot run a case; the message goes into the results."""
 
 
-# glibc keeps freed memory, as other allocators do. Otherwise each step writes large tensors into new pages,
-# whose page faults take part of its time, and much of it on a virtual machine that returns unused memory.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-
-
 class Worker:
     """Parent's end of the pipe to a process with these additional environment variables."""
 
     def __init__(self, provider: str, environment: dict[str, str] | None = None):
         self._child = subprocess.Popen(
             [sys.executable, __file__, provider],
-            env=os.environ | KEEP_FREED_MEMORY | (environment or {}),
+            env=os.environ | (environment or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -139,12 +134,15 @@ class _Measured:
     def turn(self, key: str) -> dict[str, list[float]]:
         """Run two steps, then another two and time them, by CUDA events on a GPU.
 
-        The first two map the memory, which is given back at the end of the turn: all processes together would
-        need too much.
+        On a CPU the first two map the memory, which the process keeps until the end of its turn, because all
+        processes together would need too much. Otherwise each step would write large tensors into new pages,
+        whose page faults take part of its time, and much of it on a virtual machine that returns unused memory.
         """
+        keep_freed_memory(True)
         for _ in range(2):
             self.steps[key]()
         seconds = [self._seconds(self.steps[key]) for _ in range(2)]
+        keep_freed_memory(False)
         self._free()
         return {"seconds": seconds}
 
@@ -205,6 +203,15 @@ class _Measured:
         before = status_bytes("VmRSS")
         function()
         return status_bytes("VmHWM") - before
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Let glibc's malloc keep all freed memory for later allocations, or give back what is large."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # names of malloc.h; a threshold of -1 is the largest
+        mallopt(trim_threshold, -1 if keep else 128 << 10)
+        mallopt(mmap_max, 0 if keep else 1 << 16)
 
 
 def status_bytes(name: str) -> int:
