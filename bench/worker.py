@@ -136,7 +136,7 @@ class _Measured:
 
         On a CPU the first two map the memory, which the process keeps until the end of its turn, because all
         processes together would need too much. Otherwise each step would write large tensors into new pages,
-        whose page faults take part of its time, and much of it on a virtual machine that returns unused memory.
+        whose page faults take part of its time, and much of it on a virtual machine that returns free memory.
         """
         keep_freed_memory(True)
         for _ in range(2):
