@@ -109,8 +109,7 @@ class CppJSD:
         compared, surplus_rows = student, None
         if student.logits.shape[1] > width:
             compared, surplus_rows = student.split(width)
-        in_place = grad is student.logits
-        out = compared.logits if in_place else None if grad is None else grad[:, :width]
+        out = None if grad is None else grad[:, :width]
         numbers = student.logits.new_empty((len(student.logits), len(State._fields)), dtype=torch.float64)
         state = State(*numbers.unbind(1))
 
@@ -155,8 +154,7 @@ class CppJSD:
         if grad is not None and surplus is not None and surplus_rows is not None:
             x, bias, weight = surplus_rows.logits, surplus_rows.bias, student.grad_weight
             factors = surplus.gradient_factors(config, centre, weight, student.labels, student.reverse_weight)
-            out_of_surplus = x if in_place else grad[:, width:]
-            passes.gradient(x, bias, config, surplus.tail, *factors, out_of_surplus, block_rows=block_rows)
+            passes.gradient(x, bias, config, surplus.tail, *factors, grad[:, width:], block_rows=block_rows)
         return RowResult(loss.to(dtype) * student.weight, result_stats)
 
 
