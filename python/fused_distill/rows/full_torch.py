@@ -69,9 +69,10 @@ class TorchJSD:
         scalars = config.scalars(torch.float64)
         run = partial(in_blocks, n=len(student.logits), block_rows=block_rows)
 
+        width = teacher.values.shape[1]
         compared, surplus_rows = student, None
-        if student.logits.shape[1] > teacher.values.shape[1]:
-            compared, surplus_rows = student.split(teacher.values.shape[1])
+        if student.logits.shape[1] > width:
+            compared, surplus_rows = student.split(width)
         biases = (compared.bias, teacher.bias)
         rounds_logits = config.transforms_logits or any(bias is not None for bias in biases)
 
@@ -112,18 +113,16 @@ class TorchJSD:
             def gradient_arguments(block: slice) -> tuple[Any, ...]:
                 block_of_rows = rows(block)
                 centre_of_block = None if centre is None else centre[block]
-                in_place = grad is student.logits
-                out = block_of_rows.student if in_place else grad[block, : block_of_rows.student.shape[1]]
-                weight = student.grad_weight[block]
+                out, weight = grad[block, :width], student.grad_weight[block]
                 return block_of_rows, softmax.block(block), *kind, centre_of_block, weight, out
 
             run(_gradient, gradient_arguments)
             if surplus is not None and surplus_rows is not None:
                 x, bias, weight = surplus_rows.logits, surplus_rows.bias, student.grad_weight
-                out = x if grad is student.logits else grad[:, teacher.values.shape[1] :]
                 factors = surplus.gradient_factors(
                     config, centre, weight, student.labels, student.reverse_weight
                 )
+                out = grad[:, width:]
                 passes.gradient(x, bias, config, surplus.tail, *factors, out, block_rows=block_rows)
         return RowResult(loss * student.weight, result_stats)
 

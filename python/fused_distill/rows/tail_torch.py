@@ -66,14 +66,13 @@ class TorchTail:
         rows = _Rows.of(logits, bias, config)
 
         def arguments(block: slice) -> tuple[Any, ...]:
-            block_of_rows = rows.block(block)
             return (
-                block_of_rows,
+                rows.block(block),
                 max_z[block],
                 factor_z[block],
                 max_y[block],
                 None if factor_y is None else factor_y[block],
-                block_of_rows.x if out is logits else out[block],
+                out[block],
             )
 
         in_blocks(_gradient, arguments, len(logits), block_rows=block_rows)

@@ -44,14 +44,6 @@ template <class T> struct Arguments {
   State* state;  // (rows,)
 };
 
-template <class T> Transform<T> student_transform(const Arguments<T>& a) {
-  return {a.student_bias, a.scalars[6], a.student_has_softcap ? a.scalars[8] : 0, a.scalars[5]};
-}
-
-template <class T> Transform<T> teacher_transform(const Arguments<T>& a) {
-  return {a.teacher_bias, a.scalars[7], a.teacher_has_softcap ? a.scalars[9] : 0, a.scalars[5]};
-}
-
 template <class T> struct Logits {
   Values<T> y_s, z_s, z_t;
 };
@@ -78,8 +70,8 @@ template <class T, bool rounds> class Row {
       numbers_.of_student = b;
       numbers_.imbalance = 1 - 2 * b;
     }
-    of_student_ = student_transform(a);
-    of_teacher_ = teacher_transform(a);
+    of_student_ = student_transform(a.student_bias, scalar, a.student_has_softcap);
+    of_teacher_ = teacher_transform(a.teacher_bias, scalar, a.teacher_has_softcap);
     hard_weight_ = T(scalar[10]);
     soft_weight_ = T(scalar[11]);
     slope_factor_ = T(scalar[5] * scalar[11]);
@@ -367,8 +359,10 @@ template <class T, bool rounds> void run(const Arguments<T>& arguments) {
 }
 
 template <class T> void run(const Arguments<T>* arguments) {
-  const Transform<T> student = student_transform(*arguments), teacher = teacher_transform(*arguments);
-  student.rounds() || teacher.rounds() ? run<T, true>(*arguments) : run<T, false>(*arguments);
+  const auto& a = *arguments;
+  const bool rounds = student_transform(a.student_bias, a.scalars, a.student_has_softcap).rounds() ||
+                      teacher_transform(a.teacher_bias, a.scalars, a.teacher_has_softcap).rounds();
+  rounds ? run<T, true>(*arguments) : run<T, false>(*arguments);
 }
 
 }  // namespace fused_distill

@@ -66,6 +66,20 @@ template <class T> struct Transform {
   }
 };
 
+// The transform of a model from the options' scalars, where `scale` and `softcap` are their places in ../../config.py.
+template <class T>
+Transform<T> transform_of(const T* bias, const double* scalars, int scale, int softcap, bool has_softcap) {
+  return {bias, scalars[scale], has_softcap ? scalars[softcap] : 0, scalars[5]};
+}
+
+template <class T> Transform<T> student_transform(const T* bias, const double* scalars, bool has_softcap) {
+  return transform_of(bias, scalars, 6, 8, has_softcap);
+}
+
+template <class T> Transform<T> teacher_transform(const T* bias, const double* scalars, bool has_softcap) {
+  return transform_of(bias, scalars, 7, 9, has_softcap);
+}
+
 // Maxima of both models' logits over temperature.
 struct Maxima {
   double student, teacher;

@@ -28,7 +28,7 @@ template <class T, bool rounds> class TailRow {
       : a_(a),
         row_(row),
         logits_(a.logits + row * a.stride),
-        transform_{a.bias, a.scalars[6], a.has_softcap ? a.scalars[8] : 0, a.scalars[5]} {}
+        transform_(student_transform(a.bias, a.scalars, a.has_softcap)) {}
 
   void statistics() const {
     V max_z = all<T>(-kInfinity<T>), max_y = max_z;
@@ -103,7 +103,7 @@ template <class T, bool rounds> void run(const TailArguments<T>& a) {
 }
 
 template <class T> void run(const TailArguments<T>* a) {
-  const bool rounds = a->bias != nullptr || a->scalars[6] != 1 || a->has_softcap || a->scalars[5] != 1;
+  const bool rounds = student_transform(a->bias, a->scalars, a->has_softcap).rounds();
   rounds ? run<T, true>(*a) : run<T, false>(*a);
 }
 
