@@ -1,7 +1,8 @@
-// Elementwise formulas on 64-byte vectors, by the names of ../elementwise.py, which explains them.
+// Elementwise formulas on vectors, by the names of ../elementwise.py, which explains them.
 //
-// Vectors are those of GCC and Clang, so that one source serves every processor: a vector that is longer than
-// the processor's registers is split by the compiler. float has polynomials, double calls the C++ library.
+// Vectors are those of GCC and Clang, so that one source serves every processor. They are as long as its
+// registers: GCC compiles comparisons of longer ones to one scalar instruction per lane. float has polynomials,
+// double calls the C++ library.
 #pragma once
 
 #include <cmath>
@@ -14,12 +15,20 @@
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
 namespace fused_distill {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef int32_t Int32s __attribute__((vector_size(64)));
-typedef int64_t Int64s __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef double Doubles __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Int32s __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t Int64s __attribute__((vector_size(VECTOR_BYTES)));
 
 template <class T> struct Vectors;
 template <> struct Vectors<float> { using Values = Floats; using Mask = Int32s; };
@@ -28,7 +37,7 @@ template <class T> using Values = typename Vectors<T>::Values;
 template <class T> using Mask = typename Vectors<T>::Mask;
 template <class V> using Element = std::remove_reference_t<decltype(V{}[0])>;
 
-template <class T> constexpr int kLanes = 64 / sizeof(T);
+template <class T> constexpr int kLanes = VECTOR_BYTES / sizeof(T);
 template <class T> constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 template <class T> INLINE Values<T> all(T x) { return x - Values<T>{}; }

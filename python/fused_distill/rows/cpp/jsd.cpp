@@ -114,8 +114,9 @@ template <class T, bool rounds> class Row {
   // From the projections in double, because float logits have been rounded.
   V wide_gap(int64_t j, int count) const {
     V result{};
-    for (int first = 0; first < count; first += 8) {
-      const int n = count - first < 8 ? count - first : 8;
+    constexpr int lanes = kLanes<double>;
+    for (int first = 0; first < count; first += lanes) {
+      const int n = count - first < lanes ? count - first : lanes;
       Doubles x_s{}, x_t{};
       for (int i = 0; i < n; ++i) {
         x_s[i] = student_[j + first + i];
