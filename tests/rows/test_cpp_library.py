@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -112,6 +113,31 @@ def test_the_compilers_first_error_is_the_reason(new_process: pytest.MonkeyPatch
     new_process.setenv(library.CACHE_VARIABLE, str(tmp_path / "cache"))
     assert str(library.why_unavailable()).endswith("failed: a.h:1: error: no such header")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_compiler_may_be_given_with_arguments(new_process: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = tmp_path / "arguments"
+    compiler = tmp_path / "c++ with a space"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {arguments}\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    new_process.setenv("CXX", f"'{compiler}' -DNEW_MACRO")
+    new_process.setenv(library.CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert library.why_unavailable() is None
+    assert all(line.startswith("-DNEW_MACRO ") for line in arguments.read_text().splitlines())
+
+
+@pytest.mark.parametrize("instructions", ["-march=x86-64", "-march=x86-64-v3"])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86's instruction sets")
+def test_processors_with_shorter_vectors_get_the_same_results(
+    instructions: str, new_process: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if instructions == "-march=x86-64-v3" and not torch.cpu._is_avx2_supported():
+        pytest.skip("this processor has no AVX2")
+    native = small_call(beta=0.3, backend="cpp")
+    library._library.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    new_process.setattr(library, "_native_flag", lambda: instructions)
+    new_process.setenv(library.CACHE_VARIABLE, str(tmp_path))
+    torch.testing.assert_close(small_call(beta=0.3, backend="cpp"), native, rtol=1e-6, atol=0)
 
 
 def test_a_cache_that_cannot_be_written_is_the_reason(

@@ -171,13 +171,13 @@ template <class T, bool rounds> class Row {
           if (estimates) gaps.flush();
           if (sums_y) sum_y.flush();
         });
-    s_.sum_s = sum_s.total;
-    s_.sum_t = sum_t.total;
-    s_.sum_y = sums_y ? sum_y.total : sum_s.total;
-    s_.diff_sum = difference.total;
+    s_.sum_s = sum_s.total();
+    s_.sum_t = sum_t.total();
+    s_.sum_y = sums_y ? sum_y.total() : sum_s.total();
+    s_.diff_sum = difference.total();
     const double excess = s_.diff_sum / s_.sum_s;
     s_.lse_diff = std::abs(excess) < 0.5 ? std::log1p(excess) : std::log(s_.sum_t / s_.sum_s);
-    const double reverse_kl = s_.lse_diff - gaps.total / s_.sum_s;
+    const double reverse_kl = s_.lse_diff - gaps.total() / s_.sum_s;
     s_.shift = estimates && std::isfinite(reverse_kl) ? double(T(reverse_kl)) : 0;
   }
 
@@ -224,6 +224,8 @@ template <class T, bool rounds> class Row {
     for_columns<T>(
         a_.columns,
         [&](int64_t j, int count) INLINE_LAMBDA {
+          prefetch(student_ + a_.student_stride + j);
+          prefetch(teacher_ + a_.teacher_stride + j);
           Logits<T> l = logits(j, count);
           Outcomes<V> o = outcomes(j, count, l);
           Terms<V> t = terms_of(o);
@@ -265,14 +267,14 @@ template <class T, bool rounds> class Row {
             reverse.flush();
           }
         });
-    s_.loss = soft_weight_ * term.total;
+    s_.loss = soft_weight_ * term.total();
     if (is_local) s_.loss += hard_weight_ * (std::log(s_.sum_y) + (s_.max_y - label_logit_));
-    s_.centre = centre.total;
-    s_.teacher_led = teacher_led.total;
-    s_.student_entropy = entropy_s.total;
-    s_.teacher_entropy = entropy_t.total;
-    s_.forward_kl = forward.total;
-    s_.reverse_kl = reverse.total;
+    s_.centre = centre.total();
+    s_.teacher_led = teacher_led.total();
+    s_.student_entropy = entropy_s.total();
+    s_.teacher_entropy = entropy_t.total();
+    s_.forward_kl = forward.total();
+    s_.reverse_kl = reverse.total();
     s_.top1_agreement = 0;
     for (int i = 0; i < kLanes<T>; ++i) s_.top1_agreement = agrees[i] ? 1 : s_.top1_agreement;
   }
@@ -353,10 +355,9 @@ template <class T, bool rounds> class Row {
 };
 
 template <class T, bool rounds> void run(const Arguments<T>& arguments) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(arguments.threads)
-  for (int64_t i = 0; i < arguments.rows; ++i) {
+  for_rows(arguments.rows, arguments.threads, [&](int64_t i) {
     Row<T, rounds>(arguments, i).run(arguments.first_stage, arguments.last_stage);
-  }
+  });
 }
 
 template <class T> void run(const Arguments<T>* arguments) {

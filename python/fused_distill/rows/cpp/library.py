@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,6 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
-    "-fopenmp",
     "-shared",
     "-fPIC",
     "-Wno-psabi",
@@ -82,12 +82,15 @@ def _library() -> ctypes.CDLL | CannotBuildError:
 
 
 def _load() -> ctypes.CDLL:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    compiler = next(filter(None, map(shutil.which, names)), None)
+    chosen = shlex.split(os.environ.get("CXX", ""))  # may have arguments, as in "ccache g++"
+    candidates = [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]
+    compiler = next((candidate for candidate in candidates if shutil.which(candidate[0])), None)
     if compiler is None:
         raise CannotBuildError("no C++ compiler was found: install g++ or clang++, or set CXX")
-    command = [compiler, *_FLAGS, _native_flag()]
-    path = _cache_folder() / f"rows-{_identity(command)}.so"
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    threads = "-pthread" if "clang" in version else "-fopenmp"  # see for_rows in rows.h
+    command = [*compiler, *_FLAGS, threads, _native_flag()]
+    path = _cache_folder() / f"rows-{_identity(command, version)}.so"
     if not path.exists():
         _compile(command, path)
     return ctypes.CDLL(str(path))
@@ -103,9 +106,8 @@ def _cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or default)
 
 
-def _identity(command: list[str]) -> str:
+def _identity(command: list[str], version: str) -> str:
     """Return a name for what the library depends on: sources, compiler, and the processor's instructions."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
     processor = next((line for line in lines if line.lower().startswith(("flags", "features"))), lines[0])

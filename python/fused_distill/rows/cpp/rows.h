@@ -1,15 +1,50 @@
 // A row's projections and what is shared by all passes over its columns.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+#include <system_error>
+#include <thread>
+#include <vector>
+
 #include "elementwise.h"
 
 namespace fused_distill {
 
-// Columns in vectors: calls function(column, count) for kLanes<T> columns at a time, and flush() after every 32
-// of these calls and at the end. The last count may be less.
+// Reads memory into the second-level cache ahead of its use: arithmetic of one row hides the reading of the next.
+INLINE void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+
+// Calls function(row) for every row, by threads that each take the next few rows. GCC's OpenMP has PyTorch's pool
+// of threads. Clang's would be a second pool, whose idle threads spin while matrix products run.
+template <class Function> void for_rows(int64_t rows, int64_t threads, Function function) {
+  const int64_t at_once = std::clamp<int64_t>(rows / (4 * threads), 1, 8);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, at_once) num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row) function(row);
+#else
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t first; (first = next.fetch_add(at_once)) < rows;) {
+      for (int64_t row = first; row < std::min(first + at_once, rows); ++row) function(row);
+    }
+  };
+  std::vector<std::thread> others;
+  try {
+    for (int64_t i = 1; i < std::min(threads, rows); ++i) others.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads can be started: those that run do the work
+  }
+  work();
+  for (std::thread& other : others) other.join();
+#endif
+}
+
+// Columns in vectors: calls function(column, count) for kLanes<T> columns at a time, and flush() after every
+// kTermsPerFlush of these calls and at the end. The last count may be less.
+constexpr int kTermsPerFlush = 8;
+
 template <class T, class Function, class Flush>
 INLINE void for_columns(int64_t columns, Function function, Flush flush) {
-  const int64_t whole = columns / kLanes<T> * kLanes<T>, step = 32 * kLanes<T>;
+  const int64_t whole = columns / kLanes<T> * kLanes<T>, step = kTermsPerFlush * kLanes<T>;
   for (int64_t start = 0; start < whole; start += step) {
     const int64_t end = start + step < whole ? start + step : whole;
     for (int64_t j = start; j < end; j += kLanes<T>) function(j, kLanes<T>);
@@ -21,15 +56,33 @@ INLINE void for_columns(int64_t columns, Function function, Flush flush) {
   }
 }
 
-// A sum over columns: in T over at most 32 terms a lane, then in double.
-template <class T> struct Sum {
+// A sum over columns: in T over at most kTermsPerFlush terms a lane, then in double.
+template <class T> class Sum {
+ public:
   Values<T> part{};
-  double total = 0;
 
   INLINE void flush() {
-    for (int i = 0; i < kLanes<T>; ++i) total += part[i];
+    for (int i = 0; i < kPieces; ++i) {
+      Piece piece;
+      std::memcpy(&piece, reinterpret_cast<const char*>(&part) + i * sizeof piece, sizeof piece);
+      total_[i] += __builtin_convertvector(piece, Doubles);
+    }
     part = Values<T>{};
   }
+
+  double total() const {
+    double sum = 0;
+    for (Doubles lanes : total_) {
+      for (int i = 0; i < kLanes<double>; ++i) sum += lanes[i];
+    }
+    return sum;
+  }
+
+ private:
+  // As many T as there are lanes of double.
+  typedef T Piece __attribute__((vector_size(kLanes<double> * sizeof(T))));
+  static constexpr int kPieces = kLanes<T> / kLanes<double>;
+  Doubles total_[kPieces] = {};
 };
 
 template <class T> INLINE T largest(Values<T> lanes) {

@@ -47,16 +47,17 @@ template <class T, bool rounds> class TailRow {
     for_columns<T>(
         a_.columns,
         [&](int64_t j, int count) INLINE_LAMBDA {
+          prefetch(logits_ + a_.stride + j);
           V y = temperature_1(j, count);
           sum_z.part += exponentials(y * inv_temperature() - shift_z).exp;
           if (!one_softmax()) sum_y.part += exponentials(y - shift_y).exp;
-        },
-        [&] {
+          // Every term is added in double: losses between close models need all digits of the log-sum-exp.
           sum_z.flush();
           if (!one_softmax()) sum_y.flush();
-        });
-    a_.sum_z[row_] = sum_z.total;
-    a_.sum_y[row_] = one_softmax() ? sum_z.total : sum_y.total;
+        },
+        [] {});
+    a_.sum_z[row_] = sum_z.total();
+    a_.sum_y[row_] = one_softmax() ? sum_z.total() : sum_y.total();
   }
 
   void gradient() const {
@@ -95,11 +96,10 @@ template <class T, bool rounds> class TailRow {
 };
 
 template <class T, bool rounds> void run(const TailArguments<T>& a) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
-  for (int64_t i = 0; i < a.rows; ++i) {
+  for_rows(a.rows, a.threads, [&](int64_t i) {
     const TailRow<T, rounds> row(a, i);
     a.grad == nullptr ? row.statistics() : row.gradient();
-  }
+  });
 }
 
 template <class T> void run(const TailArguments<T>* a) {
