@@ -74,6 +74,18 @@ def test_a_summary_is_of_the_first_shape_at_beta_half(
     assert names == ["", "the four products alone (torch.mm)", "naive", "TRL, without its Triton kernels"]
 
 
+def test_a_summary_says_how_far_apart_times_are() -> None:
+    rows = [
+        {"provider": "fused-distill", "seconds": [1.0, 1.1, 1.0]},
+        {"provider": "naive", "seconds": [2.0, 3.0, 2.0, 2.0]},
+        {"provider": "TRL", "error": "OutOfMemoryError: no memory"},
+    ]
+    assert report.spread_text(rows) == (
+        "Times are medians of 3 to 4 steps. Those of fused-distill differ by 10%, and those of naive, which differ "
+        "most, by 50%."
+    )
+
+
 def test_check_reports_stale_tables_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result_file(tmp_path)
     document = tmp_path / "README.md"
