@@ -263,8 +263,8 @@ def spread_text(rows: list[Row]) -> str:
     spreads = {name: (max(t) - min(t)) / statistics.median(t) for name, t in times.items()}
     ours, most = spreads.get("fused-distill", 0), max(spreads, key=lambda name: spreads[name], default="none")
     return (
-        f"Times are medians of {steps} steps. Those of fused-distill differ by {ours:.0%}, and those of {most}, "
-        f"which differ most, by {spreads.get(most, 0):.0%}."
+        f"Times are medians of {steps} steps. Those of fused-distill differ by {ours:.0%}, "
+        f"and those of {most}, which differ most, by {spreads.get(most, 0):.0%}."
     )
 
 

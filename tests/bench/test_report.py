@@ -81,8 +81,8 @@ def test_a_summary_says_how_far_apart_times_are() -> None:
         {"provider": "TRL", "error": "OutOfMemoryError: no memory"},
     ]
     assert report.spread_text(rows) == (
-        "Times are medians of 3 to 4 steps. Those of fused-distill differ by 10%, and those of naive, which differ "
-        "most, by 50%."
+        "Times are medians of 3 to 4 steps. Those of fused-distill differ by 10%, "
+        "and those of naive, which differ most, by 50%."
     )
 
 
