@@ -257,14 +257,15 @@ def table(content: dict[str, Any], part: str | None = None) -> str:
 
 def spread_text(rows: list[Row]) -> str:
     """Return how far apart the times of our row are, and those of the row where they differ most."""
-    times = {row["provider"]: row["seconds"] for row in rows if "seconds" in row}
-    counts = sorted({len(seconds) for seconds in times.values()}) or [0]
+    times = [(row["provider"], row["seconds"]) for row in rows if "seconds" in row]
+    counts = sorted({len(seconds) for _, seconds in times}) or [0]
     steps = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    spreads = {name: (max(t) - min(t)) / statistics.median(t) for name, t in times.items()}
-    ours, most = spreads.get("fused-distill", 0), max(spreads, key=lambda name: spreads[name], default="none")
+    spreads = [((max(t) - min(t)) / statistics.median(t), name) for name, t in times]
+    ours = max((spread for spread, name in spreads if name == "fused-distill"), default=0)
+    greatest, most = max(spreads, default=(0, "none"))
     return (
         f"Times are medians of {steps} steps. Those of fused-distill differ by {ours:.0%}, "
-        f"and those of {most}, which differ most, by {spreads.get(most, 0):.0%}."
+        f"and those of {most}, which differ most, by {greatest:.0%}."
     )
 
 

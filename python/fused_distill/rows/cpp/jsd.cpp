@@ -364,7 +364,7 @@ template <class T> void run(const Arguments<T>* arguments) {
   const auto& a = *arguments;
   const bool rounds = student_transform(a.student_bias, a.scalars, a.student_has_softcap).rounds() ||
                       teacher_transform(a.teacher_bias, a.scalars, a.teacher_has_softcap).rounds();
-  rounds ? run<T, true>(*arguments) : run<T, false>(*arguments);
+  rounds ? run<T, true>(a) : run<T, false>(a);
 }
 
 }  // namespace fused_distill

@@ -87,8 +87,8 @@ def _load() -> ctypes.CDLL:
     compiler = next((candidate for candidate in candidates if shutil.which(candidate[0])), None)
     if compiler is None:
         raise CannotBuildError("no C++ compiler was found: install g++ or clang++, or set CXX")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    threads = "-pthread" if "clang" in version else "-fopenmp"  # see for_rows in rows.h
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    threads = "-pthread" if b"clang" in version else "-fopenmp"  # see for_rows in rows.h
     command = [*compiler, *_FLAGS, threads, _native_flag()]
     path = _cache_folder() / f"rows-{_identity(command, version)}.so"
     if not path.exists():
@@ -106,7 +106,7 @@ def _cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or default)
 
 
-def _identity(command: list[str], version: str) -> str:
+def _identity(command: list[str], version: bytes) -> str:
     """Return a name for what the library depends on: sources, compiler, and the processor's instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]

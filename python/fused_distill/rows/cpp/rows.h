@@ -12,6 +12,7 @@
 namespace fused_distill {
 
 // Reads memory into the second-level cache ahead of its use: arithmetic of one row hides the reading of the next.
+// Addresses after the last row do no harm.
 INLINE void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 // Calls function(row) for every row, by threads that each take the next few rows. GCC's OpenMP has PyTorch's pool
@@ -38,10 +39,10 @@ template <class Function> void for_rows(int64_t rows, int64_t threads, Function 
 #endif
 }
 
-// Columns in vectors: calls function(column, count) for kLanes<T> columns at a time, and flush() after every
-// kTermsPerFlush of these calls and at the end. The last count may be less.
 constexpr int kTermsPerFlush = 8;
 
+// Columns in vectors: calls function(column, count) for kLanes<T> columns at a time, and flush() after every
+// kTermsPerFlush of these calls and at the end. The last count may be less.
 template <class T, class Function, class Flush>
 INLINE void for_columns(int64_t columns, Function function, Flush flush) {
   const int64_t whole = columns / kLanes<T> * kLanes<T>, step = kTermsPerFlush * kLanes<T>;
