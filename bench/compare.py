@@ -142,12 +142,11 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             check_library(side, tree)
             if not arguments.skip_tests:
                 run_tests(side, tree, tuple(arguments.tests))
-        command = f"python bench/compare.py {' '.join(sys.argv[1:])}".strip()
         commits = {
             "base": git("rev-parse", arguments.base),
             "head": git("rev-parse", arguments.head or "HEAD"),
         }
-        run = {**header(command), "commits": commits, "rows": []}
+        run = {**header(), "commits": commits, "rows": []}
         # The same number of rounds for both, so that rounds can be compared one by one.
         n_rounds = 2 if arguments.small else arguments.rounds
         environments = {side: environment_of(tree) for side, tree in trees.items()}

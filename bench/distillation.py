@@ -112,9 +112,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with TemporaryDirectory() as scratch:
         results = rows(arguments.teacher, arguments.overrides, Path(scratch))
-    command = f"python bench/distillation.py {' '.join(sys.argv[1:])}".strip()
     content = {
-        **header(command),
+        **header(),
         "local_and_hidden_states_apart": max_relative_difference(results),
         "rows": results,
     }

@@ -75,7 +75,7 @@ def main() -> int:
         parser.error("--device cpu needs --small")
     slug = re.sub(r"[^a-z0-9]+", "-", f"first-run {machine().get('gpu', 'cpu')}".lower()).strip("-")
     output = (arguments.output or results_folder(arguments.small) / f"{slug}.json").resolve()
-    content = header(f"python bench/first_run_gpu.py {' '.join(sys.argv[1:])}".strip())
+    content = header()
     outcomes: list[dict[str, Any]] = []
     for check in CHECKS:
         if arguments.k in check.name:

@@ -308,8 +308,7 @@ def main() -> None:
 
     calls = [call for call in CALLS if arguments.k in f"{call.provider}, {call.name}"]
     rows = [asdict(cost) for cost in measure(arguments.target, arguments.vocab, calls)]
-    command = f"python bench/kernel_costs.py {' '.join(sys.argv[1:])}".strip()
-    content = {**header(command), "vocab": arguments.vocab, "rows": rows}
+    content = {**header(), "vocab": arguments.vocab, "rows": rows}
     output = arguments.output or results_folder(small=bool(arguments.k)) / "kernel-costs.json"
     write_json(output.resolve(), content)
     print(json.dumps(content, indent=1) if arguments.json else cost_tables(content))

@@ -12,7 +12,6 @@ The rows "as on a GPU" round the logit gradient as the losses do there; its prod
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +165,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="result file")
     parser.add_argument("--small", action="store_true", help="tiny sizes: checks the code paths")
     arguments = parser.parse_args()
-    command = f"python bench/numerics.py {' '.join(sys.argv[1:])}".strip()
     output = arguments.output or results_folder(arguments.small) / "numerics.json"
-    write_json(output, {**header(command), "rows": rows(arguments.small)})
+    write_json(output, {**header(), "rows": rows(arguments.small)})
     print(output)
 
 

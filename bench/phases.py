@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -171,7 +170,6 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes: checks the code paths")
     arguments = parser.parse_args()
     output = arguments.output or results_folder(arguments.small) / "phases.json"
-    command = f"python bench/phases.py {' '.join(sys.argv[1:])}".strip()
     with TemporaryDirectory() as scratch:
         run = Trainer(settings(arguments.model, Path(scratch), arguments.small))
         measure(run)  # compiles
@@ -181,7 +179,7 @@ def main() -> None:
         f"{config.prompts_per_step} prompts a step, {config.data.evaluation_prompts} in an evaluation, "
         f"completions of up to {config.rollouts.max_completion_length} tokens, medians of {ROUNDS} rounds"
     )
-    write_json(output, {**header(command), "seconds": seconds, "rows": [*rows(seconds, title)]})
+    write_json(output, {**header(), "seconds": seconds, "rows": [*rows(seconds, title)]})
     print(output)
 
 

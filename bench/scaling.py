@@ -89,7 +89,7 @@ def main() -> int:
     name = f"{slug('scaling', device_name('cpu'))}.json"
     output = (arguments.output or results_folder(arguments.small) / name).resolve()
     run = {
-        **header(f"python bench/scaling.py {' '.join(sys.argv[1:])}".strip()),
+        **header(),
         "part": "scaling",
         "rows": [],
     }

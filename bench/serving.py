@@ -190,7 +190,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="result file")
     parser.add_argument("--small", action="store_true", help="tiny sizes: checks the code paths")
     arguments = parser.parse_args()
-    command = f"python bench/serving.py {' '.join(sys.argv[1:])}".strip()
     output = arguments.output or results_folder(arguments.small) / "serving.json"
     supports, length = ((1, 4), 9) if arguments.small else (SUPPORTS, LENGTH)
     results: list[dict[str, Any]] = []
@@ -201,7 +200,7 @@ def main() -> None:
             results += rows(folder, vocab, supports, length)
             if vocab == VOCABS[-1]:
                 results += sharing_rows(folder, vocab, length)
-    write_json(output, {**header(command), "rows": results})
+    write_json(output, {**header(), "rows": results})
     print(output)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -29,6 +30,9 @@ from worker import ProviderFailed, Worker
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("fused-distill", "torch", "triton", "liger-kernel", "trl", "transformers")
+TABLES = ("report", "plots", "kernel_report")  # modules that only show results
+# Files that decide results, as git's path specifications.
+MEASURED = ("python", "kernels", "bench/*.py", "constraints.txt", *(f":!bench/{name}.py" for name in TABLES))
 PRODUCT_VARIABLE = "FUSED_DISTILL_CPU_PRODUCT"
 
 
@@ -57,21 +61,30 @@ def machine() -> dict[str, Any]:
     return description
 
 
+def command() -> str:
+    """Return the command that runs this process's script, with paths inside the project relative to it."""
+    arguments = [argument.replace(f"{ROOT}{os.sep}", "") for argument in sys.argv[1:]]
+    return shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *arguments])
+
+
 def commit() -> str:
-    """Return the commit, with "+" if files differ from it."""
+    """Return the newest commit that changed what is measured, with "+" if files differ from it.
+
+    Commits that change only results or documentation do not count, so that results between them agree.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "python", "kernels", "bench/*.py", "constraints.txt")
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    changed = git("status", "--porcelain", "--", *MEASURED)
+    return git("log", "-1", "--format=%h", "--abbrev=12", "--", *MEASURED) + ("+" if changed else "")
 
 
-def header(command: str) -> dict[str, Any]:
+def header() -> dict[str, Any]:
     """Return what is needed to reproduce a result: command, date, commit, machine, versions."""
     return {
-        "command": command,
+        "command": command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
@@ -280,14 +293,13 @@ def main(script: str, device: str, parts: Mapping[str, Callable[[bool], list[lis
         parser.error("no GPU found; use --small to run tiny sizes on the CPU")
     name = f"{slug(Path(script).stem, device_name(device))}.json"
     output = (arguments.output or results_folder(arguments.small) / name).resolve()
-    command = f"python bench/{Path(script).name} {' '.join(sys.argv[1:])}".strip()
     rounds = Rounds(0.0, 2) if arguments.small else Rounds()
     for part in arguments.parts or parts:
         groups = [
             [row for row in group if re.search(arguments.only, row.label)]
             for group in parts[part](arguments.small)
         ]
-        run = {**header(command), "part": part, "peak": {}, "rows": []}
+        run = {**header(), "part": part, "peak": {}, "rows": []}
         with recorded(output, run, rounds, complete=not arguments.only) as suite:
             for group in filter(None, groups):
                 measure_peak(run, group[0].case, arguments.small)

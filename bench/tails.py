@@ -9,7 +9,6 @@ as in on-policy distillation. JSON and a plot go to bench/results/.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +132,7 @@ def main() -> None:
         Batch.collate(samples[i : i + BATCH_SIZE], torch.device("cpu"))
         for i in range(0, len(samples), BATCH_SIZE)
     ]
-    command = f"python bench/tails.py {' '.join(sys.argv[1:])}".strip()
-    content = {**header(command), "rows": rows(teacher, student, batches)}
+    content = {**header(), "rows": rows(teacher, student, batches)}
     write_json(arguments.output, content)
     plot(content, arguments.output.with_suffix(".png"))
     print(arguments.output)

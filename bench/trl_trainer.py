@@ -121,8 +121,7 @@ def main() -> None:
         print(json.dumps(run(arguments.run == "patched", arguments.small)))
         return
     output = arguments.output or results_folder(arguments.small) / "trl-trainer.json"
-    command = f"python bench/trl_trainer.py {' '.join(sys.argv[1:])}".strip()
-    write_json(output, {**header(command), "rows": [*rows(arguments.small)]})
+    write_json(output, {**header(), "rows": [*rows(arguments.small)]})
     print(output)
 
 

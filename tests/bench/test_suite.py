@@ -12,6 +12,7 @@ from typing import Any
 import compare
 import models
 import pytest
+import suite
 import torch
 from cases import INTERPRETED
 from providers import Case, load_inputs, make_inputs
@@ -176,3 +177,36 @@ def test_scaling_varies_the_threads(tmp_path: Path) -> None:
     assert run["rows"][0]["sweep"] == "threads"
     assert run["rows"][0]["threads"] == 1
     assert not run["complete"]  # one sweep of four
+
+
+def test_the_commit_of_a_result_is_the_newest_that_changed_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    git(tmp_path, "init", "--quiet")
+    commits: list[str] = []
+    for name in (
+        "python/loss.py",
+        "bench/cpu.py",
+        "bench/report.py",
+        "docs/page.md",
+        "bench/results/cpu.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+        git(tmp_path, "add", ".")
+        git(tmp_path, "commit", "--quiet", "--message", name)
+        commits.append(git(tmp_path, "rev-parse", "--short=12", "HEAD"))
+    assert suite.commit() == commits[1]
+    (tmp_path / "docs" / "page.md").write_text("changed")
+    assert suite.commit() == commits[1]
+    (tmp_path / "python" / "loss.py").write_text("changed")
+    assert suite.commit() == f"{commits[1]}+"
+
+
+def test_the_command_of_a_result_holds_no_path_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = suite.ROOT / "bench" / "results" / "cpu.json"
+    monkeypatch.setattr(
+        sys, "argv", [f"{suite.ROOT}/bench/cpu.py", "full", "--only", "N1|N2", f"--output={output}"]
+    )
+    assert suite.command() == "python bench/cpu.py full --only 'N1|N2' --output=bench/results/cpu.json"
