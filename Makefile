@@ -5,7 +5,7 @@
 # make lint           ruff and pyright
 # make fuzz           fuzz the parsers of the teacher server for five minutes
 # make demo           on-policy distillation of Gemma 3 270M on the CPU
-# make bench          time, memory and accuracy on this CPU: half an hour
+# make bench          time, memory and accuracy on this CPU: about fifty minutes
 # make bench-readme   repeat the first table of README.md: a few minutes
 # make bench-gpu      time and memory on this GPU
 # make first-run-gpu  ten minutes on a new GPU: are results right there, and does the time go where it should?

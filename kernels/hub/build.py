@@ -22,7 +22,7 @@ HUB = Path(__file__).resolve().parent
 ROOT = HUB.parents[1]
 NAME = "fused-distill-kernels"
 MODULE = NAME.replace("-", "_")
-EXPORTS = '\nfrom .config import LossConfig\n\n__all__ += ["LossConfig"]\n'
+EXPORTS = '\nfrom .config import LossConfig, TopKLossConfig\n\n__all__ += ["LossConfig", "TopKLossConfig"]\n'
 
 
 def sources() -> dict[str, str]:

@@ -11,9 +11,9 @@ from cases import HALF, INTERPRETED, TOPK, Case, LossResult, cases
 from checks import assert_close, rounding_of, with_few_examples
 from emulated_gpu import gpu_rules
 from fused_distill import fused_linear_jsd
-from fused_distill.chunked.grad_scale import float16_grad_scale, largest_logit_gradient
+from fused_distill.chunked.grad_scale import excess_over_bound, float16_grad_scale, largest_logit_gradient
 from fused_distill.chunked.lm_head import LMHead
-from fused_distill.config import LossConfig
+from fused_distill.config import LossConfig, TopKLossConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -181,6 +181,13 @@ def test_scale_of_float16_gradients_is_a_power_of_two_that_uses_the_range(weight
     largest = max([abs(w) for w in weight or [] if 0 < abs(w) < torch.inf] or [1.0])
     if weight != [1.0, torch.inf]:
         assert 2**13 <= largest * scale <= 2**15
+
+
+def test_tokens_that_a_teacher_forbids_do_not_lower_the_scale_of_float16_gradients() -> None:
+    logprobs = torch.tensor([[-1.0, -2048.0], [-1.0, -9999.0], [-1.0, -torch.inf]])
+    excess = excess_over_bound(TopKLossConfig(beta=1.0), logprobs)
+    assert excess is not None
+    assert excess.tolist() == [4.0, 1.0, 1.0]
 
 
 def test_a_head_under_autocast_is_converted_once_per_call() -> None:

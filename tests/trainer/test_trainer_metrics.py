@@ -108,7 +108,8 @@ def test_evaluations_with_a_local_teacher_are_exact_whatever_the_targets(lab: La
         targets: restricted(lab, tmp_path / targets, targets, "bucket", *same)
         for targets in ("topk", "student_topk")
     }
-    sampled = (*same[:2], "data.evaluation_prompts=6", "objective=sampled", "token_weight.entropy_below=1")
+    without_effect = ("token_weight.entropy_below=1", "divergence=skew_forward_kl", "alpha=0.2")
+    sampled = (*same[:2], "data.evaluation_prompts=6", "objective=sampled", *without_effect)
     runs["sampled"] = lab.config(tmp_path / "sampled", *sampled)
     want = metrics(tmp_path / "full", "evaluation")[0]
     for name, config in runs.items():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import DivergenceForm, LossConfig
+from ..validation import FORBIDDEN_LOGPROB
 
 _LARGEST = 15  # logit gradients stay below 2^15, half of float16's largest number
 _LARGEST_POWER = 60  # leaves the scaled gradients within float32's range
@@ -38,12 +39,12 @@ def largest_logit_gradient(config: LossConfig) -> float:
 def excess_over_bound(config: LossConfig, logprobs: Tensor) -> Tensor | None:
     """Return (n,) factors >= 1 of `largest_logit_gradient` for a top-k teacher's (n, K); None: 1.
 
-    Reverse KL's gradient is at most a quarter of the largest -log p_t, which may be thousands at a token that
-    the teacher forbids.
+    Reverse KL's gradient is at most a quarter of the largest -log p_t of a token that counts, which may be
+    thousands.
     """
     if config.form not in _REVERSE_KL:
         return None
-    surprise = torch.where(logprobs == -torch.inf, 0.0, -logprobs).amax(-1)
+    surprise = torch.where(logprobs <= FORBIDDEN_LOGPROB, 0.0, -logprobs).amax(-1)
     return (surprise / (4 * _LARGEST_REVERSE_KL)).clamp_min(1.0)
 
 

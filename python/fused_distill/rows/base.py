@@ -1,4 +1,4 @@
-"""Interface of the row losses, the arithmetic on a chunk of logits, which is all that backends differ in."""
+"""Interface of the row losses, the arithmetic on a chunk of logits, where backends differ."""
 
 from __future__ import annotations
 

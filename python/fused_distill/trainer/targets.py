@@ -117,8 +117,9 @@ def distillation_loss(
 ) -> tuple[Tensor, DistillStats]:
     """Return the loss, a sum over tokens divided by `normalizer`, and per-token statistics."""
     if config.objective == "sampled":  # which estimates the reverse KL
-        defaults = {"divergence": "jsd", "reverse_weight": 0.5, "entry_clip": None, "surplus": "ignore"}
-        config = config.model_copy(update=defaults | {"beta": 1.0, "token_weight": None})
+        without_effect = ("divergence", "alpha", "reverse_weight", "entry_clip", "surplus", "token_weight")
+        defaults = {name: TrainConfig.model_fields[name].default for name in without_effect}
+        config = config.model_copy(update=defaults | {"beta": 1.0})
     options: dict[str, Any] = {"normalizer": normalizer, "vocab_size": teacher.vocab_size}
     options |= config.loss_options | {"reverse_weight": config.reverse_weight} | head.options("student_")
     if isinstance(targets, TopKTargets):
