@@ -194,7 +194,9 @@ def _on_meta(tensors: LossTensors) -> LossTensors:
         stand_in(tensors.student_weight),
         stand_in_or_none(tensors.student_bias),
         FullTeacher(
-            stand_in(teacher.hidden).flatten(0, -2), stand_in(teacher.weight), stand_in_or_none(teacher.bias)
+            stand_in(teacher.hidden).reshape(-1, teacher.hidden.shape[-1]),
+            stand_in(teacher.weight),
+            stand_in_or_none(teacher.bias),
         ),
         None,
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -58,6 +59,34 @@ def test_second_backward_pass_gives_the_same_gradients(reduction: Reduction) -> 
     hs, ws, ht, wt = tensors()
     loss = fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum()
     assert_close(gradients(loss, hs, ws, retain_graph=True), gradients(loss, hs, ws))
+
+
+def sharing_memory(tensor: Tensor) -> list[Tensor]:
+    """Return other tensors that keep the tensor's memory alive."""
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t is not tensor]
+    return [t for t in tensors if t.device == tensor.device and t.data_ptr() == tensor.data_ptr()]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_backward_pass_releases_the_teachers_tensors(reduction: Reduction) -> None:
+    """The caller's loss often lives until the next step's loss replaces it."""
+    hs, ws, ht, wt = tensors()
+    loss = fused_linear_jsd(hs, ws, ht, wt, reduction=reduction)
+    loss.sum().backward(retain_graph=True)
+    assert sharing_memory(ht)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert not sharing_memory(ht)
+    assert not sharing_memory(wt)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_second_backward_pass_through_a_freed_graph_is_refused(reduction: Reduction) -> None:
+    hs, ws, ht, wt = tensors()
+    loss = fused_linear_jsd(hs, ws, ht, wt, reduction=reduction).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
 
 
 def test_scaled_loss_scales_the_gradients() -> None:

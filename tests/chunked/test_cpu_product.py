@@ -85,6 +85,16 @@ def test_onednn_is_refused_where_it_does_not_work(monkeypatch: pytest.MonkeyPatc
     assert cpu_product().library == "torch"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_callers_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        assert cpu_product_module._onednn_works()
+        assert all(seconds > 0 for seconds in cpu_product_module._measure())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_measurement_is_not_seen_by_the_callers_modes() -> None:
     with FlopCounterMode(display=False) as flops, torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
         cpu_product()

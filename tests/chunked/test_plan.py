@@ -217,6 +217,11 @@ def test_table_names_sizes_buffers_and_products() -> None:
     assert "4 x (151,936, 2,048) @ (2,048, 2,048) bfloat16" in table
 
 
+def test_plan_accepts_the_hidden_state_of_one_token() -> None:
+    planned = plan(torch.randn(4), torch.randn(9, 4), torch.randn(6), torch.randn(9, 6))
+    assert planned.n_tokens == 1
+
+
 def test_plan_needs_a_device_for_meta_tensors() -> None:
     with pytest.raises(ValueError, match="device must name the device to plan for"):
         gpu_plan(device=None)

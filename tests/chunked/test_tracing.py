@@ -90,6 +90,13 @@ def test_exported_function_gives_the_same_result(function: Any, arguments: Any) 
     torch.testing.assert_close(exported(*tensors), function(*tensors))
 
 
+def test_logits_of_many_megabytes_can_be_exported() -> None:
+    """Buffers of this size are advised to be in huge pages, by their address, which export does not have."""
+    tensors = tuple(torch.randn(*shape) for shape in ((256, 4), (9000, 4), (256, 4), (9000, 4)))
+    exported = torch.export.export(Model(fused_linear_jsd), tensors, strict=False).module()
+    torch.testing.assert_close(exported(*tensors), fused_linear_jsd(*tensors))
+
+
 @pytest.mark.parametrize(("function", "arguments"), REFERENCES)
 def test_export_of_the_reference_is_refused_by_name(function: Any, arguments: Any) -> None:
     with pytest.raises(ValueError, match=r'^backend must not be "reference" under torch.export'):

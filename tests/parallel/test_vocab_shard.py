@@ -35,6 +35,7 @@ from fused_distill import (
 )
 from fused_distill.chunked import memory as chunked_memory
 from fused_distill.chunked import tensors as loss_tensors
+from fused_distill.chunked import workspace
 from fused_distill.chunked.workspace import plan_chunks
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -446,7 +447,11 @@ def error_of_rank(rank: int, kind: str) -> None:
     reason = "no compiler" if kind == "compiler" and rank == 1 else None
     if kind == "compiler":
         options["backend"] = "auto"
-    with mock.patch.object(loss_tensors, "why_unavailable", return_value=reason):
+    uses_onednn = kind == "product" and rank == 1
+    with (
+        mock.patch.object(loss_tensors, "why_unavailable", return_value=reason),
+        mock.patch.object(workspace, "use_onednn", return_value=uses_onednn),
+    ):
         fused_linear_jsd(hs, ws, ht, wt, **options)
 
 
@@ -471,6 +476,11 @@ def error_of_rank(rank: int, kind: str) -> None:
         ("labels", ValueError, r"^labels must be in \[0, 30\)"),
         ("reference", ValueError, "^process_group does not go with"),
         ("compiler", ValueError, r"^whether the rows are computed in C\+\+ must be the same .* got \[1, 0\]"),
+        (
+            "product",
+            ValueError,
+            "^whether oneDNN multiplies, which FUSED_DISTILL_CPU_PRODUCT decides",
+        ),
         ("DTensor", TypeError, "^student_weight must be an ordinary tensor .* DTensor"),
     ],
 )

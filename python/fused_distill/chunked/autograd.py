@@ -77,21 +77,31 @@ class FusedLoss(torch.autograd.Function):
         grad_loss = grad_outputs[0]
         computed, ctx.gradients = ctx.gradients, None
         if computed is None:  # per-token losses, or a second backward pass through a retained graph
+            student = Student(*ctx.saved_tensors)  # raises an error if the graph was freed
             ctx.versions.check()
             output: LossOutput = ctx.compute(
-                Student(*ctx.saved_tensors),
+                student,
                 per_token=False,
                 needs_grad=ctx.needs_grad,
                 factor=grad_loss if ctx.per_token else None,
                 return_stats=False,
             )
             computed = output.gradients, output.grad_factor
+        if not _graph_is_retained():  # else the constants would live as long as the caller's loss does
+            ctx.compute = ctx.versions = None
         gradients, scale = computed
         if not ctx.per_token:
             scale = grad_loss if scale is None else grad_loss * scale
             scale = None if _is_one_on_cpu(scale) else scale
         scaled = (_scale_gradient(g, scale, t) for g, t in zip(gradients, ctx.dtypes, strict=True))
         return None, None, None, None, *scaled
+
+
+def _graph_is_retained() -> bool:
+    """Return True unless the running backward pass frees its graph; True if this torch does not tell."""
+    engine: Any = torch._C._autograd  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    retained = getattr(engine, "_get_current_graph_task_keep_graph", None)
+    return retained is None or retained()
 
 
 def _is_one_on_cpu(scale: Tensor) -> bool:

@@ -70,7 +70,8 @@ def _choose(requested: str | None) -> CPUProduct:
 
 def _onednn_works() -> bool:
     """Return True if this torch has oneDNN's product and it is right."""
-    a, b = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(3, 4)
+    a = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    b = torch.arange(12, dtype=torch.float32).reshape(3, 4)
     try:
         return torch.backends.mkldnn.is_available() and torch.equal(onednn_mm(a, b), a @ b)
     except (AttributeError, RuntimeError, TypeError):
@@ -80,8 +81,9 @@ def _onednn_works() -> bool:
 def _measure() -> tuple[float, float]:
     """Return the seconds that a loss's three products take by torch.mm and by oneDNN, on a small LM head."""
     rows, width, vocabulary = 64, 512, 1024
-    hidden, weight = torch.full((rows, width), 0.5), torch.full((vocabulary, width), 0.25)
-    logits, grad_hidden, grad_weight = torch.empty(rows, vocabulary), hidden.clone(), weight.clone()
+    logits = torch.empty(rows, vocabulary, dtype=torch.float32)
+    hidden, weight = (torch.full((n, width), 0.5, dtype=torch.float32) for n in (rows, vocabulary))
+    grad_hidden, grad_weight = hidden.clone(), weight.clone()
 
     def by_torch() -> None:
         torch.mm(hidden, weight.T, out=logits)

@@ -60,7 +60,7 @@ def float16_grad_scale(config: LossConfig, weight: Tensor | None, device: torch.
     largest = largest_logit_gradient(config)
     power = 2.0 ** min(_LARGEST - math.ceil(math.log2(largest)), _LARGEST_POWER) if largest else 1.0
     if weight is None or not len(weight):
-        return torch.full((), power, device=device)
+        return torch.full((), power, dtype=torch.float32, device=device)
     largest_weight = weight.abs().max()
     mantissa, _ = torch.frexp(largest_weight)
     by_weight = mantissa / largest_weight  # 2^-e for largest_weight = mantissa * 2^e, 0.5 <= mantissa < 1

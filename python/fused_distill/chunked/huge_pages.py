@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _MIN_BYTES = 8 << 20  # a few huge pages, of 2 MiB each
@@ -16,8 +17,11 @@ _MIN_BYTES = 8 << 20  # a few huge pages, of 2 MiB each
 def in_huge_pages(tensor: Tensor) -> Tensor:
     """Return a new tensor after advising the system to back its memory by huge pages.
 
-    This changes nothing but speed. It does nothing off Linux, for small tensors and on other devices.
+    This changes nothing but speed. It does nothing off Linux, for small tensors, on other devices, and under
+    torch.export, whose tensors have no memory.
     """
+    if torch.compiler.is_exporting():
+        return tensor
     storage = tensor.untyped_storage()
     if sys.platform == "linux" and tensor.device.type == "cpu" and storage.nbytes() >= _MIN_BYTES:
         start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()

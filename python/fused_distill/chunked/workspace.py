@@ -12,6 +12,8 @@ from torch import Tensor
 from ..config import LossConfig
 from ..parallel.vocab_shard import VocabShard
 from ..validation import check_no_dtensors
+from .cpu_product import VARIABLE as CPU_PRODUCT
+from .gemm import use_onednn
 
 _MIB = 1 << 20
 _ROW_MULTIPLE = 64  # on a CPU products are fast for row counts that fill their tiles
@@ -167,7 +169,7 @@ def shard_of_call(
 
     Ranks reduce each other's partial results chunk by chunk. So everything that a plan depends on must be
     equal on all ranks of config.process_group: the number of valid tokens, workspace_bytes, which gradients
-    are needed, and whether a C++ compiler was found for the CPU.
+    are needed, whether a C++ compiler was found for the CPU, and the library of the CPU's products.
 
     Raises:
         ValueError: vocab_size is too large, or the ranks' arguments do not fit each other.
@@ -184,6 +186,9 @@ def shard_of_call(
             ),
             "workspace_bytes": config.workspace_bytes or 0,
             "whether the rows are computed in C++": int(uses_cpp),
+            f"whether oneDNN multiplies, which {CPU_PRODUCT} decides,": int(
+                use_onednn(hidden.device, torch.float32)
+            ),
         }
         for name, tensor in student.items():
             needs_grad = torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
