@@ -162,6 +162,24 @@ def test_surplus_rows_of_any_weight_keep_the_digits(divergence: dict[str, Any], 
     assert_close(hidden[:, 40:], exact_hidden[:, 40:], 1e-5, absolute)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch"] if BACKEND == "cpp" else [BACKEND])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("divergence", [{}, {"divergence": "total_variation"}], ids=str)
+def test_cross_entropy_beside_a_huge_surplus_logit_is_finite(
+    divergence: dict[str, Any], temperature: float, backend: str
+) -> None:
+    # e^1000 overflows float64. The labelled token's probability is e^-1000.
+    student, teacher = torch.zeros(1, 48), torch.zeros(1, 40)
+    student[0, 45] = 1000.0
+    case = with_logits(
+        student, teacher, hard_weight=1.0, soft_weight=0.5, temperature=temperature, **divergence
+    )
+    case = Case(case.tensors, {"labels": torch.tensor([3])}, case.options)
+    result, exact = case.run(backend), case.oracle()
+    assert_close(result.loss, exact.loss, 1e-6, 0.0)
+    assert_results_close(result, exact, 1e-6, 1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_close_models_without_surplus_mass_keep_the_digits(beta: float) -> None:
     generator = torch.Generator().manual_seed(3)

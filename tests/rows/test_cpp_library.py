@@ -16,8 +16,12 @@ import torch
 from cases import BACKEND, TOPK, Case, cases, topk_cases
 from checks import assert_results_close, with_few_examples
 from fused_distill import fused_linear_jsd
+from fused_distill.config import LossConfig
 from fused_distill.rows import backend
+from fused_distill.rows.base import StudentRows, TeacherRows
 from fused_distill.rows.cpp import library
+from fused_distill.rows.full_cpp import CppJSD
+from fused_distill.rows.tail_cpp import CppTail
 from hypothesis import given
 
 pytestmark = pytest.mark.skipif(BACKEND == "triton", reason="about the CPU's backends")
@@ -147,6 +151,84 @@ def test_a_cache_that_cannot_be_written_is_the_reason(
     occupied.write_text("")
     new_process.setenv(library.CACHE_VARIABLE, str(occupied / "cache"))
     assert str(occupied) in str(library.why_unavailable())
+
+
+@pytest.fixture
+def homeless(new_process: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Let no home folder be found, as for a user of a container who is not in its list of users."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    new_process.setattr(library.Path, "home", home)
+    for variable in (library.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        new_process.delenv(variable, raising=False)
+    return new_process
+
+
+def test_without_a_home_folder_the_reason_names_the_variable_of_the_cache(
+    homeless: pytest.MonkeyPatch,
+) -> None:
+    del homeless
+    with pytest.raises(RuntimeError, match=f"cannot be built: Could not .*set {library.CACHE_VARIABLE} to a"):
+        small_call(backend="cpp")
+    with pytest.warns(RuntimeWarning, match=f"several times slower.*set {library.CACHE_VARIABLE}"):
+        small_call()
+
+
+@pytest.mark.parametrize("variable", [library.CACHE_VARIABLE, "XDG_CACHE_HOME"])
+def test_a_given_cache_needs_no_home_folder(
+    variable: str, homeless: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    homeless.setenv(variable, str(tmp_path))
+    assert library.why_unavailable() is None
+    assert len(list(tmp_path.rglob("rows-*.so"))) == 1
+
+
+def test_an_unbalanced_quote_of_the_compilers_variable_is_the_reason(new_process: pytest.MonkeyPatch) -> None:
+    new_process.setenv("CXX", "'c++ -O2")
+    with pytest.raises(RuntimeError, match=r"cannot be built: CXX is not a command line \(.*\): 'c\+\+ -O2$"):
+        small_call(backend="cpp")
+    with pytest.warns(RuntimeWarning, match="several times slower.*CXX is not a command line"):
+        small_call()
+
+
+def rows(dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(2, 5, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["teacher", "grad", "weight", "student_bias", "teacher_bias", "reverse_weight", "labels"]
+)
+def test_rows_of_another_dtype_are_refused(wrong: str) -> None:
+    def dtype(name: str) -> torch.dtype:
+        right = torch.int64 if name == "labels" else torch.float32
+        return torch.float64 if name == wrong else right
+
+    student = StudentRows(
+        rows(torch.float32),
+        rows(dtype("weight"))[:, 0],
+        rows(dtype("student_bias"))[0],
+        rows(dtype("labels"))[:, 0],
+        reverse_weight=rows(dtype("reverse_weight"))[:, 0],
+    )
+    teacher = TeacherRows(rows(dtype("teacher")), rows(dtype("teacher_bias"))[0])
+    with pytest.raises(
+        TypeError, match=r"^internal error: .* of torch\.(float32|int64), got torch\.float64$"
+    ):
+        CppJSD()(student, teacher, LossConfig(divergence="mixed_kl"), grad=rows(dtype("grad")))
+
+
+def test_tails_of_another_dtype_are_refused() -> None:
+    logits, double, config = rows(torch.float32), rows(torch.float64), LossConfig()
+    tail = CppTail().statistics(logits, None, config, block_rows=None)
+    with pytest.raises(TypeError, match=r"of torch\.float32, got torch\.float64$"):
+        CppTail().statistics(logits, double[0], config, block_rows=None)
+    with pytest.raises(TypeError, match=r"of torch\.float32, got torch\.float64$"):
+        CppTail().gradient(logits, None, config, tail, tail.max_z, None, double, block_rows=None)
+    narrow = tail._replace(sum_z=tail.sum_z.float())
+    with pytest.raises(TypeError, match=r"of torch\.float64, got torch\.float32$"):
+        CppTail().gradient(logits, None, config, narrow, tail.max_z, None, logits, block_rows=None)
 
 
 def test_processes_that_start_at_once_build_one_library(tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ serve every floating dtype. With d = log p_t - log p_s:
 - p_t - p_s = sign(d) max(p_t, p_s) (1 - e^-|d|) (`stable_prob_diff`).
 - KL(p || m) = sum p (e^x - 1 - x) with x = log m - log p. Every term is >= 0, and a Taylor polynomial gives
   e^x - 1 - x near 0 (`kl_terms`).
-- log m - log p = log1p(k expm1(-|d|)), from the side where the argument is in (-1, 0] (`mixture_log_ratios`),
-  and (p_t - p_s) / m from the same side (`mixture_ratio`).
+- With q the larger of the two probabilities, p the smaller and k the weight of p in m, log m - log q is
+  log1p(k expm1(-|d|)), and where this is far from 0, log(1 - k + k e^-|d|). The other log ratio is |d| more.
+  Where m is mostly p, log m - log p = log1p((1 - k) expm1(|d|)) comes first, because the sum would cancel
+  (`mixture_log_ratios`).
+- (p_t - p_s) / m has the same 1 - k + k e^-|d| = m / q below the line (`mixture_ratio`).
 """
 
 from __future__ import annotations
@@ -77,25 +80,34 @@ def kl_terms(p: Tensor, x: Tensor, prob_diff: Tensor) -> Tensor:
 
 
 def mixture_log_ratios(d: Tensor, beta: Tensor, one_minus_beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log m - log p_s and log m - log p_t for m = beta p_t + (1 - beta) p_s."""
-    teacher_leads = d > 0
-    # Arithmetic instead of torch.where, which would copy the two CPU scalars to a GPU and wait for it.
-    share = beta + teacher_leads.to(d.dtype) * (one_minus_beta - beta)
-    toward_larger = torch.log1p(share * expm1(-d.abs()))
-    toward_smaller = toward_larger + d.abs()
+    """Return log m - log p_s and log m - log p_t for m = beta p_t + (1 - beta) p_s, with 0 < beta < 1."""
+    distance = d.abs()
+    share, rest = _shares(d, beta, one_minus_beta)
+    ratio, shrinking = torch.exp(-distance), expm1(-distance)
+    below, above = share * shrinking, -rest * shrinking / ratio
+    by_smaller = (rest < share) & (above < 1)
+    toward_larger = torch.where(below < -0.5, (rest + share * ratio).log(), below.log1p())
+    toward_smaller = torch.where(by_smaller, above.log1p(), toward_larger + distance)
+    toward_larger = torch.where(by_smaller, toward_smaller - distance, toward_larger)
     return (
-        torch.where(teacher_leads, toward_smaller, toward_larger),
-        torch.where(teacher_leads, toward_larger, toward_smaller),
+        torch.where(d > 0, toward_smaller, toward_larger),
+        torch.where(d > 0, toward_larger, toward_smaller),
     )
 
 
 def mixture_ratio(d: Tensor, beta: Tensor, one_minus_beta: Tensor) -> Tensor:
     """Return (p_t - p_s) / m for m = beta p_t + (1 - beta) p_s, with 0 < beta < 1."""
-    teacher_leads = d > 0
-    teacher, student = teacher_leads.to(d.dtype), 1 - teacher_leads.to(d.dtype)
-    share, rest = teacher * one_minus_beta + student * beta, teacher * beta + student * one_minus_beta
+    share, rest = _shares(d, beta, one_minus_beta)
     lead = expm1(-d.abs()) / (rest + share * torch.exp(-d.abs()))
-    return torch.where(teacher_leads, -lead, lead)
+    return torch.where(d > 0, -lead, lead)
+
+
+def _shares(d: Tensor, beta: Tensor, one_minus_beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the smaller and the larger of the two probabilities have of the mixture."""
+    # Arithmetic instead of torch.where, which would copy the two CPU scalars to a GPU and wait for it.
+    teacher = (d > 0).to(d.dtype)
+    student = 1 - teacher
+    return teacher * one_minus_beta + student * beta, teacher * beta + student * one_minus_beta
 
 
 def mul_zero_safe(p: Tensor, x: Tensor) -> Tensor:

@@ -173,15 +173,15 @@ def _run(
         rows=len(x),
         columns=values.shape[1],
         threads=torch.get_num_threads(),
-        student=pointer(x),
+        student=pointer(x, x.dtype),
         student_stride=x.stride(0),
-        teacher=pointer(values),
+        teacher=pointer(values, x.dtype),
         teacher_stride=values.stride(0),
-        student_bias=pointer(student.bias),
-        teacher_bias=pointer(teacher.bias),
-        labels=pointer(student.labels),
-        reverse_weight=pointer(student.reverse_weight),
-        scalars=pointer(scalars),
+        student_bias=pointer(student.bias, x.dtype),
+        teacher_bias=pointer(teacher.bias, x.dtype),
+        labels=pointer(student.labels, torch.int64),
+        reverse_weight=pointer(student.reverse_weight, x.dtype),
+        scalars=pointer(scalars, torch.float64),
         form=config.form,
         clips=config.entry_clip is not None,
         return_stats=config.return_stats,
@@ -189,10 +189,10 @@ def _run(
         teacher_has_softcap=config.teacher_softcap is not None,
         first_stage=first,
         last_stage=last,
-        weight=pointer(student.grad_weight),
-        grad=pointer(grad),
+        weight=pointer(student.grad_weight, x.dtype),
+        grad=pointer(grad, x.dtype),
         grad_stride=0 if grad is None else grad.stride(0),
-        state=pointer(numbers),
+        state=pointer(numbers, torch.float64),
     )
     call("jsd", x.dtype, arguments)
 
@@ -206,12 +206,15 @@ def _reduce(reduction: Callable[..., tuple[Tensor, ...]], columns: tuple[Tensor,
 def _beside_surplus(state: State, tail: TailStatistics) -> Surplus:
     """Return the surplus rows' outcome, and let the state describe the student's softmax over all rows.
 
-    Maxima stay those of the compared columns, relative to which these keep their digits.
+    The maximum that the compared tokens' log ratios are relative to stays their own, so that they keep their
+    digits. Where the sum beyond it overflows, their probabilities are 0.
     """
     lse, lse_y = state.max_s + state.sum_s.log(), state.max_y + state.sum_y.log()
     surplus = Surplus.beside(lse, lse_y, tail)
     state.sum_s.copy_((surplus.lse - state.max_s).exp())
-    state.sum_y.copy_((surplus.lse_y - state.max_y).exp())
+    _, (max_y, sum_y) = surplus.softmax_parts(state.max_s, state.max_y)
+    state.max_y.copy_(max_y)
+    state.sum_y.copy_(sum_y)
     state.lse_diff.add_(surplus.log_rest)
     return surplus
 

@@ -168,17 +168,17 @@ class _SoftmaxParts(NamedTuple):
         lse = max_s + self.sum_s.squeeze(-1).to(wide).log()
         lse_y = lse if self.sum_y is None else max_y + self.sum_y.squeeze(-1).to(wide).log()
         surplus = Surplus.beside(lse, lse_y, tail)
-        top_s, top_y = torch.maximum(max_s, tail.max_z), torch.maximum(max_y, tail.max_y)
+        (top_s, sum_s), (top_y, sum_y) = surplus.softmax_parts(max_s, max_y)
 
         def column(values: Tensor) -> Tensor:
             return values.to(dtype).unsqueeze(-1)
 
         parts = self._replace(
             max_s=column(top_s),
-            sum_s=column((surplus.lse - top_s).exp()),
+            sum_s=column(sum_s),
             lse_diff=self.lse_diff + column(surplus.log_rest + (top_s - max_s)),
             max_y=column(top_y),
-            sum_y=None if self.sum_y is None else column((surplus.lse_y - top_y).exp()),
+            sum_y=None if self.sum_y is None else column(sum_y),
         )
         return parts, surplus
 

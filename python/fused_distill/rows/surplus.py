@@ -43,6 +43,16 @@ class Surplus(NamedTuple):
         log_rest, log_rest_y = F.logsigmoid(-log_odds), F.logsigmoid(-log_odds_y)
         return cls(tail, lse - log_rest, lse_y - log_rest_y, log_odds.sigmoid(), log_rest, log_rest_y)
 
+    def softmax_parts(self, max_z: Tensor, max_y: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return maximum and sum over the student's whole row, given the compared tokens' maxima.
+
+        The first pair is of the logits over temperature, the second of those at temperature 1.
+        """
+        maxima = torch.maximum(max_z, self.tail.max_z), torch.maximum(max_y, self.tail.max_y)
+        return tuple(
+            (top, (lse - top).exp()) for top, lse in zip(maxima, (self.lse, self.lse_y), strict=True)
+        )
+
     @property
     def entropy(self) -> Tensor:
         """Return the outcome's term of the student's entropy."""

@@ -86,17 +86,18 @@ def _run(
 ) -> None:
     """Compute the statistics, or the gradient if there is a tensor for it."""
     scalars = config.scalars(torch.float64)
-    columns: dict[str, Any] = {name: pointer(column) for name, column in (tail._asdict() | factors).items()}
+    of_rows = tail._asdict() | factors
+    columns: dict[str, Any] = {name: pointer(column, torch.float64) for name, column in of_rows.items()}
     arguments = _Arguments(
         rows=len(logits),
         columns=logits.shape[1],
         threads=torch.get_num_threads(),
-        logits=pointer(logits),
+        logits=pointer(logits, logits.dtype),
         stride=logits.stride(0),
-        bias=pointer(bias),
-        scalars=pointer(scalars),
+        bias=pointer(bias, logits.dtype),
+        scalars=pointer(scalars, torch.float64),
         has_softcap=config.student_softcap is not None,
-        grad=pointer(grad),
+        grad=pointer(grad, logits.dtype),
         grad_stride=0 if grad is None else grad.stride(0),
         **columns,
     )

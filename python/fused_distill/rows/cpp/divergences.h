@@ -15,7 +15,7 @@ template <class T> struct Numbers {
 
 template <class V> struct Outcomes {
   V p_s, p_t, d, difference;  // d = log p_t - log p_s, difference = p_t - p_s
-  V shrinking;  // e^-|d| - 1
+  Exponentials<V> ratio;  // of -|d|
 };
 
 template <class V> struct Terms {
@@ -28,10 +28,28 @@ template <class V> struct LogRatios {
   V student, teacher;
 };
 
+// True if one model has so little of the mixture that it takes a few more operations to keep all digits.
+template <class T> INLINE bool has_small_share(const Numbers<T>& n) {
+  const T small = T(0.0625);
+  return n.teacher_share <= small || n.student_share <= small;
+}
+
 template <class V, class T> INLINE LogRatios<V> mixture_log_ratios(const Outcomes<V>& o, const Numbers<T>& n) {
   V share = o.d > 0 ? all<T>(n.student_share) : all<T>(n.teacher_share);
-  V toward_larger = log1p(share * o.shrinking);
-  V toward_smaller = toward_larger + abs(o.d);
+  V distance = abs(o.d), below = share * o.ratio.expm1, toward_larger, toward_smaller;
+  if (!has_small_share(n)) {
+    toward_larger = log1p(below);
+    toward_smaller = toward_larger + distance;
+  } else {
+    V rest = o.d > 0 ? all<T>(n.teacher_share) : all<T>(n.student_share);
+    V above = -rest * o.ratio.expm1 / o.ratio.exp;
+    auto by_smaller = (rest < share) & (above < 1), far = (below < T(-0.5)) & ~by_smaller;
+    V excess = by_smaller ? above : below;
+    V sum = far ? rest + share * o.ratio.exp : excess + 1;
+    V logarithm = log_of_sum(sum, far ? V{} : excess - (sum - 1));
+    toward_larger = by_smaller ? logarithm - distance : logarithm;
+    toward_smaller = by_smaller ? logarithm : logarithm + distance;
+  }
   return {o.d > 0 ? toward_smaller : toward_larger, o.d > 0 ? toward_larger : toward_smaller};
 }
 
@@ -39,7 +57,9 @@ template <class V, class T> INLINE LogRatios<V> mixture_log_ratios(const Outcome
 template <class V, class T> INLINE V mixture_ratio(const Outcomes<V>& o, const Numbers<T>& n) {
   V share = o.d > 0 ? all<T>(n.student_share) : all<T>(n.teacher_share);
   V rest = o.d > 0 ? all<T>(n.teacher_share) : all<T>(n.student_share);
-  V lead = o.shrinking / (rest + share * (o.shrinking + 1));
+  // The sum has the last bits of the golden results.
+  V smaller = has_small_share(n) ? o.ratio.exp : o.ratio.expm1 + 1;
+  V lead = o.ratio.expm1 / (rest + share * smaller);
   return o.d > 0 ? -lead : lead;
 }
 

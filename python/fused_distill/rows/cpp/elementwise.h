@@ -103,14 +103,13 @@ INLINE Exponentials<Doubles> exponentials(Doubles x) {
   return {by_lane(x, [](double v) { return std::exp(v); }), by_lane(x, [](double v) { return std::expm1(v); })};
 }
 
-// log(1 + x) for -1 <= x <= 0. With 1 + x = 2^k (1 + t), log(1 + t) = t - t^2 Q(t) for t between sqrt(1/2) - 1
-// and sqrt(2) - 1, where the polynomial Q, fitted by weighted least squares, has a relative error of 6e-9.
-INLINE Floats log1p(Floats x) {
+// log(sum + lost) for sum > 0 and what rounding the sum has lost. With sum + lost = 2^k (1 + t), log(1 + t) =
+// t - t^2 Q(t) for t between sqrt(1/2) - 1 and sqrt(2) - 1, where the polynomial Q, fitted by weighted least
+// squares, has a relative error of 6e-9.
+INLINE Floats log_of_sum(Floats sum, Floats lost) {
   constexpr float q[] = {0.49999988079071045f, -0.33333325386047363f, 0.2500157654285431f,
                          -0.20001977682113647f, 0.16609200835227966f, -0.14181818068027496f,
                          0.13242115080356598f, -0.1290418654680252f, 0.076234370470047f};
-  Floats sum = x + 1;
-  Floats lost = x - (sum - 1);  // by rounding the sum
   Int32s bits = (Int32s)sum;
   Int32s k = (bits - 0x3F3504F3) >> 23;
   Floats power = (Floats)((127 - k) << 23);
@@ -118,7 +117,17 @@ INLINE Floats log1p(Floats x) {
   Floats value = all<float>(q[8]);
   for (int i = 7; i >= 0; --i) value = value * t + q[i];
   value = __builtin_convertvector(k, Floats) * 0.693147181f + (t - t * t * value);
-  return x > -1 ? value : (x == -1 ? all<float>(-kInfinity<float>) : x);
+  return sum > 0 ? value : (sum == 0 ? all<float>(-kInfinity<float>) : sum);
+}
+
+INLINE Doubles log_of_sum(Doubles sum, Doubles lost) {
+  return by_lane(sum, [](double v) { return std::log(v); }) + lost / sum;
+}
+
+// log(1 + x) for -1 <= x <= 0.
+INLINE Floats log1p(Floats x) {
+  Floats sum = x + 1;
+  return log_of_sum(sum, x - (sum - 1));
 }
 
 INLINE Doubles log1p(Doubles x) {

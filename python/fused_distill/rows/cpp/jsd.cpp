@@ -202,7 +202,7 @@ template <class T, bool rounds> class Row {
       p_t = d > 0 ? larger : smaller;
     }
     V shrunk = larger * ratio.expm1;
-    return {p_s, p_t, d, d > 0 ? -shrunk : shrunk, ratio.expm1};
+    return {p_s, p_t, d, d > 0 ? -shrunk : shrunk, ratio};
   }
 
   INLINE Terms<V> terms_of(const Outcomes<V>& o) const {

@@ -58,9 +58,17 @@ def call(name: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
     getattr(library, f"{name}_{_SUFFIX[dtype]}")(ctypes.byref(arguments))
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """Return the address of a tensor's first element, None for None."""
-    return None if tensor is None else tensor.data_ptr()
+def pointer(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+    """Return the address of the first element of a tensor of a dtype, None for None.
+
+    Raises:
+        TypeError: the tensor has another dtype, whose memory C++ would misread.
+    """
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype:
+        raise TypeError(f"internal error: a C++ row loss takes a tensor of {dtype}, got {tensor.dtype}")
+    return tensor.data_ptr()
 
 
 def arguments_type(**fields: str) -> Any:
@@ -82,7 +90,7 @@ def _library() -> ctypes.CDLL | CannotBuildError:
 
 
 def _load() -> ctypes.CDLL:
-    chosen = shlex.split(os.environ.get("CXX", ""))  # may have arguments, as in "ccache g++"
+    chosen = _chosen_compiler()
     candidates = [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]
     compiler = next((candidate for candidate in candidates if shutil.which(candidate[0])), None)
     if compiler is None:
@@ -96,14 +104,29 @@ def _load() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+def _chosen_compiler() -> list[str]:
+    """Return the compiler that CXX names, which may have arguments, as in "ccache g++"."""
+    given = os.environ.get("CXX", "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:  # an unbalanced quote
+        raise CannotBuildError(f"CXX is not a command line ({error}): {given}") from error
+
+
 def _native_flag() -> str:
     """Return the option for all instructions of this machine's processor."""
     return "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
 
 
 def _cache_folder() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-distill"
-    return Path(os.environ.get(CACHE_VARIABLE) or default)
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "fused-distill"
+    try:
+        return Path.home() / ".cache" / "fused-distill"
+    except RuntimeError as error:  # no HOME, and a user that the system does not know
+        raise CannotBuildError(f"{error}; set {CACHE_VARIABLE} to a folder for the built library") from error
 
 
 def _identity(command: list[str], version: bytes) -> str:
