@@ -290,6 +290,30 @@ def test_token_forbidden_by_the_student_alone_equals_a_very_unlikely_one(diverge
     assert_results_close(result, with_tensors(case, student_bias=unlikely).oracle(), 1e-5)
 
 
+@for_each_divergence
+@pytest.mark.parametrize("teacher_softcap", [5.0, 8.0, None], ids=["same", "another", "no"])
+@pytest.mark.parametrize("backend", sorted({BACKEND, "torch"}))
+def test_softcap_bounds_the_logit_of_a_forbidden_token(
+    divergence: dict[str, Any], teacher_softcap: float | None, backend: str
+) -> None:
+    # More columns than a tile of the kernels, and fewer than two.
+    student_bias, teacher_bias = torch.zeros(3000), torch.zeros(3000)
+    student_bias[::3] = -math.inf
+    if teacher_softcap is not None:
+        teacher_bias[::5] = -math.inf
+    options = {**divergence, "student_softcap": 5.0, "teacher_softcap": teacher_softcap, "hard_weight": 0.5}
+    case = with_tensors(
+        random_case(n=3, vocab=3000, **options),
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        labels=torch.tensor([3, 2999, 2997]),
+    )
+    result, oracle = case.run(backend), case.oracle()
+    assert oracle.loss.isfinite()
+    assert_results_close(result, oracle, 1e-5)
+    assert_stats_close(result, oracle)
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_divergence_of_disjoint_models_is_the_entropy_of_beta(beta: float) -> None:
     student, teacher = torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]])

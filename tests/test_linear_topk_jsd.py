@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from checks import (
     with_few_examples,
 )
 from fused_distill import fused_linear_topk_jsd, reference
-from fused_distill.config import Reduction, Tail, TopKLossConfig
+from fused_distill.config import Backend, Reduction, Tail, TopKLossConfig
 from fused_distill.parallel.vocab_shard import ShardGroup
 from fused_distill.rows.backend import make_row_loss
 from fused_distill.rows.base import StudentRows, TeacherRows
@@ -298,6 +299,39 @@ def test_frozen_weight_gets_no_gradient_and_leaves_the_hidden_gradient_alone(tai
     assert torch.equal(hs.grad, expected)
 
 
+def strided_columns(tensor: Tensor) -> Tensor:
+    """Return the same numbers with other numbers between the columns in memory."""
+    return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """Return the same numbers, of which those of a column are contiguous."""
+    return tensor.T.contiguous().T
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("layout", [transposed, strided_columns])
+@pytest.mark.parametrize("with_mask", [False, True], ids=["all tokens", "some tokens"])
+@pytest.mark.parametrize("backend", sorted({BACKEND, "torch"}))
+def test_layout_of_the_tensors_does_not_matter(
+    tail: Tail, layout: Callable[[Tensor], Tensor], with_mask: bool, backend: Backend
+) -> None:
+    case = small(tail=tail)
+    mask = torch.tensor([True, True, False, True, True], device=DEVICE) if with_mask else None
+    if mask is not None:
+        case = replace(case, keyword_tensors={"mask": mask})
+    hidden, weight, logprobs, ids = map(layout, case.tensors)
+    assert hidden.stride(-1) > 1
+    assert weight.stride(-1) > 1
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    loss = fused_linear_topk_jsd(*leaves, logprobs, ids, mask=mask, tail=tail, backend=backend)
+    assert isinstance(loss, Tensor)
+    oracle = case.oracle()
+    assert_close(loss, oracle.loss, 1e-5)
+    for actual, expected in zip(torch.autograd.grad(loss, leaves), oracle.grads, strict=True):
+        assert_close(actual, expected, 1e-5)
+
+
 CLOSED_FORMS = {
     # Student 1/2, 1/4, 1/4; teacher 3/4 on the first token.
     ("bucket", 0.0): 0.75 * math.log(1.5) + 0.25 * math.log(0.5),
@@ -359,6 +393,23 @@ def test_token_forbidden_by_the_student_equals_the_oracle(
     result = case.run()
     assert result.loss.isfinite()
     assert_results_close(result, case.oracle(), 1e-5)
+
+
+@for_each_tail_and_divergence
+@pytest.mark.parametrize("backend", sorted({BACKEND, "torch"}))
+def test_softcap_bounds_the_logit_of_a_forbidden_token(
+    tail: Tail, divergence: dict[str, Any], backend: str
+) -> None:
+    # More columns than a tile of the kernels, and fewer than two.
+    case = small(n=2, vocab=3000, tail=tail, student_softcap=5.0, hard_weight=0.5, **divergence)
+    bias = torch.zeros(3000)
+    bias[::3] = -math.inf
+    bias[case.tensors[3][:, 1]] = -math.inf
+    case = replace(case, keyword_tensors={"student_bias": bias, "labels": torch.tensor([3, 2999])})
+    result, oracle = case.run(backend), case.oracle()
+    assert oracle.loss.isfinite()
+    assert_results_close(result, oracle, 1e-5)
+    assert_stats_close(result, oracle)
 
 
 @for_each_tail_and_divergence

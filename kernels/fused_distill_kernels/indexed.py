@@ -4,7 +4,8 @@
     indexed_back_project_kernel     gradient of the hidden states
     indexed_weight_gradient_kernel  gradient of the head's rows, in a fixed order and without atomics
 
-The head is read in the dtype in which it is stored. Sums are float32. A negative column counts as absent.
+The head is read in the dtype and layout in which it is stored. Sums are float32. A negative column counts as
+absent.
 """
 
 # The parameters of Triton kernels have no Python types.
@@ -28,8 +29,10 @@ NUM_WARPS = 4
 def indexed_project_kernel(
     hidden_ptr,  # (n, D) float
     hidden_stride,
+    hidden_element_stride,
     weight_ptr,  # (V, D) float
     weight_stride,
+    weight_element_stride,
     columns_ptr,  # (n, K) int64
     out_ptr,  # (n, K) float32, written
     out_stride,
@@ -45,10 +48,12 @@ def indexed_project_kernel(
     rows = weight_ptr + column[:, None] * weight_stride
     total = tl.zeros((ENTRIES, WIDTH), tl.float32)
     for start in range(0, width, WIDTH):
-        element = start + tl.arange(0, WIDTH)
-        hidden = tl.load(hidden_ptr + token * hidden_stride + element, mask=element < width, other=0.0)
+        element = (start + tl.arange(0, WIDTH)).to(tl.int64)
+        hidden = hidden_ptr + token * hidden_stride + element * hidden_element_stride
+        hidden = tl.load(hidden, mask=element < width, other=0.0)
         inside = (column >= 0)[:, None] & (element < width)[None, :]
-        weight = tl.load(rows + element[None, :], mask=inside, other=0.0).to(tl.float32)
+        weight = rows + element[None, :] * weight_element_stride
+        weight = tl.load(weight, mask=inside, other=0.0).to(tl.float32)
         total += weight * hidden.to(tl.float32)[None, :]
     tl.store(out_ptr + token * out_stride + index, tl.sum(total, 1), mask=index < k)
 
@@ -59,9 +64,11 @@ def indexed_back_project_kernel(
     grad_stride,
     weight_ptr,  # (V, D) float
     weight_stride,
+    weight_element_stride,
     columns_ptr,  # (n, K) int64
     out_ptr,  # (n, D) float32, written
     out_stride,
+    out_element_stride,
     k,
     width,
     ENTRIES: tl.constexpr,
@@ -69,16 +76,17 @@ def indexed_back_project_kernel(
 ):
     """Compute WIDTH elements of one token's sum of grad times the head's row. Reads these elements once."""
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    element = block * WIDTH + tl.arange(0, WIDTH)
+    element = (block * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
     total = tl.zeros((ENTRIES, WIDTH), tl.float32)
     for start in range(0, k, ENTRIES):
         index = start + tl.arange(0, ENTRIES)
         column = tl.load(columns_ptr + token * k + index, mask=index < k, other=-1)
         grad = tl.load(grad_ptr + token * grad_stride + index, mask=column >= 0, other=0.0)
         inside = (column >= 0)[:, None] & (element < width)[None, :]
-        rows = weight_ptr + column[:, None] * weight_stride
-        total += grad[:, None] * tl.load(rows + element[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * out_stride + element, tl.sum(total, 0), mask=element < width)
+        weight = weight_ptr + column[:, None] * weight_stride + element[None, :] * weight_element_stride
+        total += grad[:, None] * tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+    out = out_ptr + token * out_stride + element * out_element_stride
+    tl.store(out, tl.sum(total, 0), mask=element < width)
 
 
 @triton.jit
@@ -89,8 +97,10 @@ def indexed_weight_gradient_kernel(
     grad_stride,
     hidden_ptr,  # (n, D) float
     hidden_stride,
+    hidden_element_stride,
     out_ptr,  # (V, D) float32, added to
     out_stride,
+    out_element_stride,
     n_entries,
     k,
     width,
@@ -106,7 +116,7 @@ def indexed_weight_gradient_kernel(
     column = tl.load(sorted_columns_ptr + first)
     before = tl.load(sorted_columns_ptr + first - 1, mask=first > 0, other=-1)
     if (column >= 0) & (column != before):
-        element = block * WIDTH + tl.arange(0, WIDTH)
+        element = (block * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
         total = tl.zeros((ENTRIES, WIDTH), tl.float32)
         position, more = first, True
         while more:
@@ -116,19 +126,19 @@ def indexed_weight_gradient_kernel(
             source = tl.load(order_ptr + entry, mask=same, other=0)
             token = source // k
             grad = tl.load(grad_ptr + token * grad_stride + source % k, mask=same, other=0.0)
-            rows = hidden_ptr + token[:, None] * hidden_stride
+            hidden = hidden_ptr + token[:, None] * hidden_stride + element[None, :] * hidden_element_stride
             mask = same[:, None] & (element < width)[None, :]
-            total += grad[:, None] * tl.load(rows + element[None, :], mask=mask, other=0.0).to(tl.float32)
+            total += grad[:, None] * tl.load(hidden, mask=mask, other=0.0).to(tl.float32)
             position += ENTRIES
             more = tl.sum(same.to(tl.int32), 0) == ENTRIES
-        out = out_ptr + column * out_stride + element
+        out = out_ptr + column * out_stride + element * out_element_stride
         sums = tl.load(out, mask=element < width, other=0.0) + tl.sum(total, 0)
         tl.store(out, sums, mask=element < width)
 
 
 def indexed_project(
-    hidden: Tensor,  # (n, D) float, elements contiguous
-    weight: Tensor,  # (V, D) float, elements contiguous
+    hidden: Tensor,  # (n, D) float
+    weight: Tensor,  # (V, D) float
     columns: Tensor,  # (n, K) int64, contiguous; negative: the logit is 0
     out: Tensor,  # (n, K) float32, written
 ) -> None:
@@ -138,9 +148,9 @@ def indexed_project(
         indexed_project_kernel,
         (n, triton.cdiv(k, ENTRIES)),
         hidden,
-        hidden.stride(0),
+        *hidden.stride(),
         weight,
-        weight.stride(0),
+        *weight.stride(),
         columns,
         out,
         out.stride(0),
@@ -151,7 +161,7 @@ def indexed_project(
 
 def indexed_back_project(
     grad: Tensor,  # (n, K) float32
-    weight: Tensor,  # (V, D) float, elements contiguous
+    weight: Tensor,  # (V, D) float
     columns: Tensor,  # (n, K) int64, contiguous; negative: without effect
     out: Tensor,  # (n, D) float32, written
 ) -> None:
@@ -163,10 +173,10 @@ def indexed_back_project(
         grad,
         grad.stride(0),
         weight,
-        weight.stride(0),
+        *weight.stride(),
         columns,
         out,
-        out.stride(0),
+        *out.stride(),
         k,
         width,
     )
@@ -174,10 +184,10 @@ def indexed_back_project(
 
 def add_indexed_weight_gradient(
     grad: Tensor,  # (n, K) float32
-    hidden: Tensor,  # (n, D) float, elements contiguous
+    hidden: Tensor,  # (n, D) float
     sorted_columns: Tensor,  # (n K,) int64, ascending; negative: without effect
     order: Tensor,  # (n K,) int64: positions in the (n, K) entries
-    out: Tensor,  # (V, D) float32, elements contiguous: added to
+    out: Tensor,  # (V, D) float32, added to
 ) -> None:
     """Compute out[column of entry (n, k)] += grad[n, k] hidden[n]."""
     (n_entries,), width = sorted_columns.shape, hidden.shape[1]
@@ -189,9 +199,9 @@ def add_indexed_weight_gradient(
         grad,
         grad.stride(0),
         hidden,
-        hidden.stride(0),
+        *hidden.stride(),
         out,
-        out.stride(0),
+        *out.stride(),
         n_entries,
         grad.shape[1],
         width,

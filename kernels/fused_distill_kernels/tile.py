@@ -30,6 +30,12 @@ def load_columns(pointer, columns, n_columns, other, MASKED: tl.constexpr):
 
 
 @triton.jit
+def masked(v, columns, n_columns, MASKED: tl.constexpr):
+    """Return v, -inf beyond n_columns if MASKED, where a softcap has made it finite."""
+    return tl.where(columns < n_columns, v, float("-inf")) if MASKED else v
+
+
+@triton.jit
 def moved(pointers, columns):
     """Return the pointers of `load_pair`, moved by a number of columns.
 
@@ -57,7 +63,7 @@ def scaled(x, error, scale, softcap):
     """Return the logit of x + error, its rounding error without a softcap, and its derivative over scale."""
     if softcap is not None:
         t = tanh(x, scale / softcap)
-        return softcap * t, x * 0.0, tl.maximum(1.0 - t * t, 0.0)
+        return softcap * t, 0.0, tl.maximum(1.0 - t * t, 0.0)
     y = x * scale
     return y, tl.fma(x, scale, -y) + error * scale, 1.0
 
@@ -71,7 +77,7 @@ def load_pair(
     TRANSFORM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Load one tile of both models' projections, -inf beyond n_columns if MASKED.
+    """Load one tile of both models' projections; v_s and v_t are -inf beyond n_columns if MASKED.
 
     Returns:
         v_s, v_t: see TRANSFORM.
@@ -93,12 +99,15 @@ def load_pair(
         v_s, v_t, derivative = x_s, x_t, 1.0
     elif TRANSFORM == SOFTCAP:
         inner = student_scale / student_softcap
-        v_s, v_t = tanh(x_s, inner), tanh(x_t, inner)
+        difference = ((x_t - x_s) + extra) * inner
+        v_s = masked(tanh(x_s, inner), columns, n_columns, MASKED)
+        v_t = masked(tanh(x_t, inner), columns, n_columns, MASKED)
         derivative = tl.maximum(1.0 - v_s * v_s, 0.0)
-        extra = tanh_difference(v_t, v_s, ((x_t - x_s) + extra) * inner)
+        extra = tanh_difference(v_t, v_s, difference)
     else:
         v_s, error_s, derivative = scaled(x_s, error_s, student_scale, student_softcap)
         v_t, error_t, _ = scaled(x_t, error_t, teacher_scale, teacher_softcap)
+        v_s, v_t = masked(v_s, columns, n_columns, MASKED), masked(v_t, columns, n_columns, MASKED)
         extra = error_t - error_s
     if TRANSFORM == SEPARATE or (TRANSFORM == LINEAR and has_bias):
         extra = tl.where(tl.abs(v_t - v_s) < 1.0e30, extra, 0.0)
