@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import BACKEND, DEVICE, HALF, Case, cases
+from cases import BACKEND, DEVICE, HALF, Case, cases, strided
 from checks import (
     assert_close,
     assert_results_close,
@@ -175,11 +175,6 @@ def test_no_valid_token_gives_zero_loss_and_gradients(divergence: dict[str, Any]
 def test_no_valid_token_gives_zero_whatever_the_normalizer(normalizer: float, backend: str) -> None:
     case = with_tensors(random_case(n=3), mask=torch.zeros(3, dtype=torch.bool))
     assert_zero(case.with_options(normalizer=torch.tensor(normalizer)).run(backend))
-
-
-def strided(tensor: Tensor) -> Tensor:
-    """Return the same numbers with other numbers between them in memory."""
-    return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
 
 
 @pytest.mark.parametrize(

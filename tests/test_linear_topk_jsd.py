@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKEND, DEVICE, HALF, TOPK, Case, close_logits, topk_cases
+from cases import BACKEND, DEVICE, HALF, TOPK, Case, close_logits, strided, topk_cases
 from checks import (
     TAILS,
     assert_close,
@@ -299,18 +299,13 @@ def test_frozen_weight_gets_no_gradient_and_leaves_the_hidden_gradient_alone(tai
     assert torch.equal(hs.grad, expected)
 
 
-def strided_columns(tensor: Tensor) -> Tensor:
-    """Return the same numbers with other numbers between the columns in memory."""
-    return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
-
-
 def transposed(tensor: Tensor) -> Tensor:
     """Return the same numbers, of which those of a column are contiguous."""
     return tensor.T.contiguous().T
 
 
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("layout", [transposed, strided_columns])
+@pytest.mark.parametrize("layout", [transposed, strided])
 @pytest.mark.parametrize("with_mask", [False, True], ids=["all tokens", "some tokens"])
 @pytest.mark.parametrize("backend", sorted({BACKEND, "torch"}))
 def test_layout_of_the_tensors_does_not_matter(

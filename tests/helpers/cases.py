@@ -268,3 +268,8 @@ def _with_common_keywords(draw: st.DrawFn, case: Case, randn: Callable[..., Tens
         # One token per chunk, a few, and several blocks of rows per chunk.
         case = case.with_options(workspace_bytes=case.min_workspace() * draw(st.sampled_from([1, 2, 5])))
     return case
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Return the same numbers with other numbers between them in memory."""
+    return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
