@@ -160,7 +160,7 @@ def test_pandas_and_datasets_read_a_store_as_the_documentation_says(
 ) -> None:
     monkeypatch.chdir(store.parent)
     names: dict[str, Any] = {"pandas": pandas, "datasets": datasets, "glob": glob}
-    page = Path(__file__).parents[2] / "docs" / "training.md"
+    page = Path(__file__).parents[2] / "docs" / "training-settings.md"
     blocks = [part.split("```")[0] for part in page.read_text().split("```py\n")[1:]]
     exec(next(block for block in blocks if "parquet" in block), names)
     assert_holds_the_teachers_logprobs(lab, [dict(row) for _, row in names["table"].iterrows()])
