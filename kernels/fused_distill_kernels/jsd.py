@@ -43,7 +43,7 @@ from .row_statistics import (
     SUM_Y,
 )
 from .softmaxes import distributions, softmax_parts
-from .tile import WIDTH, load_pair, moved, rest_of_part, tile_columns
+from .tile import WIDTH, load_pair, rest_of_part, tile_columns
 
 
 @triton.jit
@@ -124,12 +124,6 @@ def divergence_sums_kernel(
     """
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n_parts = tl.num_programs(1)
-    pointers = (
-        student_ptr + row * student_stride,
-        teacher_ptr + row * teacher_stride,
-        student_bias_ptr,
-        teacher_bias_ptr,
-    )
     transform = (student_scale, teacher_scale, student_softcap, teacher_softcap)
     numbers = row_numbers(
         (teacher_weight, student_weight, teacher_share, student_share, imbalance), reverse_weight_ptr, row
@@ -141,15 +135,21 @@ def divergence_sums_kernel(
     lanes = tile_columns(GROUPS, WIDTH)
     half: tl.constexpr = GROUPS * WIDTH
     block: tl.constexpr = 2 * half
-    pointers = moved(pointers, lanes)
+    # Moved to a tile's columns here, and by its number in the loop, pointers take the fewest operations.
+    pointers = (
+        student_ptr + row * student_stride + lanes,
+        teacher_ptr + row * teacher_stride + lanes,
+        None if student_bias_ptr is None else student_bias_ptr + lanes,
+        None if teacher_bias_ptr is None else teacher_bias_ptr + lanes,
+    )
     one = tl.zeros([GROUPS], tl.float32)
     two = tl.zeros([GROUPS], tl.float32)
     three = tl.zeros([GROUPS], tl.float32)
 
     for tile in range(index, n_columns // block, n_parts):
-        left_pointers = moved(pointers, tile * block)
-        left = load_pair(left_pointers, lanes, n_columns, transform, TRANSFORM, False)
-        right = load_pair(moved(left_pointers, half), lanes, n_columns, transform, TRANSFORM, False)
+        start = tile * block
+        left = load_pair(pointers, start, lanes, n_columns, transform, TRANSFORM, False, 0)
+        right = load_pair(pointers, start, lanes, n_columns, transform, TRANSFORM, False, half)
         l1, l2, l3 = divergence_sums(left, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
         r1, r2, r3 = divergence_sums(right, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
         one += l1 + r1
@@ -158,7 +158,7 @@ def divergence_sums_kernel(
     first, stop = rest_of_part(index, n_parts, n_columns, block, half)
     for tile in range(first, stop):
         start = tile * half
-        pair = load_pair(moved(pointers, start), lanes, n_columns - start, transform, TRANSFORM, True)
+        pair = load_pair(pointers, start, lanes, n_columns - start, transform, TRANSFORM, True, 0)
         l1, l2, l3 = divergence_sums(pair, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
         one += l1
         two += l2
@@ -301,7 +301,7 @@ def gradient_kernel(
         for tile in range(first, stop, n_parts):
             start = tile * block
             left = n_columns - start
-            pair = load_pair(moved(pointers, start + lanes), lanes, left, transform, TRANSFORM, MASKED)
+            pair = load_pair(pointers, start + lanes, lanes, left, transform, TRANSFORM, MASKED, 0)
             grad = logit_gradient(
                 pair, softmax, factor, sums, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF
             )

@@ -27,7 +27,6 @@ from .tile import (
     WIDTH,
     gap_beyond,
     load_pair,
-    moved,
     offset_between,
     rest_of_part,
     tile_columns,
@@ -128,7 +127,7 @@ def statistics_kernel(
     """
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n_parts = tl.num_programs(1)
-    row_pointers = (
+    pointers = (
         student_ptr + row * student_stride,
         teacher_ptr + row * teacher_stride,
         student_bias_ptr,
@@ -142,9 +141,9 @@ def statistics_kernel(
     running = empty_part(factor, GROUPS)
 
     for tile in range(index, n_columns // block, n_parts):
-        pointers = moved(row_pointers, tile * block + lanes)
-        one = load_pair(pointers, lanes, n_columns, transform, TRANSFORM, False)
-        two = load_pair(moved(pointers, half), lanes, n_columns, transform, TRANSFORM, False)
+        offset = tile * block + lanes
+        one = load_pair(pointers, offset, lanes, n_columns, transform, TRANSFORM, False, 0)
+        two = load_pair(pointers, offset, lanes, n_columns, transform, TRANSFORM, False, half)
         top_s, top_t = tl.maximum(one[0], two[0]), tl.maximum(one[1], two[1])
         running = raised(running, tl.max(top_s, 1), tl.max(top_t, 1), factor, label_factor, want)
         running = accumulate(running, one, factor, label_factor, want, TRANSFORM)
@@ -152,8 +151,7 @@ def statistics_kernel(
     first, stop = rest_of_part(index, n_parts, n_columns, block, half)
     for tile in range(first, stop):
         start = tile * half
-        pointers = moved(row_pointers, start + lanes)
-        pair = load_pair(pointers, lanes, n_columns - start, transform, TRANSFORM, True)
+        pair = load_pair(pointers, start + lanes, lanes, n_columns - start, transform, TRANSFORM, True, 0)
         running = raised(running, tl.max(pair[0], 1), tl.max(pair[1], 1), factor, label_factor, want)
         running = accumulate(running, pair, factor, label_factor, want, TRANSFORM)
     part = relative_to_maxima(running, factor, want)
@@ -165,7 +163,7 @@ def statistics_kernel(
         label = tl.load(labels_ptr + row)
         held = (label >= 0) & (label < n_columns) & (index == 0)
         column = tl.where(held, label, n_columns)
-        v_s, _, _, _ = load_pair(moved(row_pointers, column), column, n_columns, transform, TRANSFORM, True)
+        v_s, _, _, _ = load_pair(pointers, column, column, n_columns, transform, TRANSFORM, True, 0)
         tl.store(out + LABEL * n_parts, tl.where(held, v_s, 0.0))
 
 

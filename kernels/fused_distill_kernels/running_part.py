@@ -76,7 +76,8 @@ def raised(
     alone, which changes only if the maxima have moved away from it by REACH. So a new reference mostly
     multiplies all sums by one power of 2.
     """
-    (old_offset, old_power), part = running
+    references, part = running
+    old_offset, old_power = references
     old_s, old_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
     max_s, max_t = tl.maximum(old_s, top_s), tl.maximum(old_t, top_t)
     is_far = (tl.abs((max_t - old_offset) - max_s) * factor > REACH) | (old_s == LOWEST)
@@ -117,7 +118,8 @@ def accumulate(
     The parts' KL divergences are not normalised yet; see `normalised`.
     """
     v_s, v_t, extra, _ = pair
-    (offset, power), part = running
+    references, part = running
+    offset, power = references
     max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
     want_reverse, want_forward, want_stats, want_y = want
     v_t_less_offset = v_t - offset[:, None]
@@ -146,7 +148,8 @@ def accumulate(
 @triton.jit
 def relative_to_maxima(running, factor, want):
     """Return the parts whose exponentials are relative to each model's maximum."""
-    (offset, power), part = running
+    references, part = running
+    offset, power = references
     max_s, max_t, sum_s, sum_t, difference, reverse, forward, moment_s, moment_t, top, sum_y = part
     max_t_less_offset = max_t - offset
     power_s, power_t = powers(max_s, max_t_less_offset, power, factor)

@@ -36,21 +36,6 @@ def masked(v, columns, n_columns, MASKED: tl.constexpr):
 
 
 @triton.jit
-def moved(pointers, columns):
-    """Return the pointers of `load_pair`, moved by a number of columns.
-
-    Pointers that are first moved to the columns of a tile, and by the tile's number in the loop, take the
-    fewest operations.
-    """
-    student, teacher, student_bias, teacher_bias = pointers
-    if student_bias is not None:
-        student_bias += columns
-    if teacher_bias is not None:
-        teacher_bias += columns
-    return student + columns, teacher + columns, student_bias, teacher_bias
-
-
-@triton.jit
 def add_bias(x, bias):
     """Return x + bias as a rounded sum and its rounding error."""
     total = x + bias
@@ -70,14 +55,18 @@ def scaled(x, error, scale, softcap):
 
 @triton.jit
 def load_pair(
-    pointers,  # to the columns of the student's row, the teacher's row, the student's bias and the teacher's
+    pointers,  # to the student's row, the teacher's row, the student's bias and the teacher's
+    offset,  # of the columns from the pointers, less AHEAD
     columns,
     n_columns,
     transform,  # student_scale, teacher_scale, student_softcap, teacher_softcap
     TRANSFORM: tl.constexpr,
     MASKED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Load one tile of both models' projections; v_s and v_t are -inf beyond n_columns if MASKED.
+
+    Tiles that are loaded together share their offset, so that AHEAD is part of the load instruction.
 
     Returns:
         v_s, v_t: see TRANSFORM.
@@ -86,13 +75,15 @@ def load_pair(
     """
     student, teacher, student_bias, teacher_bias = pointers
     student_scale, teacher_scale, student_softcap, teacher_softcap = transform
-    x_s = load_columns(student, columns, n_columns, float("-inf"), MASKED)
-    x_t = load_columns(teacher, columns, n_columns, float("-inf"), MASKED)
+    x_s = load_columns(student + offset + AHEAD, columns, n_columns, float("-inf"), MASKED)
+    x_t = load_columns(teacher + offset + AHEAD, columns, n_columns, float("-inf"), MASKED)
     error_s, error_t = 0.0, 0.0
     if student_bias is not None:
-        x_s, error_s = add_bias(x_s, load_columns(student_bias, columns, n_columns, 0.0, MASKED))
+        bias = load_columns(student_bias + offset + AHEAD, columns, n_columns, 0.0, MASKED)
+        x_s, error_s = add_bias(x_s, bias)
     if teacher_bias is not None:
-        x_t, error_t = add_bias(x_t, load_columns(teacher_bias, columns, n_columns, 0.0, MASKED))
+        bias = load_columns(teacher_bias + offset + AHEAD, columns, n_columns, 0.0, MASKED)
+        x_t, error_t = add_bias(x_t, bias)
     has_bias: tl.constexpr = student_bias is not None or teacher_bias is not None
     extra = error_t - error_s if has_bias else NO_ERROR
     if TRANSFORM == LINEAR:

@@ -34,8 +34,8 @@ def _vendor_matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     if not accumulate:
         torch.mm(a, b, out=out, out_dtype=out.dtype)
         return
-    # torch 2.8 and 2.9 accumulate half products into float32 in baddbmm, but not in addmm. Later versions
-    # first copy the first argument to out, which does nothing if they are the same object.
+    # torch 2.9 accumulates half products into float32 in baddbmm, but not in addmm. Later versions first
+    # copy the first argument to out, which does nothing if they are the same object.
     batch = out.unsqueeze(0)
     torch.baddbmm(batch, a.unsqueeze(0), b.unsqueeze(0), out_dtype=out.dtype, out=batch)
 
