@@ -174,6 +174,7 @@ def test_renormalize_with_labels_projects_the_vocabulary() -> None:
     assert seen.shapes == [(N, D, V)]
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("context", ["checkpoint", "compile", "autocast", "none, twice"])
 def test_training_contexts_give_the_same_gradients(tail: Tail, context: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -25,7 +25,6 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@lru_cache
 def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function with compilation disabled, which imports dynamo when first used."""
     name = getattr(function, "__qualname__", "")
