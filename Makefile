@@ -116,7 +116,7 @@ $(VENV)-vllm/installed:
 	$(VENV)-vllm/bin/python $(PIP) --no-deps --editable .
 	touch $@
 
-$(VENV)/triton-%/installed: $(VENV)/installed-dev
+$(VENV)/triton-%/installed: | $(VENV)/installed-dev
 	$(BIN)/python $(PIP) --no-deps --target $(VENV)/triton-$* triton==$*
 	touch $@
 
