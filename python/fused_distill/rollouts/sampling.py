@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Sampling
 
-_BLOCK = 512  # columns whose probabilities are summed first
+_BLOCK = 512  # columns of which one is drawn after their block
 _FEW = 1024  # the most likely tokens that are looked at first for top_p
 
 
@@ -21,24 +21,32 @@ class Sampled(NamedTuple):
     logprobs: Tensor  # (B,) float32
 
 
-def random_numbers(sampling: Sampling, sequences: list[int], device: torch.device) -> Tensor:
-    """Return numbers in [0, 1) for all steps of some sequences, float64 (float32 on MPS).
+class RandomStreams:
+    """Random numbers of some sequences, which do not depend on the other sequences of a batch.
 
     Args:
         sampling: its seed must be set.
-        sequences: sequence i has the random stream of seed + i, whatever the others are.
-        device: of the result.
+        sequences: sequence i has the random numbers of seed + i.
+        device: of the numbers.
     """
-    assert sampling.seed is not None
-    seeds = [(sampling.seed + i) % (1 << 64) for i in sequences]
-    rows = np.stack([np.random.default_rng(seed).random(sampling.max_tokens) for seed in seeds])
-    return torch.from_numpy(rows).to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+    def __init__(self, sampling: Sampling, sequences: list[int], device: torch.device):
+        assert sampling.seed is not None
+        self.generators = [np.random.default_rng((sampling.seed + i) % (1 << 64)) for i in sequences]
+        self.device = device
+
+    def exponentials(self, n: int) -> Tensor:
+        """Return the next n of each sequence, exponentially distributed with mean 1.
+
+        They are positive and (B, n) float64, or float32 on MPS.
+        """
+        numbers = np.stack([generator.standard_exponential(n) for generator in self.generators])
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.from_numpy(numbers).to(self.device, dtype).clamp_(min=torch.finfo(dtype).tiny)
 
 
-def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Sampled:
-    """Draw a token per row of logits (B, V) float32 by numbers (B,) in [0, 1).
-
-    A token is the first whose cumulative probability exceeds the row's number.
+def sample(logits: Tensor, streams: RandomStreams, sampling: Sampling) -> Sampled:
+    """Draw a token per row of logits (B, V) float32, by the next random numbers of the row's stream.
 
     Raises:
         FloatingPointError: logits are NaN or infinite.
@@ -53,15 +61,13 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Sampled:
         largest = logits.amax(-1, keepdim=True)
         scores = (logits - largest).div_(sampling.temperature).exp_()  # proportional to probabilities
         if sampling.top_k or sampling.top_p < 1:
-            scores, ids = _most_likely(scores, sampling)
-            tokens = ids.gather(-1, _draw(scores, uniform)[:, None]).squeeze(-1)
-        else:
-            tokens = _draw(scores, uniform)
+            scores = _most_likely(scores, sampling)
+        tokens = _draw(scores, streams)
     return Sampled(tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer)
 
 
-def _most_likely(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return scores (B, k) and ids (B, k) of the tokens that top_k and then top_p leave, others' scores 0."""
+def _most_likely(scores: Tensor, sampling: Sampling) -> Tensor:
+    """Return scores (B, V) of the tokens that top_k and then top_p keep, and 0 for others."""
     vocab_size = scores.shape[-1]
     if sampling.top_k:
         top, ids = scores.topk(min(sampling.top_k, vocab_size))
@@ -72,25 +78,21 @@ def _most_likely(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         if top.shape[-1] < vocab_size and (top.sum(-1, keepdim=True) < sampling.top_p * totals).any():
             top, ids = scores.sort(descending=True)
     above = top.cumsum(-1) - top  # of all tokens that are more likely
-    return torch.where(above < sampling.top_p * totals, top, 0), ids
+    kept = torch.where(above < sampling.top_p * totals, top, 0)
+    return torch.zeros_like(scores).scatter_(-1, ids, kept)
 
 
-def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Return a column (B,) per row of scores (B, V) >= 0, drawn in proportion to them."""
-    padded = torch.nn.functional.pad(scores, (0, -scores.shape[-1] % _BLOCK))
-    blocks = padded.unflatten(-1, (-1, _BLOCK))
-    block_ends = blocks.sum(-1, dtype=uniform.dtype).cumsum(-1)
-    targets = uniform[:, None] * block_ends[:, -1:]
-    block, rest = _find(block_ends, targets)
-    columns = blocks[torch.arange(len(scores), device=scores.device), block.squeeze(-1)]
-    column, _ = _find(columns.to(uniform.dtype).cumsum(-1), rest)
-    return (block * _BLOCK + column).squeeze(-1)
+def _draw(scores: Tensor, streams: RandomStreams) -> Tensor:
+    """Return a column (B,) per row of scores (B, V) >= 0, drawn in proportion to them.
 
-
-def _find(ends: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first column (B, 1) whose cumulative score exceeds the target, and what is left of this."""
-    # Rounding may put a target at the sum of all; the last column with a score gets it.
-    targets = torch.minimum(targets, torch.nextafter(ends[:, -1:], torch.zeros_like(targets)))
-    column = torch.searchsorted(ends, targets, right=True)
-    before = torch.where(column > 0, ends.gather(-1, (column - 1).clamp(min=0)), 0)
-    return column, targets - before
+    The largest quotient of a score and an exponentially distributed number belongs to each column with the
+    probability score / sum. Such a draw picks a block of columns by their sums, and another a column of it,
+    so that V / 512 + 512 random numbers suffice. Unlike by a cumulative sum, where rounding moves the borders
+    of all later columns, scores that are rounded otherwise give another column very rarely.
+    """
+    blocks = torch.nn.functional.pad(scores, (0, -scores.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    numbers = streams.exponentials(blocks.shape[1] + _BLOCK)
+    for_blocks, for_columns = numbers.split([blocks.shape[1], _BLOCK], -1)
+    block = (blocks.sum(-1, dtype=numbers.dtype) / for_blocks).argmax(-1)
+    columns = blocks[torch.arange(len(scores), device=scores.device), block]
+    return block * _BLOCK + (columns / for_columns).argmax(-1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Completion, Sampling, checked_prompts
-from .sampling import random_numbers, sample
+from .sampling import RandomStreams, sample
 
 
 class TransformersRollouts:
@@ -71,13 +71,13 @@ class TransformersRollouts:
         longest, device = max(map(len, prompts)), self.model.device
         padded = [[0] * (longest - len(p)) + p for p in prompts]
         attention = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        uniform = random_numbers(sampling, sequences, device)
+        streams = RandomStreams(sampling, sequences, device)
         ends = self.ends | {*sampling.stop_token_ids}
         logprobs: list[Tensor] = []
 
         def only_the_sampled(ids: Tensor, logits: Tensor) -> Tensor:
             """Sample here, and leave generate the choice of the single best token."""
-            sampled = sample(logits, uniform[:, ids.shape[1] - longest], sampling)
+            sampled = sample(logits, streams, sampling)
             logprobs.append(sampled.logprobs)
             return logits.fill_(-torch.inf).scatter_(-1, sampled.tokens[:, None], 0.0)
 
