@@ -25,7 +25,7 @@ from fused_distill.trainer.loop import Trainer, train
 from servers import running
 from suite import ROOT, header, results_folder, write_json
 
-SETTINGS = ("student=outputs/demo/start", "lmbda=1", "steps=40", "evaluate_every=10")
+SETTINGS = ("student=outputs/demo/start", "lmbda=1", "steps=24", "evaluate_every=8")
 BETAS = (0.0, 0.5, 1.0)
 TEACHERS: dict[str, tuple[str, ...]] = {
     "local": (),
