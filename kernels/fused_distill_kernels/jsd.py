@@ -148,8 +148,8 @@ def divergence_sums_kernel(
 
     for tile in range(index, n_columns // block, n_parts):
         start = tile * block
-        left = load_pair(pointers, start, lanes, n_columns, transform, TRANSFORM, False, 0)
-        right = load_pair(pointers, start, lanes, n_columns, transform, TRANSFORM, False, half)
+        left = load_pair(pointers, start, lanes, n_columns, transform, TRANSFORM, MASKED=False)
+        right = load_pair(pointers, start, lanes, n_columns, transform, TRANSFORM, MASKED=False, AHEAD=half)
         l1, l2, l3 = divergence_sums(left, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
         r1, r2, r3 = divergence_sums(right, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
         one += l1 + r1
@@ -158,7 +158,7 @@ def divergence_sums_kernel(
     first, stop = rest_of_part(index, n_parts, n_columns, block, half)
     for tile in range(first, stop):
         start = tile * half
-        pair = load_pair(pointers, start, lanes, n_columns - start, transform, TRANSFORM, True, 0)
+        pair = load_pair(pointers, start, lanes, n_columns - start, transform, TRANSFORM, MASKED=True)
         l1, l2, l3 = divergence_sums(pair, softmax, factor, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF)
         one += l1
         two += l2
@@ -301,7 +301,7 @@ def gradient_kernel(
         for tile in range(first, stop, n_parts):
             start = tile * block
             left = n_columns - start
-            pair = load_pair(pointers, start + lanes, lanes, left, transform, TRANSFORM, MASKED, 0)
+            pair = load_pair(pointers, start + lanes, lanes, left, transform, TRANSFORM, MASKED=MASKED)
             grad = logit_gradient(
                 pair, softmax, factor, sums, numbers, clip, TRANSFORM, DIVERGENCE, CLIP, HALF
             )

@@ -142,8 +142,8 @@ def statistics_kernel(
 
     for tile in range(index, n_columns // block, n_parts):
         offset = tile * block + lanes
-        one = load_pair(pointers, offset, lanes, n_columns, transform, TRANSFORM, False, 0)
-        two = load_pair(pointers, offset, lanes, n_columns, transform, TRANSFORM, False, half)
+        one = load_pair(pointers, offset, lanes, n_columns, transform, TRANSFORM, MASKED=False)
+        two = load_pair(pointers, offset, lanes, n_columns, transform, TRANSFORM, MASKED=False, AHEAD=half)
         top_s, top_t = tl.maximum(one[0], two[0]), tl.maximum(one[1], two[1])
         running = raised(running, tl.max(top_s, 1), tl.max(top_t, 1), factor, label_factor, want)
         running = accumulate(running, one, factor, label_factor, want, TRANSFORM)
@@ -151,7 +151,7 @@ def statistics_kernel(
     first, stop = rest_of_part(index, n_parts, n_columns, block, half)
     for tile in range(first, stop):
         start = tile * half
-        pair = load_pair(pointers, start + lanes, lanes, n_columns - start, transform, TRANSFORM, True, 0)
+        pair = load_pair(pointers, start + lanes, lanes, n_columns - start, transform, TRANSFORM, MASKED=True)
         running = raised(running, tl.max(pair[0], 1), tl.max(pair[1], 1), factor, label_factor, want)
         running = accumulate(running, pair, factor, label_factor, want, TRANSFORM)
     part = relative_to_maxima(running, factor, want)
@@ -163,7 +163,7 @@ def statistics_kernel(
         label = tl.load(labels_ptr + row)
         held = (label >= 0) & (label < n_columns) & (index == 0)
         column = tl.where(held, label, n_columns)
-        v_s, _, _, _ = load_pair(pointers, column, column, n_columns, transform, TRANSFORM, True, 0)
+        v_s, _, _, _ = load_pair(pointers, column, column, n_columns, transform, TRANSFORM, MASKED=True)
         tl.store(out + LABEL * n_parts, tl.where(held, v_s, 0.0))
 
 

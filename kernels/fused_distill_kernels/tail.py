@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import exp_sub_max
+from .elementwise import LN_2, LOG2_E, LOG2_E_LOW, exp_sub_max
 from .launch import MAX_PARTS, launch_options
 from .tile import load_logits, rest_of_part
 
@@ -34,18 +34,16 @@ BLOCK = 2048  # columns of a tile
 # Numbers of one part of a row.
 STATISTICS = tl.constexpr(4)  # max_z, others_z, max_y, others_y
 
-# log2(e) = LOG2_E + LOG2_E_LOW. Rounded to float32 alone, all exponentials would be wrong in one direction,
-# and so would their sum, by more than the rounding of its terms.
-LOG2_E = tl.constexpr(1.4426950216293335)
-LOG2_E_LOW = tl.constexpr(1.92596298909109e-8)
-LN_2 = tl.constexpr(0.6931471805599453)
 MIN_EXPONENT = tl.constexpr(-200.0)  # e^x is 0 in float32
 LOWEST = tl.constexpr(-3.0e38)  # a finite maximum of nothing, so that no difference is NaN
 
 
 @triton.jit
 def exp_of_negative(x):
-    """Return e^x for x <= 0, with the rounding of x log2(e) put right."""
+    """Return e^x for x <= 0, with the rounding of log2(e) and of its product with x put right.
+
+    Else all terms of a sum would be wrong in one direction, and so would the sum.
+    """
     x = tl.where(x < MIN_EXPONENT, MIN_EXPONENT, x)  # keeps NaN, as tl.maximum does not
     power = x * LOG2_E
     rest = tl.fma(x, LOG2_E, -power) + x * LOG2_E_LOW

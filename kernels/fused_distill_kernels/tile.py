@@ -62,7 +62,7 @@ def load_pair(
     transform,  # student_scale, teacher_scale, student_softcap, teacher_softcap
     TRANSFORM: tl.constexpr,
     MASKED: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
 ):
     """Load one tile of both models' projections; v_s and v_t are -inf beyond n_columns if MASKED.
 
