@@ -18,7 +18,9 @@ def help_lines(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterat
         types = [field.annotation, *(() if by_name else get_args(field.annotation))]
         section = next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
         if section is not None:
-            yield f"{prefix}{name}: {' '.join((section.__doc__ or '').split())}"
+            absent = "" if field.default is not None or field.is_required() else " [null]"
+            told = f"{section.__doc__ or ''} {field.description or ''}"
+            yield f"{prefix}{name}{absent}: {' '.join(told.split())}"
             yield from help_lines(section, f"{prefix}{name}.")
             continue
         default = "" if field.is_required() else f" [{json.dumps(field.default)}]"
