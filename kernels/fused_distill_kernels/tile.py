@@ -2,7 +2,7 @@
 
 # The parameters of Triton kernels have no Python types.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
-# pyright: reportAssignmentType=false
+# pyright: reportAssignmentType=false, reportArgumentType=false
 
 from __future__ import annotations
 

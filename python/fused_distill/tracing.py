@@ -32,6 +32,17 @@ def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function, reason=reason)
 
 
+def without_data() -> bool:
+    """Return whether operations are recorded (torch.export, make_fx) or simulated (FakeTensorMode).
+
+    Kernels and C++ would be missing in the record, and need tensors with data.
+    """
+    torch_c: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+    keys = torch_c._TorchDispatchModeKey
+    modes = (torch_c._get_dispatch_mode(key) for key in (keys.PROXY, keys.FAKE))
+    return torch.compiler.is_exporting() or any(mode is not None for mode in modes)
+
+
 def check_has_data(name: str, tensor: object, mask: object) -> None:
     """Require a tensor with data, and under torch.export no mask, whose tokens could not be counted."""
     if isinstance(tensor, Tensor) and tensor.is_meta:

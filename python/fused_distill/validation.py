@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import require_number
+from .tracing import without_data
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORED_LABEL = -100
@@ -41,7 +42,7 @@ def check_normalizer(
             raise ValueError(
                 f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
             )
-        if normalizer.device.type != "cpu" or torch.compiler.is_compiling():
+        if normalizer.device.type != "cpu" or without_data():
             return
         value = normalizer.item()
         if value == 0 and not (n_tokens if mask is None else bool(mask.any())):
@@ -134,7 +135,7 @@ def check_reverse_weight(
     check_float(name, value)
     if value.dim():
         check_per_token(name, value, shape, device)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if value.device.type == "cpu" and not without_data():
         values = value[mask] if value.dim() and mask is not None and not mask.is_meta else value
         wrong = values[~((values >= 0) & (values <= 1))].reshape(-1)
         if len(wrong):
@@ -267,7 +268,7 @@ def check_probabilities(logprobs: Tensor, dtype: torch.dtype) -> None:
 def _require_all(holds: Tensor, message: str, values: Tensor) -> None:
     """Require a bool tensor to be True throughout; the message ends with a value where it is not."""
     asynchronous = holds.device.type == "cuda" and torch.version.hip is None
-    if asynchronous or torch.compiler.is_exporting():
+    if asynchronous or without_data():
         torch._assert_async(holds.all(), message)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
     elif not bool(holds.all()):
         raise ValueError(f"{message}, got {values[~holds][0].item():.6g}")

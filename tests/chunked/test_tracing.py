@@ -19,6 +19,8 @@ from fused_distill import (
 )
 from fused_distill.chunked import gemm as gemm_module
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about what every backend shares")
 
@@ -88,6 +90,28 @@ def test_exported_function_gives_the_same_result(function: Any, arguments: Any) 
     tensors = arguments()
     exported = torch.export.export(Model(function), tensors, strict=False).module()
     torch.testing.assert_close(exported(*tensors), function(*tensors))
+
+
+@pytest.mark.parametrize(("function", "arguments"), FUSED)
+def test_recorded_operations_give_the_same_result(function: Any, arguments: Any) -> None:
+    tensors = arguments()
+    record = make_fx(lambda *t: function(*t))(*tensors)
+    others = tuple(2 * t if t.is_floating_point() and t.max() > 0 else t for t in tensors)
+    torch.testing.assert_close(record(*others), function(*others))
+
+
+@pytest.mark.parametrize(("function", "arguments"), FUSED)
+def test_simulated_tensors_give_a_simulated_result(function: Any, arguments: Any) -> None:
+    with FakeTensorMode() as mode:
+        result = function(*(mode.from_tensor(t) for t in arguments()))
+    for tensor in result if isinstance(result, tuple) else (result,):
+        assert isinstance(tensor, FakeTensor)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_other_backends_are_refused_for_a_record(backend: Any) -> None:
+    with pytest.raises(ValueError, match=f"^backend='{backend}' cannot be recorded or simulated by PyTorch"):
+        make_fx(lambda *t: fused_linear_jsd(*t, backend=backend))(*full())
 
 
 def test_logits_of_many_megabytes_can_be_exported() -> None:

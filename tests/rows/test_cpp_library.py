@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     monkeypatch.undo()
     for cached in caches:
         cached.cache_clear()
+
+
+def reason_in_a_new_process(cache: Path) -> str:
+    """Return what `why_unavailable` returns in another process."""
+    code = "from fused_distill.rows.cpp.library import why_unavailable; print(why_unavailable())"
+    environment = {**os.environ, library.CACHE_VARIABLE: str(cache)}
+    return subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip()
 
 
 def small_call(**options: Any) -> torch.Tensor:
@@ -144,6 +152,94 @@ def test_processors_with_shorter_vectors_get_the_same_results(
     torch.testing.assert_close(small_call(beta=0.3, backend="cpp"), native, rtol=1e-6, atol=0)
 
 
+def test_a_compiler_that_does_not_exist_is_the_reason(new_process: pytest.MonkeyPatch) -> None:
+    new_process.setenv("CXX", "no-such-c++ -O2")
+    assert library.why_unavailable() == "the C++ compiler that CXX names was not found: no-such-c++"
+
+
+def test_a_compilers_message_in_another_encoding_is_shown(
+    new_process: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "broken-c++"
+    compiler.write_bytes(b"#!/bin/sh\necho 'error: ung\xfcltig' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    new_process.setenv("CXX", str(compiler))
+    new_process.setenv(library.CACHE_VARIABLE, str(tmp_path))
+    assert str(library.why_unavailable()).endswith("failed: error: ung\ufffdltig")
+
+
+def test_fast_math_of_the_compilers_variable_does_not_hold(
+    new_process: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    forbidden = torch.zeros(30)
+    forbidden[3:6] = -torch.inf
+    expected = small_call(student_bias=forbidden, teacher_bias=forbidden, backend="torch")
+    new_process.setenv("CXX", "c++ -ffast-math")
+    new_process.setenv(library.CACHE_VARIABLE, str(tmp_path))
+    result = small_call(student_bias=forbidden, teacher_bias=forbidden, backend="cpp")
+    torch.testing.assert_close(result, expected)
+
+
+def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+    assert reason_in_a_new_process(tmp_path) == "None"
+    (built,) = tmp_path.iterdir()
+    built.write_bytes(b"")
+    assert reason_in_a_new_process(tmp_path) == "None"
+    assert built.stat().st_size > 0
+
+
+def test_a_library_that_another_process_has_built_is_not_replaced(
+    new_process: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another machine may have loaded it from a network file system."""
+    compiler, other = tmp_path / "c++", tmp_path / "other"
+    compiler.write_text(
+        '#!/bin/sh\nc++ "$@" || exit 1\n'
+        f'case "$*" in *-shared*-o*) for out; do :; done; cp "$out" "{tmp_path}/cache/$(basename "$out")";\n'
+        f'stat -c %i "{tmp_path}/cache/$(basename "$out")" > "{other}";; esac\n'
+    )
+    compiler.chmod(0o755)
+    new_process.setenv("CXX", str(compiler))
+    new_process.setenv(library.CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert library.why_unavailable() is None
+    (built,) = (tmp_path / "cache").iterdir()
+    assert built.stat().st_ino == int(other.read_text())
+
+
+@pytest.mark.parametrize("folder", [".", "~/cache"])
+def test_the_cache_may_be_given_relative_to_a_folder(
+    folder: str, new_process: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    new_process.chdir(tmp_path)
+    new_process.setenv("HOME", str(tmp_path))
+    new_process.setenv(library.CACHE_VARIABLE, folder)
+    assert library.why_unavailable() is None
+    (built,) = tmp_path.rglob("rows-*.so")
+    assert built.parent == tmp_path / folder.removeprefix("~/")
+
+
+def test_processors_with_other_instructions_have_libraries_of_their_own(
+    new_process: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The option -march=native is the same on both."""
+    compiler = tmp_path / "c++"
+    new_process.setenv("CXX", str(compiler))
+    new_process.setenv(library.CACHE_VARIABLE, str(tmp_path / "cache"))
+    for macro in ("__EXTENSION_A__", "__EXTENSION_B__"):
+        compiler.write_text(f'#!/bin/sh\nexec c++ -D{macro} "$@"\n')
+        compiler.chmod(0o755)
+        library._library.cache_clear()  # pyright: ignore[reportPrivateUsage]
+        assert library.why_unavailable() is None
+    assert len([*(tmp_path / "cache").iterdir()]) == 2
+
+
+def test_tensors_without_memory_of_their_own_are_refused() -> None:
+    two = pytest.importorskip("torch.testing._internal.two_tensor")
+    bias = torch.ones(30)
+    with pytest.raises(TypeError, match=r"tensors with memory, got TwoTensor; backend='torch' takes others"):
+        small_call(student_bias=two.TwoTensor(bias, bias), backend="cpp")
+
+
 def test_a_cache_that_cannot_be_written_is_the_reason(
     new_process: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -157,10 +253,12 @@ def test_a_cache_that_cannot_be_written_is_the_reason(
 def homeless(new_process: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Let no home folder be found, as for a user of a container who is not in its list of users."""
 
-    def home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+    def expanduser(path: Path) -> Path:
+        if path.parts[0] == "~":
+            raise RuntimeError("Could not determine home directory.")
+        return path
 
-    new_process.setattr(library.Path, "home", home)
+    new_process.setattr(library.Path, "expanduser", expanduser)
     for variable in (library.CACHE_VARIABLE, "XDG_CACHE_HOME"):
         new_process.delenv(variable, raising=False)
     return new_process
@@ -232,14 +330,9 @@ def test_tails_of_another_dtype_are_refused() -> None:
 
 
 def test_processes_that_start_at_once_build_one_library(tmp_path: Path) -> None:
-    environment = {**os.environ, library.CACHE_VARIABLE: str(tmp_path)}
-    code = "from fused_distill.rows.cpp.library import why_unavailable; print(why_unavailable())"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert [process.communicate()[0].strip() for process in processes] == ["None", "None"]
+    with ThreadPoolExecutor() as pool:
+        assert [*pool.map(reason_in_a_new_process, [tmp_path] * 2)] == ["None", "None"]
     (built,) = tmp_path.iterdir()
     before = built.stat().st_mtime_ns
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert reason_in_a_new_process(tmp_path) == "None"
     assert built.stat().st_mtime_ns == before

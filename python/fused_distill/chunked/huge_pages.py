@@ -8,8 +8,9 @@ import sys
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from ..tracing import without_data
 
 _MIN_BYTES = 8 << 20  # a few huge pages, of 2 MiB each
 
@@ -17,10 +18,10 @@ _MIN_BYTES = 8 << 20  # a few huge pages, of 2 MiB each
 def in_huge_pages(tensor: Tensor) -> Tensor:
     """Return a new tensor after advising the system to back its memory by huge pages.
 
-    This changes nothing but speed. It does nothing off Linux, for small tensors, on other devices, and under
-    torch.export, whose tensors have no memory.
+    This changes nothing but speed. It does nothing off Linux, for small tensors, on other devices, and for
+    tensors without memory, as under torch.export.
     """
-    if torch.compiler.is_exporting():
+    if without_data():
         return tensor
     storage = tensor.untyped_storage()
     if sys.platform == "linux" and tensor.device.type == "cpu" and storage.nbytes() >= _MIN_BYTES:

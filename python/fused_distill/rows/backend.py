@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from ..config import Backend, LossConfig, TopKLossConfig
+from ..tracing import without_data
 from .base import RowLoss
 from .cpp.library import why_unavailable
 from .full_cpp import CppJSD
@@ -27,8 +28,8 @@ Chosen = Literal["triton", "cpp", "torch"]
 
 def auto_backend(device: torch.device, dtype: torch.dtype) -> tuple[Chosen, str]:
     """Return the backend that "auto" selects for a device and accumulation dtype, and the reason."""
-    if torch.compiler.is_exporting():
-        return "torch", "torch.export records PyTorch's operations"
+    if without_data():
+        return "torch", "PyTorch's operations are recorded or simulated"
     if device.type == "cpu":
         missing = why_unavailable()
         return ("cpp", "a CPU with a C++ compiler") if missing is None else ("torch", missing)
@@ -71,16 +72,19 @@ def choose_backend(name: Backend, device: torch.device, dtype: torch.dtype) -> C
     Raises:
         ImportError: "triton" without Triton installed.
         RuntimeError: "cpp" where its library cannot be built.
-        ValueError: a backend on a device or with a dtype that it does not support.
+        ValueError: a backend on a device or with a dtype that it does not support, or a backend that PyTorch
+            cannot record while it records or simulates operations.
     """
     if name == "auto":
         backend, reason = auto_backend(device, dtype)
         has_kernels = device.type == "cpu" or (device.type == "cuda" and dtype == torch.float32)
-        if backend == "torch" and has_kernels and not torch.compiler.is_exporting():
+        if backend == "torch" and has_kernels and not without_data():
             _warn_of_slow_backend(device.type, reason)
         return backend
     if name == "torch":
         return name
+    if without_data():
+        raise ValueError(f"backend={name!r} cannot be recorded or simulated by PyTorch; use backend='torch'")
     if name == "cpp":
         if device.type != "cpu":
             raise ValueError(f"backend='cpp' needs tensors on a CPU, got student_hidden on {device}")

@@ -22,8 +22,9 @@ FOLDER = Path(__file__).parent
 SOURCES = ("jsd.cpp", "tail.cpp")
 CACHE_VARIABLE = "FUSED_DISTILL_CACHE"
 # -fno-trapping-math and -fno-math-errno let comparisons and roundings become vector instructions. They change
-# no result, unlike -ffast-math, which would take NaN and infinity for impossible.
+# no result, unlike -ffast-math, which takes NaN and infinity for impossible and may come with CXX.
 _FLAGS = (
+    "-fno-fast-math",
     "-std=c++17",
     "-O3",
     "-fno-math-errno",
@@ -62,13 +63,18 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
     """Return the address of the first element of a tensor of a dtype, None for None.
 
     Raises:
-        TypeError: the tensor has another dtype, whose memory C++ would misread.
+        TypeError: the tensor has another dtype, whose memory C++ would misread, or no memory of its own, as a
+            tensor that consists of others.
     """
     if tensor is None:
         return None
     if tensor.dtype != dtype:
         raise TypeError(f"internal error: a C++ row loss takes a tensor of {dtype}, got {tensor.dtype}")
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        kind = type(tensor).__name__
+        raise TypeError(f"backend='cpp' takes tensors with memory, got {kind}; backend='torch' takes others")
+    return address
 
 
 def arguments_type(**fields: str) -> Any:
@@ -93,15 +99,29 @@ def _load() -> ctypes.CDLL:
     chosen = _chosen_compiler()
     candidates = [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]
     compiler = next((candidate for candidate in candidates if shutil.which(candidate[0])), None)
+    if compiler is None and chosen:
+        raise CannotBuildError(f"the C++ compiler that CXX names was not found: {chosen[0]}")
     if compiler is None:
         raise CannotBuildError("no C++ compiler was found: install g++ or clang++, or set CXX")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    threads = "-pthread" if b"clang" in version else "-fopenmp"  # see for_rows in rows.h
+    version = _run([*compiler, "--version"]).stdout
+    threads = "-pthread" if "clang" in version else "-fopenmp"  # see for_rows in rows.h
     command = [*compiler, *_FLAGS, threads, _native_flag()]
     path = _cache_folder() / f"rows-{_identity(command, version)}.so"
-    if not path.exists():
-        _compile(command, path)
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged
+            path.unlink(missing_ok=True)
+    _compile(command, path)
     return ctypes.CDLL(str(path))
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a compiler, whose messages are English."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env=environment, check=False
+    )
 
 
 def _chosen_compiler() -> list[str]:
@@ -119,37 +139,44 @@ def _native_flag() -> str:
 
 
 def _cache_folder() -> Path:
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "fused-distill"
+    own, shared = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(own) if own else Path(shared or "~/.cache", "fused-distill")
     try:
-        return Path.home() / ".cache" / "fused-distill"
+        return folder.expanduser().absolute()
     except RuntimeError as error:  # no HOME, and a user that the system does not know
         raise CannotBuildError(f"{error}; set {CACHE_VARIABLE} to a folder for the built library") from error
 
 
-def _identity(command: list[str], version: bytes) -> str:
-    """Return a name for what the library depends on: sources, compiler, and the processor's instructions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
-    processor = next((line for line in lines if line.lower().startswith(("flags", "features"))), lines[0])
-    digest = hashlib.sha256(repr((command, version, sys.platform, processor)).encode())
+def _identity(command: list[str], version: str) -> str:
+    """Return a name for what the library depends on: sources, compiler, C library and processor.
+
+    The compiler's macros tell the last two: there is one for each extension of the processor's instructions.
+    """
+    macros = _run([*command, "-dM", "-E", "-x", "c++", "-include", "cstdint", os.devnull]).stdout
+    digest = hashlib.sha256(repr((command, version, sys.platform, macros)).encode())
     for file in sorted(FOLDER.glob("*.h")) + [FOLDER / name for name in SOURCES]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Compile the library under another name, so that processes do not disturb each other."""
+    """Compile the library under another name. The first of several processes gives it its own.
+
+    It must not be replaced then, because another machine may have loaded it from a network file system.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         built = Path(scratch) / path.name
         sources = [str(FOLDER / name) for name in SOURCES]
-        done = subprocess.run(
-            [*command, *sources, "-o", str(built)], capture_output=True, text=True, check=False
-        )
+        done = _run([*command, *sources, "-o", str(built)])
         if done.returncode:
             first_error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
             raise CannotBuildError(f"{command[0]} failed: {first_error.strip()}")
-        built.replace(path)
+        with built.open("rb") as file:
+            os.fsync(file.fileno())
+        try:
+            os.link(built, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            built.replace(path)
