@@ -249,6 +249,20 @@ def test_the_command_resumes_for_more_steps(
     assert outcome(output) == outcome(tmp_path / "at_once")
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_longer_run_takes_the_rates_of_its_length_from_the_first_step(
+    lab: Lab, tmp_path: Path, schedule: str
+) -> None:
+    def rates(output: Path) -> list[float]:
+        return [row["learning_rate"] for row in metrics(output)]
+
+    settings = (f"schedule={schedule}", "warmup_steps=1")
+    train(lab.config(tmp_path / "at_once", "steps=4", *settings))
+    train(lab.config(tmp_path / "parts", "steps=2", *settings))
+    train(lab.config(tmp_path / "parts", "steps=4", *settings), resume=True)
+    assert rates(tmp_path / "parts")[2:] == rates(tmp_path / "at_once")[2:]
+
+
 def test_resume_with_changed_settings_names_them(lab: Lab, tmp_path: Path) -> None:
     train(lab.config(tmp_path, "steps=1"))
     changed = lab.config(tmp_path, "steps=2", "beta=0.25", "rollouts.top_p=0.5")

@@ -82,6 +82,15 @@ def test_text_gets_one_bos(tokenizer: Any, prompt: str) -> None:
     assert turns(tokenizer, {"prompt": prompt}) == [("<unk>hi", None)]
 
 
+def test_a_tokenizer_that_ends_every_text_does_not_end_prompts(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    assert turns(tokenizer, {"prompt": "hi", "completion": "yo"}) == [("hi", "yo<eos>")]
+
+
 def test_all_turns_are_samples_with_the_conversation_before_them(tokenizer: Any) -> None:
     row = {"messages": [USER, ANSWER, USER, ANSWER, USER]}
     first = CHATTED[0]
@@ -106,6 +115,15 @@ def test_a_thought_that_a_finished_answer_does_not_have_is_not_in_its_prompt(tok
     tokenizer.chat_template = THINKING
     assert turns(tokenizer, {"messages": [USER, ANSWER]}) == [CHATTED]
     assert turns(tokenizer, {"messages": [USER]}) == [(f"{CHATTED[0]}<t>", None)]
+
+
+def test_an_answer_that_begins_like_the_thought_does_not_split_its_token(tokenizer: Any) -> None:
+    tokenizer.chat_template = THINKING
+    row = {"messages": [USER, {"role": "assistant", "content": "<yo"}]}
+    [(prompt, completion)] = turns(tokenizer, row)
+    assert prompt == CHATTED[0]
+    assert completion is not None
+    assert completion.endswith("yo<e>")
 
 
 def test_a_template_that_changes_the_conversation_before_the_answer_is_refused(tokenizer: Any) -> None:

@@ -54,6 +54,23 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, write: Any)
     assert read(tmp_path / name) == ROWS
 
 
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_cells_of_csv_are_text_whatever_they_look_like(tmp_path: Path, compress: Any) -> None:
+    name = "rows.csv" if compress is bytes else "rows.csv.gz"
+    cells = ["4", "007", "1.50", "None", "NA", "null", "true", "2024-01-01", "a, b"]
+    text = "\ufeffprompt,completion\r\n" + "".join(f'q,"{cell}"\r\n' for cell in [*cells, ""])
+    (tmp_path / name).write_bytes(compress(text.encode()))
+    assert read(tmp_path / name) == [{"prompt": "q", "completion": cell} for cell in [*cells, None]]
+
+
+def test_names_of_files_and_folders_may_look_like_patterns(tmp_path: Path) -> None:
+    folder = tmp_path / "a [1] b?"
+    folder.mkdir()
+    (folder / "rows*[x].jsonl").write_text(LINES)
+    assert read(folder / "rows*[x].jsonl") == ROWS
+    assert read(f"{tmp_path}/a*/*.jsonl") == ROWS
+
+
 def test_a_pattern_reads_its_files_in_order(tmp_path: Path) -> None:
     for i in (2, 0, 1):
         (tmp_path / f"part-{i}.jsonl").write_text(json.dumps({"prompt": str(i)}) + "\n")
@@ -72,6 +89,11 @@ def test_a_pattern_reads_its_files_in_order(tmp_path: Path) -> None:
             "a.json",
             b'[{"prompt": "a"},\n{"prompt": b}]',
             r"a.json: line 2 is no JSON .*: '{\"prompt\": b}\]'",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a\u2028\x85b"}\n{"prompt": \n'.encode(),
+            r"a.jsonl: line 2 is no JSON .*: '{\"prompt\": '",
         ),
         ("a.jsonl", b'{"prompt": "a"}\n[1]\n', r"line 2 must be an object of columns, got \[1\]"),
         (

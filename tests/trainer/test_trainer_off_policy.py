@@ -181,6 +181,17 @@ def test_the_next_steps_rollouts_come_from_the_weights_before_the_step(
     assert all(row["ratio_max"] > 1.01 for row in later)
 
 
+def test_rollouts_ahead_of_other_prompts_are_generated_again(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of slices, which decides how many prompts of a step are on-policy, may change on resume."""
+    monkeypatch.setattr("fused_distill.trainer.rollouts.VllmRollouts", FakeServer)
+    mixed = (*AHEAD, "lmbda=0.5", "seed=5", "prompts_per_step=4")
+    train(lab.config(tmp_path, *mixed, "steps=1", "gradient_accumulation_steps=4"))
+    train(lab.config(tmp_path, *mixed, "steps=2", "gradient_accumulation_steps=2"), resume=True)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
+
+
 def test_rollouts_ahead_need_a_server(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ahead must be 0 with engine transformers"):
         lab.config(tmp_path, "rollouts.ahead=1")

@@ -302,3 +302,22 @@ def test_vllm_refuses_a_student_with_many_tokens_that_the_teacher_lacks(lab: Lab
     student = save_model(tmp_path / "student", lab.student, vocab_size=98 + 1025)
     with pytest.raises(ConfigError, match=r"rollouts\.engine: vllm_server cannot exclude the 1025 tokens"):
         Trainer(lab.config(tmp_path, *SERVER, f"student={student}", f"teacher.model={lab.student}"))
+
+
+def test_processes_evaluate_with_random_numbers_of_their_own(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Completion i of a call has the random numbers of seed + i."""
+    trainer: Any = Trainer(lab.config(tmp_path, "data.evaluation_prompts=6"))
+    seeds: list[int] = []
+    generate = trainer.generate
+
+    def noting(samples: Any, seed: int, n: int) -> Any:
+        seeds.extend(range(seed, seed + len(samples) * n))
+        return generate(samples, seed, n)
+
+    monkeypatch.setattr(trainer, "generate", noting)
+    trainer.processes = 2
+    for trainer.rank in range(2):
+        trainer.evaluate()
+    assert len(seeds) == len(set(seeds)) == 6

@@ -18,19 +18,22 @@ class RolloutsAhead:
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        self._seed: int | None = None  # of the request, by which it is recognized
+        self._seed: int | None = None  # of the request, by which it is recognized, with its prompts
+        self._prompts: list[list[int]] = []
         self._future = Future[list[Completion]]()
         self._collected: list[Any] = []  # of all processes
 
-    def start(self, seed: int | None, generate: Callable[[], list[Completion]]) -> None:
+    def start(
+        self, seed: int | None, prompts: list[list[int]], generate: Callable[[], list[Completion]]
+    ) -> None:
         """Generate in a thread, which does not keep the process from ending."""
-        self._seed, self._future = seed, Future()
+        self._seed, self._prompts, self._future = seed, prompts, Future()
         Thread(target=_complete, args=(self._future, generate), daemon=True).start()
 
-    def take(self, seed: int | None) -> Callable[[], list[Completion]] | None:
+    def take(self, seed: int | None, prompts: list[list[int]]) -> Callable[[], list[Completion]] | None:
         """Return what waits for the completions of a request, or None if another or none was started."""
         self.wait()
-        if self._seed is None or self._seed != seed:
+        if self._seed is None or (self._seed, self._prompts) != (seed, prompts):
             return None
         self._seed = None
         return self._future.result
@@ -58,8 +61,11 @@ class RolloutsAhead:
         if len(processes) == self._accelerator.num_processes:
             seed, own = processes[self._accelerator.process_index]
             if own:
-                self._seed, self._future = seed, Future()
-                self._future.set_result([Completion(*fields) for fields in own])
+                completions = [Completion(*fields) for fields in own]
+                prompts = {c.group: c.prompt for c in completions}
+                self._seed, self._prompts = seed, [prompts[group] for group in sorted(prompts)]
+                self._future = Future()
+                self._future.set_result(completions)
 
 
 def _complete(future: Future[list[Completion]], generate: Callable[[], list[Completion]]) -> None:

@@ -130,6 +130,8 @@ def _tokenize_text(prompt: str, completion: str | None, tokenizer: PreTrainedTok
     bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
     has_bos = isinstance(bos, str) and prompt.startswith(bos)
     prompt_ids: Any = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+    if prompt_ids[-1:] == [eos] and not prompt.endswith(str(tokenizer.eos_token)):
+        prompt_ids = prompt_ids[:-1]  # which a tokenizer with add_eos_token puts behind every text
     if completion is None:
         return Turn(prompt_ids, None)
     tokens: Any = tokenizer(completion, add_special_tokens=False)["input_ids"]
@@ -186,7 +188,17 @@ class _Chat(NamedTuple):
                 f"conversation before it differently ({shortened(text[start:])} instead of "
                 f"{shortened(prompt[start:])}); data.chat_template_options may help"
             )
+        if start < len(prompt):
+            start = max(self._token_end(prompt, start), len(before))
         return Turn(self.encode(text[:start]), self._without_space_after_end(self.encode(text[start:])))
+
+    def _token_end(self, text: str, position: int) -> int:
+        """Return the position, or where the last token ends before it if it is inside a token."""
+        if not self.tokenizer.is_fast:  # does not know where its tokens are
+            return position
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets: Any = encoded["offset_mapping"]
+        return max((end for _, end in offsets if end <= position), default=0)
 
     def _without_space_after_end(self, tokens: list[int]) -> list[int]:
         """Drop white space behind the token that ends the turn, where generation stops."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import gzip
 import json
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 
 from ..shortened import shortened
 from .config import ConfigError, DataConfig
@@ -43,7 +44,7 @@ def read_rows(config: DataConfig) -> Rows:
         ConfigError: there is no such file, or a file cannot be read (the message names file and line).
     """
     path = config.path
-    if glob.has_magic(path):
+    if glob.has_magic(path) and not Path(path).exists():
         files = sorted(glob.glob(path, recursive=True))
         if not files:
             raise ConfigError(f"data.path: no file matches {path}")
@@ -72,10 +73,23 @@ def _load(source: str, files: list[str]) -> Dataset:
         raise ConfigError(
             f"data.path: the files of {source} must all have one of the formats {', '.join(FORMATS)}"
         )
+    kind = str(formats.pop())
+    names = [glob.escape(file) for file in files]  # datasets takes them for patterns
     try:
-        return load_dataset(str(formats.pop()), data_files=files, split="train")
+        options = _csv_options(files[0]) if kind == "csv" else {}
+        return load_dataset(kind, data_files=names, split="train", **options)
     except Exception as error:  # the readers of datasets raise many types
         raise unreadable(source, files, error.__cause__ or error) from error
+
+
+def _csv_options(file: str) -> dict[str, Any]:
+    """Return options of datasets by which every cell of a CSV file is text, and null if it is empty."""
+    with (gzip.open if file.lower().endswith(".gz") else open)(
+        file, "rt", encoding="utf-8-sig", newline=""
+    ) as stream:
+        columns = next(csv.reader(stream), [])
+    features = Features({name: Value("string") for name in columns})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def unreadable(source: str, files: list[str], error: BaseException) -> ConfigError:
@@ -126,7 +140,7 @@ class _LineError(ValueError):
 def _json_rows(content: bytes) -> Iterator[tuple[int, Any]]:
     """Yield the line and the value of each row of a JSON array or of JSON lines."""
     text = content.decode()
-    lines = text.splitlines()
+    lines = text.split("\n")  # JSON texts may contain other ends of lines
     whole = text.lstrip().startswith("[")
     for number, line in [(1, text)] if whole else enumerate(lines, 1):
         if not line.strip():

@@ -209,7 +209,7 @@ class Trainer:
         samples = self.held_out[self.rank :: self.processes]
         if not self.config.uses_store:
             self.rollouts.sync_weights(self.step)
-            [samples] = self.generate(samples, self.config.seed + self.rank, 1)
+            [samples] = self.generate(samples, self.config.seed + (self.rank << 16), 1)
         starts = range(0, len(samples), EVAL_BATCH_SIZE)
         batches = self.collate([samples[i : i + EVAL_BATCH_SIZE] for i in starts])
         sums = Sums(evaluating(self.teachers), self.device)
@@ -274,6 +274,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     config = run.config
     if checkpoints:
         run.step = load_checkpoint(run.accelerator, config, run.sources)
+        if run.step:  # the optimizer's rates are of the run's length at the checkpoint
+            run.schedule.last_epoch -= 1
+            run.schedule.step()
     if resume:
         done = ", nothing is left to do" if run.step >= config.steps else ""
         run.accelerator.print(

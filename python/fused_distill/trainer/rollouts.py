@@ -104,7 +104,7 @@ class StudentRollouts:
             return self.engine.generate(prompts, sampling)
         problem: WeightsError | None = None
         completions: list[Completion] = []
-        started = self.ahead.take(sampling.seed)
+        started = self.ahead.take(sampling.seed, prompts)
         try:
             completions = started() if started else self.engine.generate(prompts, sampling)
         except WeightsError as error:
@@ -120,7 +120,7 @@ class StudentRollouts:
 
     def generate_ahead(self, prompts: list[list[int]], sampling: Sampling) -> None:
         """Start to generate by the weights of the last `sync_weights`; `generate` takes the completions."""
-        self.ahead.start(sampling.seed, partial(self.engine.generate, prompts, sampling))
+        self.ahead.start(sampling.seed, prompts, partial(self.engine.generate, prompts, sampling))
 
     def sync_weights(self, step: int) -> None:
         """Send the student's weights to vLLM, unless it has those of this step.
