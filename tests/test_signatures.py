@@ -1,6 +1,6 @@
 """Public signatures, compared with tests/signatures.json: a change of one changes its callers.
 
-`python tests/test_signatures.py` records them again, for a change that is meant.
+`PYTHONPATH=tests/helpers python tests/test_signatures.py` records them again, for a change that is meant.
 """
 
 from __future__ import annotations

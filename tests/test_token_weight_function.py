@@ -73,9 +73,21 @@ def test_the_reference_takes_a_function_too(loss_fn: Callable[..., Any], options
     topk = loss_fn is fused_linear_topk_jsd
     tensors = make_tensors(torch.float64 if BACKEND != "triton" else torch.float32, topk=topk)
     by_definition = reference.linear_topk_jsd if topk else reference.linear_jsd
-    expected = by_definition(*tensors, token_weight=of_some_tokens, **options)
-    actual = loss_fn(*tensors, token_weight=of_some_tokens, backend=BACKEND, **options)
+    loss = by_definition(*tensors, token_weight=of_some_tokens, **options)
+    expected = loss.detach(), torch.autograd.grad(loss, tensors[:2])
+    actual = result(loss_fn, tensors, token_weight=of_some_tokens, **options)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@each_loss
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
+def test_without_valid_tokens_it_is_not_called(
+    loss_fn: Callable[..., Any], options: dict[str, Any], backend: str
+) -> None:
+    tensors = make_tensors(DTYPES[0], topk=loss_fn is fused_linear_topk_jsd)
+    mask = torch.zeros(N, dtype=torch.bool, device=DEVICE)
+    largest = lambda stats: stats.reverse_kl / stats.reverse_kl.max()  # noqa: E731
+    assert loss_fn(*tensors, mask=mask, token_weight=largest, backend=backend, **options) == 0
 
 
 def test_a_second_backward_pass_calls_it_again() -> None:

@@ -96,8 +96,8 @@ def fused_linear_jsd(
     not rescaled by temperature**2. The gradient is computed in the forward pass, chunk by chunk, and scaled
     in the backward pass. A second backward pass through a retained graph recomputes it. Only student_hidden,
     student_weight and student_bias receive gradients. Logits, losses and accumulated gradients are float32
-    (float64 if an input is float64). For half-precision inputs on a GPU the logit gradient is rounded once to
-    the compute dtype before the two backward products.
+    (float64 if hidden states or a weight are float64). For half-precision inputs on a GPU the logit gradient
+    is rounded once to the compute dtype before the two backward products.
 
     Args:
         student_hidden: (..., Ds) last hidden states of the student, one per token. This and the other float
@@ -169,8 +169,8 @@ def fused_linear_jsd(
     averaged into the shards, as FSDP2 does.
 
     Returns:
-        The loss in nats, 0-d or (...), float32, or float64 if an input is float64; with return_stats,
-        (loss, DistillStats). If no token is valid, the loss and all gradients are 0.
+        The loss in nats, 0-d or (...), float32, or float64 if hidden states or a weight are float64; with
+        return_stats, (loss, DistillStats). If no token is valid, the loss and all gradients are 0.
 
     Raises:
         ValueError, TypeError: an argument is invalid (the message names it).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from .chunked.teacher import FullTeacher
 from .chunked.tensors import LossTensors
 from .chunked.workspace import ChunkPlan
 from .config import DivergenceForm, LossConfig
+from .stats import WeightFunction
 from .validation import DEFAULT_REVERSE_WEIGHT
 
 
@@ -87,7 +88,8 @@ def plan(
     mask: Tensor | None = None,  # (...) bool
     student_bias: Tensor | None = None,  # (Vs,)
     teacher_bias: Tensor | None = None,  # (Vt,)
-    token_weight: Tensor | None = None,  # (...)
+    token_weight: Tensor | WeightFunction | None = None,  # (...)
+    token_data: Mapping[str, Tensor] | None = None,  # (...) each
     labels: Tensor | None = None,  # (...)
     reverse_weight: float | Tensor = DEFAULT_REVERSE_WEIGHT,
     normalizer: float | Tensor | None = None,
@@ -112,7 +114,8 @@ def plan(
         mask: (...) bool, True for valid tokens.
         student_bias: (Vs,).
         teacher_bias: (Vt,).
-        token_weight: (...); it changes no size.
+        token_weight: (...) or a function; it changes no size.
+        token_data: (...) each; they change no size.
         labels: (...); they change no size.
         reverse_weight: it changes no size.
         normalizer: it changes no size.
@@ -140,7 +143,7 @@ def plan(
         FullTeacher(teacher_hidden, teacher_weight, teacher_bias),
         mask,
         token_weight,
-        token_data=None,
+        token_data=token_data,
         labels=None,
         reverse_weight=reverse_weight,
         normalizer=None,

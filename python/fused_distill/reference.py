@@ -186,10 +186,11 @@ def loss_by_definition(tensors: LossTensors, config: LossConfig) -> Tensor | tup
         loss = loss + config.hard_weight * F.cross_entropy(y_s, labels, reduction="none")
     if isinstance(tensors.token_weight, Tensor):
         loss = loss * tensors.token_weight.detach()[mask]
-    elif tensors.token_weight is not None:
+    elif tensors.token_weight is not None and len(loss):
         with torch.no_grad():
             data = {name: tensor[mask] for name, tensor in (tensors.token_data or {}).items()}
-            loss = loss * tensors.token_weight(stats, **data)
+            weight = tensors.token_weight(stats, **data)
+        loss = loss * weight
     if config.reduction == "none":
         result = _scatter(mask, loss)
     elif config.reduction == "mean" and len(loss):

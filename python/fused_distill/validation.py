@@ -58,7 +58,7 @@ def check_hidden_and_head(
 ) -> None:
     """Require hidden states (..., D), weight (V, D) and bias (V,) that fit each other, on `device`."""
     for name, tensor in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight), (f"{prefix}bias", bias)):
-        if tensor is None and tensor is bias:
+        if tensor is None and name == f"{prefix}bias":
             continue
         check_device(name, check_float(name, tensor), device)
     if hidden.dim() < 1 or hidden.shape[-1] < 1:

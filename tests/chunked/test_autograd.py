@@ -93,6 +93,15 @@ def test_a_second_backward_pass_through_a_freed_graph_is_refused(reduction: Redu
         loss.backward()
 
 
+def test_a_normalizer_that_goes_on_counting_does_not_change_the_second_gradients() -> None:
+    hs, ws, ht, wt = tensors()
+    count = torch.tensor(4.0)
+    loss = fused_linear_jsd(hs, ws, ht, wt, normalizer=count)
+    first = gradients(loss, hs, ws, retain_graph=True)
+    count += 4
+    assert_close(first, gradients(loss, hs, ws))
+
+
 def test_scaled_loss_scales_the_gradients() -> None:
     hs, ws, ht, wt = tensors()
     plain = gradients(fused_linear_jsd(hs, ws, ht, wt), hs, ws)

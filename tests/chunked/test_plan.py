@@ -244,3 +244,13 @@ def test_invalid_options_are_named() -> None:
 def test_masked_tokens_of_meta_tensors_count_as_valid() -> None:
     mask = torch.empty(64, dtype=torch.bool, device="meta")
     assert gpu_plan(n=64, mask=mask).n_tokens == 64
+
+
+def test_arguments_of_a_weight_function_are_taken() -> None:
+    hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
+    tensors = hidden, weight, hidden, weight
+    position = torch.arange(6.0)
+    planned = plan(*tensors, token_weight=lambda stats, position: position, token_data={"position": position})
+    assert planned == plan(*tensors)
+    with pytest.raises(ValueError, match="token_data"):
+        plan(*tensors, token_weight=lambda stats, position: position, token_data={"position": position[1:]})

@@ -212,13 +212,24 @@ def test_triton_loss_and_gradients_equal_ligers(
         (lambda: LigerFusedLinearJSDLoss(beta=2), "beta must be between"),
         (lambda: LigerFusedLinearJSDLoss(temperature=0), "temperature must be positive"),
         (lambda: LigerFusedLinearJSDLoss(chunk_size=0), "chunk_size must be at least 1"),
-        (lambda: LigerFusedLinearJSD(jsd_beta=-1), "beta must be between"),
+        (lambda: LigerFusedLinearJSD(jsd_beta=-1), "^jsd_beta must be between"),
         (lambda: LigerFusedLinearJSD(accum_dtype=torch.float64), "accum_dtype must be None or torch.float32"),
     ],
 )
 def test_option_without_an_equivalent_is_named(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"), [(LigerFusedLinearJSDLoss(), "true_labels"), (LigerFusedLinearJSD(), "shift_labels")]
+)
+def test_labels_that_do_not_fit_are_named_as_liger_names_them(loss: Any, name: str) -> None:
+    tensors, labels = Numbers.random()[:4], Numbers.random()[4]
+    with pytest.raises(ValueError, match=f"^{name} must have the shape of the tokens"):
+        loss(*tensors, labels[1:])
+    with pytest.raises(TypeError, match=f"^{name} must be int64 or int32"):
+        loss(*tensors, labels.double())
 
 
 @pytest.mark.parametrize("loss", [LigerFusedLinearJSDLoss(), LigerFusedLinearJSD()])

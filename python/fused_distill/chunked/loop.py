@@ -45,6 +45,8 @@ def fused_loss(tensors: LossTensors, config: LossConfig) -> Tensor | tuple[Tenso
     divisor = None
     if config.reduction == "mean" and n_valid:  # no valid token: 0 even if the normalizer is 0
         divisor = n_valid if tensors.normalizer is None else tensors.normalizer
+        if isinstance(divisor, Tensor):  # a counter of the caller's may go on before a second backward pass
+            divisor = divisor.detach().clone()
     compute = partial(
         chunked_loss, inputs=call.inputs, config=call.config, row_loss=call.row_loss, divisor=divisor
     )

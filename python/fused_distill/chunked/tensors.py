@@ -84,8 +84,10 @@ class LossInputs:
             ValueError, TypeError: the result has another shape, or is no tensor.
         """
         assert self.weight_function is not None
-        weight = self.weight_function(stats, **{k: v[tokens] for k, v in self.token_data.items()})
         n = stats.forward_kl.shape
+        if not n.numel():
+            return stats.forward_kl.to(self.dtype)
+        weight = self.weight_function(stats, **{k: v[tokens] for k, v in self.token_data.items()})
         if not isinstance(weight, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"token_weight must return a torch.Tensor, got {type(weight).__name__}")
         if weight.shape != n:

@@ -24,9 +24,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..config import LossConfig, require_count, require_non_negative
+from ..config import LossConfig, require_count, require_non_negative, require_number
 from ..linear_jsd import fused_linear_jsd
-from ..validation import IGNORED_LABEL
+from ..validation import IGNORED_LABEL, check_ids, check_per_token
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
@@ -82,6 +82,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Return the 0-d loss, or (loss, soft_loss, hard_loss) if return_soft_hard_loss is set."""
         _check_rows(student_weight, teacher_weight)
+        _check_labels("true_labels", true_labels, student_input)
         mask = true_labels != self.ignore_index
         models = student_input, student_weight, teacher_input, teacher_weight
         loss_of = partial(
@@ -122,7 +123,9 @@ class LigerFusedLinearJSD(nn.Module):
         accum_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        LossConfig(beta=jsd_beta, temperature=temperature)
+        if not 0 <= require_number("jsd_beta", jsd_beta) <= 1:
+            raise ValueError(f"jsd_beta must be between 0 and 1, got {jsd_beta}")
+        LossConfig(temperature=temperature)
         if accum_dtype not in (None, torch.float32):
             raise ValueError(f"accum_dtype must be None or torch.float32, got {accum_dtype}")
         self.jsd_beta = jsd_beta
@@ -139,9 +142,17 @@ class LigerFusedLinearJSD(nn.Module):
     ) -> Tensor:
         """Return the 0-d loss."""
         _check_rows(student_weight, teacher_weight)
+        if shift_labels is not None:
+            _check_labels("shift_labels", shift_labels, student_input)
         mask = None if shift_labels is None else shift_labels != self.ignore_index
         models = student_input, student_weight, teacher_input, teacher_weight
         return fused_linear_jsd(*models, mask=mask, beta=self.jsd_beta, temperature=self.temperature)
+
+
+def _check_labels(name: str, labels: Tensor, hidden: Tensor) -> None:
+    """Require a label per token."""
+    check_ids(name, labels, hidden.device)
+    check_per_token(name, labels, hidden.shape[:-1], hidden.device)
 
 
 def _check_rows(student_weight: Tensor, teacher_weight: Tensor) -> None:
