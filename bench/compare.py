@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from cpu import SHAPES, SMALL_SHAPES, SMALL_TOPK_SHAPES, TOPK_SHAPES
 from gpu import on_gpu, shapes
 from models import QWEN3_MEDIUM
@@ -173,8 +174,15 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--small", action="store_true", help="tiny sizes: checks the code paths")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and PyTorch sees none")
     try:
-        print(table(compare(parser.parse_args())))
+        rows = compare(arguments)
+        print(table(rows))
+        failed = [row for row in rows if "error" in row]
+        if failed:
+            raise CompareFailed(f"{len(failed)} of {len(rows)} rows could not be measured")
     except CompareFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1

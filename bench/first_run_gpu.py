@@ -73,6 +73,8 @@ def main() -> int:
         parser.error("no GPU found; use --device cpu --small to run the code paths on the CPU")
     if setting.device.type == "cpu" and not setting.small:
         parser.error("--device cpu needs --small")
+    if setting.device.type == "cuda":
+        torch.cuda.set_device(setting.device)  # whose stream the timed events are recorded on
     slug = re.sub(r"[^a-z0-9]+", "-", f"first-run {machine().get('gpu', 'cpu')}".lower()).strip("-")
     output = (arguments.output or results_folder(arguments.small) / f"{slug}.json").resolve()
     content = header()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,8 @@ class Worker:
     def close(self) -> None:
         """Stop the child."""
         assert self._child.stdin
-        self._child.stdin.close()
+        with suppress(BrokenPipeError):  # of a child that ended before it read all
+            self._child.stdin.close()
         self._child.wait()
 
     def _ask(self, verb: str, **arguments: Any) -> dict[str, Any]:

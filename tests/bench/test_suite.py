@@ -17,7 +17,7 @@ import torch
 from cases import INTERPRETED
 from providers import Case, load_inputs, make_inputs
 from suite import Planned, Rounds, Suite, slug
-from worker import ProviderFailed
+from worker import ProviderFailed, Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case(tokens=40, vocab=300, student_dim=16, teacher_dim=24)
@@ -210,3 +210,23 @@ def test_the_command_of_a_result_holds_no_path_of_the_machine(monkeypatch: pytes
         sys, "argv", [f"{suite.ROOT}/bench/cpu.py", "full", "--only", "N1|N2", f"--output={output}"]
     )
     assert suite.command() == "python bench/cpu.py full --only 'N1|N2' --output=bench/results/cpu.json"
+
+
+def test_a_comparison_with_rows_that_failed_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "compare", lambda arguments: [{"error": "no memory"}])
+    monkeypatch.setattr(compare, "table", lambda rows: "the table")
+    monkeypatch.setattr("sys.argv", ["compare.py", "--base", "HEAD"])
+    assert compare.main() == 1
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("the table\n", "error: 1 of 1 rows could not be measured\n")
+
+
+def test_a_worker_that_was_killed_can_be_closed() -> None:
+    worker = Worker("naive")
+    worker._child.kill()
+    worker._child.wait()
+    with pytest.raises(ProviderFailed, match="process ended with status -9"):
+        worker.reset()
+    worker.close()

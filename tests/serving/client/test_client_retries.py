@@ -190,12 +190,34 @@ def test_statuses_that_will_not_pass_are_not_retried(status: int) -> None:
     assert len(seen) == 1
 
 
-def test_the_deadline_ends_all_attempts() -> None:
-    client, seen = client_of_responses(httpx.Response(503, headers={"Retry-After": "60"}))
-    client.deadline_seconds = 0.2
-    with pytest.raises(ServerError, match="503"):
+def test_a_server_that_asks_to_wait_beyond_the_deadline_is_not_waited_for() -> None:
+    client, seen = client_of_responses(httpx.Response(503, headers={"Retry-After": "6000"}))
+    client.deadline_seconds = seconds(60)
+    with pytest.raises(ServerError, match=r"503 .*\(too late for another try\)"):
         client.get_sequence_logprobs([[1, 2]], [1])
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("headers", [{}, {"Retry-After": "1"}])
+def test_a_wait_does_not_pass_over_the_time_before_the_deadline(headers: dict[str, str]) -> None:
+    """A server that is ready by then answers, although the next wait would have been longer."""
+    client, seen = client_of_responses(httpx.Response(503, headers=headers), one_position())
+    client.deadline_seconds = seconds(5)
+    client._http.retries = RetryPolicy(first_wait_seconds=1e6, longest_wait_seconds=1e6)
+    client.get_sequence_logprobs([[1, 2]], [1])
+    assert len(seen) == 2
+
+
+def test_proxies_that_cannot_be_used_do_not_stand_before_a_loopback_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080/")
+    monkeypatch.setenv("NO_PROXY", "localhost,[::1]")
+    with RawServer(lambda _: b"") as server, TeacherClient(server.url) as near:
+        assert near.info() == DESCRIPTION
+    with TeacherClient("http://teacher.example") as far, pytest.raises(ServerError) as refused:
+        far.info()
+    assert "ALL_PROXY, NO_PROXY) cannot be used: " in str(refused.value)
 
 
 def test_a_full_queue_is_retried_beyond_the_number_of_attempts() -> None:

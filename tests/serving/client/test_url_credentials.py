@@ -58,3 +58,29 @@ def test_credentials_go_to_their_own_server_only() -> None:
 def test_an_address_that_is_refused_is_shown_without_credentials() -> None:
     with pytest.raises(ValueError, match=r"got 'ftp://teacher'"):
         TeacherClient("ftp://user:pass@teacher")
+
+
+def test_servers_behind_one_gateway_get_their_own_credentials() -> None:
+    sent: dict[str, str | None] = {}
+
+    def fail(request: httpx.Request) -> httpx.Response:
+        sent[request.url.path.split("/")[1]] = request.headers.get("authorization")
+        return httpx.Response(500)
+
+    urls = ["https://a:1@gateway/first", "https://b:2@gateway/first-but-longer", "https://gateway/third"]
+    once: dict[str, Any] = {"retries": RetryPolicy(attempts=1), "transport": httpx.MockTransport(fail)}
+    with TeacherClient(urls, **once) as teacher, pytest.raises(ServerError):
+        teacher.info()
+    assert sent == {
+        "first": httpx.BasicAuth("a", "1")._auth_header,
+        "first-but-longer": httpx.BasicAuth("b", "2")._auth_header,
+        "third": None,
+    }
+
+
+@pytest.mark.parametrize("character", ["#", "/", "?", "[", "]", "@#"])
+def test_a_password_that_must_be_escaped_is_not_shown(character: str) -> None:
+    with pytest.raises(ValueError, match=r"^url must .*write #, /, \?, @ and \[ as %23") as refused:
+        TeacherClient(f"https://user:se{character}cret@teacher")
+    assert "'se" not in str(refused.value)
+    assert "cret" not in str(refused.value)

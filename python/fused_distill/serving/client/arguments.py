@@ -12,9 +12,10 @@ from typing import Any, cast
 import httpx
 
 from ...shortened import shortened
-from ..protocol.urls import without_credentials
+from ..protocol.urls import split_credentials, without_credentials
 
 _LARGEST_ID = 2**31 - 1
+_ESCAPES = "in a user name or password write #, /, ?, @ and [ as %23, %2F, %3F, %40 and %5B"
 
 
 def whole_number(name: str, value: Any, at_least: int | None = None) -> int:
@@ -78,9 +79,14 @@ def server_urls(url: Any) -> list[str]:
             raise ValueError(f"url must begin with http:// or https://, got {shown}")
         try:
             parts = httpx.URL(server)
-        except httpx.InvalidURL as error:
-            raise ValueError(f"url must be a valid address: {error}") from None
-        if not parts.host or not 0 < (parts.port or 80) < 2**16 or any(map(str.isspace, server)):
+            split_credentials(server)
+            host = parts.host
+        except (httpx.InvalidURL, ValueError) as error:
+            problem = _ESCAPES if "@" in server else error  # which may quote a part of the password
+            raise ValueError(f"url must be a valid address: {problem}") from None
+        if parts.query or parts.fragment:
+            raise ValueError(f"url must have no ? and no #; {_ESCAPES}")
+        if not host or not 0 < (parts.port or 80) < 2**16 or any(map(str.isspace, server)):
             shown = parts.copy_with(username=None, password=None)
             raise ValueError(f"url must have a host, a port below 65536 and no spaces, got {str(shown)!r}")
     return [server.rstrip("/") for server in urls]

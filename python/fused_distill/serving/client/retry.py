@@ -26,6 +26,8 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _LOG_SECONDS = 10.0  # a warning follows when a request is retried for so long, and another after as long
 
+_LAST_ROUND_SECONDS = 1.0  # before the deadline, the last round over all servers begins
+
 _RETRIED_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 _DESCRIPTION_BYTES = 16 << 20  # largest response of endpoints that describe or control a server
 
@@ -126,7 +128,18 @@ class RetryingClient:
         hosts = {httpx.URL(url).host for url in self.urls}
         # A pattern without a transport takes the default one, which knows no proxy of the environment.
         direct = {f"all://[{h}]" if ":" in h else f"all://{h}": None for h in hosts if _is_loopback(h)}
-        return httpx.Client(headers=headers, transport=self._transport, mounts=direct, auth=self._auth)
+        try:
+            return httpx.Client(
+                headers=headers,
+                transport=self._transport,
+                mounts=direct,
+                auth=self._auth,
+                verify=httpx.create_ssl_context(),  # with the certificates that the environment names
+                trust_env=len(direct) < len(hosts),
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            names = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY"
+            raise ServerError(f"the environment's proxies ({names}) cannot be used: {error}") from error
 
     def close(self) -> None:
         """Close the connections; pending requests fail at once."""
@@ -172,14 +185,15 @@ class RetryingClient:
         stop, policy = session.stop, self.retries
         request = Request(method, path, body, deadline, self.timeout_seconds, accepted, max_bytes, file)
         rounds = wrong_rounds = 0
+        last_start = deadline - min(_LAST_ROUND_SECONDS, (deadline - started) / 10)
+        backoff = tenacity.wait_random_exponential(
+            policy.first_wait_seconds, policy.longest_wait_seconds, min=policy.first_wait_seconds / 2
+        ) + tenacity.wait_exception(lambda e: getattr(e, "retry_after", 0.0))
 
         @tenacity.retry(
             retry=tenacity.retry_if_exception(lambda e: getattr(e, "retry_after", None) is not None),
-            wait=tenacity.wait_random_exponential(
-                policy.first_wait_seconds, policy.longest_wait_seconds, min=policy.first_wait_seconds / 2
-            )
-            + tenacity.wait_exception(lambda e: getattr(e, "retry_after", 0.0)),
-            stop=tenacity.stop_when_event_set(stop) | tenacity.stop_before_delay(deadline - started),
+            wait=lambda state: max(0.0, min(backoff(state), last_start - time.monotonic())),
+            stop=tenacity.stop_when_event_set(stop),
             sleep=tenacity.sleep_using_event(stop),
             reraise=True,
         )
@@ -220,8 +234,10 @@ class RetryingClient:
             wrong_rounds += wrong
             if rounds == policy.attempts or wrong_rounds == policy.wrong_answers:
                 raise ServerError(f"no usable answer in {rounds} rounds: {problem}")
+            if time.monotonic() + retry_after >= last_start:
+                raise ServerError(f"no usable answer: {problem} (too late for another try)")
             self._warn(f"{method} {path}", started, deadline, problem)
-            error = ServerError(f"no usable answer: {problem} (closed or past the deadline)")
+            error = ServerError(f"no usable answer: {problem} (the client is closed)")
             error.retry_after = retry_after
             raise error
 
@@ -252,15 +268,20 @@ class _UrlCredentials(httpx.Auth):
     """Basic authentication by user names and passwords that came in the servers' addresses."""
 
     def __init__(self, servers: list[tuple[str, tuple[str, str] | None]]):
-        pairs = [(url, credentials) for url, credentials in servers if credentials is not None]
-        self._by_host = {httpx.URL(url).netloc: httpx.BasicAuth(*c) for url, c in pairs}
+        pairs = [(httpx.URL(url), credentials) for url, credentials in servers if credentials is not None]
+        # Longer paths first: a gateway may have several servers.
+        pairs.sort(key=lambda pair: len(pair[0].path), reverse=True)
+        self._servers = [
+            (url.netloc, url.path.rstrip("/") + "/", httpx.BasicAuth(*pair)) for url, pair in pairs
+        ]
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        basic = self._by_host.get(request.url.netloc)
-        if basic is None:
-            yield request
-        else:
-            yield from basic.auth_flow(request)
+        netloc, path = request.url.netloc, request.url.path
+        for host, prefix, basic in self._servers:
+            if host == netloc and path.startswith(prefix):
+                yield from basic.auth_flow(request)
+                return
+        yield request
 
 
 def _detail(response: httpx.Response) -> str:
