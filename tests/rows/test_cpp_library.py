@@ -47,6 +47,13 @@ def reason_in_a_new_process(cache: Path) -> str:
     return subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip()
 
 
+def compiler_script(path: Path, script: str | bytes) -> Path:
+    """Make a shell script that stands for a compiler."""
+    path.write_bytes(b"#!/bin/sh\n" + (script.encode() if isinstance(script, str) else script) + b"\n")
+    path.chmod(0o755)
+    return path
+
+
 def small_call(**options: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(rows, 4, generator=generator) for rows in (5, 30, 5, 30)]
@@ -118,9 +125,8 @@ def test_asking_for_cpp_without_a_compiler_is_an_error(new_process: pytest.Monke
 
 
 def test_the_compilers_first_error_is_the_reason(new_process: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    compiler = tmp_path / "broken-c++"
-    compiler.write_text("#!/bin/sh\necho 'note: x' >&2\necho 'a.h:1: error: no such header' >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    script = "echo 'note: x' >&2\necho 'a.h:1: error: no such header' >&2\nexit 1"
+    compiler = compiler_script(tmp_path / "broken-c++", script)
     new_process.setenv("CXX", str(compiler))
     new_process.setenv(library.CACHE_VARIABLE, str(tmp_path / "cache"))
     assert str(library.why_unavailable()).endswith("failed: a.h:1: error: no such header")
@@ -129,9 +135,8 @@ def test_the_compilers_first_error_is_the_reason(new_process: pytest.MonkeyPatch
 
 def test_the_compiler_may_be_given_with_arguments(new_process: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = tmp_path / "arguments"
-    compiler = tmp_path / "c++ with a space"
-    compiler.write_text(f'#!/bin/sh\necho "$@" >> {arguments}\nexec c++ "$@"\n')
-    compiler.chmod(0o755)
+    script = f'echo "$@" >> {arguments}\nexec c++ "$@"'
+    compiler = compiler_script(tmp_path / "c++ with a space", script)
     new_process.setenv("CXX", f"'{compiler}' -DNEW_MACRO")
     new_process.setenv(library.CACHE_VARIABLE, str(tmp_path / "cache"))
     assert library.why_unavailable() is None
@@ -160,9 +165,7 @@ def test_a_compiler_that_does_not_exist_is_the_reason(new_process: pytest.Monkey
 def test_a_compilers_message_in_another_encoding_is_shown(
     new_process: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    compiler = tmp_path / "broken-c++"
-    compiler.write_bytes(b"#!/bin/sh\necho 'error: ung\xfcltig' >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    compiler = compiler_script(tmp_path / "broken-c++", b"echo 'error: ung\xfcltig' >&2\nexit 1")
     new_process.setenv("CXX", str(compiler))
     new_process.setenv(library.CACHE_VARIABLE, str(tmp_path))
     assert str(library.why_unavailable()).endswith("failed: error: ung\ufffdltig")
@@ -192,13 +195,13 @@ def test_a_library_that_another_process_has_built_is_not_replaced(
     new_process: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Another machine may have loaded it from a network file system."""
-    compiler, other = tmp_path / "c++", tmp_path / "other"
-    compiler.write_text(
-        '#!/bin/sh\nc++ "$@" || exit 1\n'
+    other = tmp_path / "other"
+    compiler = compiler_script(
+        tmp_path / "c++",
+        'c++ "$@" || exit 1\n'
         f'case "$*" in *-shared*-o*) for out; do :; done; cp "$out" "{tmp_path}/cache/$(basename "$out")";\n'
-        f'stat -c %i "{tmp_path}/cache/$(basename "$out")" > "{other}";; esac\n'
+        f'stat -c %i "{tmp_path}/cache/$(basename "$out")" > "{other}";; esac',
     )
-    compiler.chmod(0o755)
     new_process.setenv("CXX", str(compiler))
     new_process.setenv(library.CACHE_VARIABLE, str(tmp_path / "cache"))
     assert library.why_unavailable() is None
@@ -226,8 +229,7 @@ def test_processors_with_other_instructions_have_libraries_of_their_own(
     new_process.setenv("CXX", str(compiler))
     new_process.setenv(library.CACHE_VARIABLE, str(tmp_path / "cache"))
     for macro in ("__EXTENSION_A__", "__EXTENSION_B__"):
-        compiler.write_text(f'#!/bin/sh\nexec c++ -D{macro} "$@"\n')
-        compiler.chmod(0o755)
+        compiler_script(compiler, f'exec c++ -D{macro} "$@"')
         library._library.cache_clear()  # pyright: ignore[reportPrivateUsage]
         assert library.why_unavailable() is None
     assert len([*(tmp_path / "cache").iterdir()]) == 2

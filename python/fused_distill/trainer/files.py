@@ -82,11 +82,14 @@ def _load(source: str, files: list[str]) -> Dataset:
         raise unreadable(source, files, error.__cause__ or error) from error
 
 
+def _open(file: str, mode: str, **options: Any) -> Any:
+    """Open a file that may be gzipped."""
+    return (gzip.open if file.lower().endswith(".gz") else open)(file, mode, **options)
+
+
 def _csv_options(file: str) -> dict[str, Any]:
     """Return options of datasets by which every cell of a CSV file is text, and null if it is empty."""
-    with (gzip.open if file.lower().endswith(".gz") else open)(
-        file, "rt", encoding="utf-8-sig", newline=""
-    ) as stream:
+    with _open(file, "rt", encoding="utf-8-sig", newline="") as stream:
         columns = next(csv.reader(stream), [])
     features = Features({name: Value("string") for name in columns})
     return {"features": features, "keep_default_na": False, "na_values": [""]}
@@ -105,7 +108,7 @@ def _first_line(error: BaseException) -> str:
 def _find_problem(file: str) -> str | None:
     """Return what is wrong in a file that could not be read, None if nothing was found."""
     try:
-        with (gzip.open if file.lower().endswith(".gz") else open)(file, "rb") as stream:
+        with _open(file, "rb") as stream:
             content = stream.read()
     except (OSError, EOFError) as error:
         return f"{file} cannot be read: {_first_line(error)}"

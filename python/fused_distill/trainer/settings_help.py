@@ -18,7 +18,7 @@ def help_lines(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterat
         types = [field.annotation, *(() if by_name else get_args(field.annotation))]
         section = next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
         if section is not None:
-            absent = "" if field.default is not None or field.is_required() else " [null]"
+            absent = " [null]" if field.default is None else ""
             told = f"{section.__doc__ or ''} {field.description or ''}"
             yield f"{prefix}{name}{absent}: {' '.join(told.split())}"
             yield from help_lines(section, f"{prefix}{name}.")
