@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -33,14 +34,18 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def interrupt_when(condition: Callable[[], bool]) -> None:
+def press_ctrl_c() -> None:
+    ident = threading.main_thread().ident
+    assert ident is not None
+    signal.pthread_kill(ident, signal.SIGINT)
+
+
+def interrupt_when(condition: Callable[[], bool], interrupt: Callable[[], None] = press_ctrl_c) -> None:
     """Press Ctrl-C when the condition is true."""
 
     def wait() -> None:
         wait_until(condition, 60)
-        ident = threading.main_thread().ident
-        assert ident is not None
-        signal.pthread_kill(ident, signal.SIGINT)
+        interrupt()
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -113,6 +118,16 @@ def test_ctrl_c_ends_rollouts_on_a_stuck_server() -> None:
 def test_ctrl_c_ends_the_wait_between_two_attempts() -> None:
     client, requests = client_of_responses(httpx.Response(503, headers={"Retry-After": "600"}))
     interrupt_when(lambda: bool(requests))
+    with pytest.raises(KeyboardInterrupt):
+        client.get_sequence_logprobs([[1, 2]], [1])
+    assert len(requests) == 1
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_just_before_a_wait_begins_ends_it() -> None:
+    client, requests = client_of_responses(httpx.Response(503, headers={"Retry-After": "60"}))
+    # Unlike a signal, this does not wake a thread that waits, just as a signal does not that comes too early.
+    interrupt_when(lambda: bool(requests), interrupt=_thread.interrupt_main)
     with pytest.raises(KeyboardInterrupt):
         client.get_sequence_logprobs([[1, 2]], [1])
     assert len(requests) == 1

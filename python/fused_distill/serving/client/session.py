@@ -15,6 +15,8 @@ import httpx
 
 T = TypeVar("T")
 
+_SIGNAL_SECONDS = 0.5  # a signal that just misses the beginning of a wait is handled after so long
+
 
 class ServerError(ConnectionError):
     """No server gave a usable answer; the message holds the last server's response or error."""
@@ -92,7 +94,10 @@ class Session:
             for _ in range(min(len(calls), self.concurrency)):
                 threading.Thread(target=work, name="fused-distill-client", daemon=True).start()
             while len(results) < len(calls):
-                outcome = done.get()
+                try:
+                    outcome = done.get(timeout=_SIGNAL_SECONDS)
+                except queue.Empty:
+                    continue
                 if isinstance(outcome, BaseException):
                     raise outcome
                 results[outcome[0]] = outcome[1]
