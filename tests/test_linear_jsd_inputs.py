@@ -76,6 +76,7 @@ INVALID = [
     ("surplus", ValueError, {"surplus": "tail"}),
     ("reduction", ValueError, {"reduction": "batchmean"}),
     ("normalizer", ValueError, {"normalizer": 0.0}),
+    ("normalizer", TypeError, {"normalizer": torch.tensor(1j)}),
     ("normalizer", ValueError, {"normalizer": torch.ones(2)}),
     ("normalizer", ValueError, {"normalizer": torch.tensor(-3)}),
     ("normalizer", ValueError, {"normalizer": torch.tensor(0)}),

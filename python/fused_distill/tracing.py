@@ -44,13 +44,13 @@ def without_data() -> bool:
 
 
 def check_has_data(name: str, tensor: object, mask: object) -> None:
-    """Require a tensor with data, and under torch.export no mask, whose tokens could not be counted."""
+    """Require a tensor with data, and no mask whose valid tokens a record or simulation could not count."""
     if isinstance(tensor, Tensor) and tensor.is_meta:
         raise ValueError(
             f"{name} must be on a device with data, got meta; fused_distill.plan takes tensors on meta"
         )
-    if mask is not None and torch.compiler.is_exporting():
+    if mask is not None and without_data():
         raise ValueError(
-            "mask must be None under torch.export, which cannot count valid tokens: "
-            "use token_weight, or select the tokens before the call"
+            "mask must be None under torch.export, make_fx and FakeTensorMode, "
+            "which cannot count valid tokens: use token_weight, or select the tokens before the call"
         )

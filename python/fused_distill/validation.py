@@ -38,6 +38,8 @@ def check_normalizer(
             f'normalizer replaces the token count of reduction="mean", got reduction={reduction!r}'
         )
     if isinstance(normalizer, Tensor):
+        if normalizer.is_complex():
+            raise TypeError(f"normalizer must be a real number, got a tensor of {normalizer.dtype}")
         if normalizer.dim() != 0:
             raise ValueError(
                 f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"

@@ -133,6 +133,14 @@ def test_export_with_a_mask_is_refused_by_name() -> None:
         torch.export.export(model, (*full(), torch.ones(6, dtype=torch.bool)), strict=False)
 
 
+def test_a_mask_is_refused_by_name_where_its_tokens_cannot_be_counted() -> None:
+    mask = torch.ones(6, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"^mask must be None under torch\.export, make_fx and"):
+        make_fx(lambda *t: fused_linear_jsd(*t[:4], mask=t[4]))(*full(), mask)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=r"^mask must be None"):
+        fused_linear_jsd(*(mode.from_tensor(t) for t in full()), mask=mode.from_tensor(mask))
+
+
 @pytest.mark.parametrize(("function", "arguments"), FUSED + REFERENCES)
 def test_tensors_without_data_are_refused_by_name(function: Any, arguments: Any) -> None:
     with pytest.raises(ValueError, match="hidden must be on a device with data, got meta"):

@@ -200,6 +200,15 @@ def test_sharded_heads_are_gathered() -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("count", [7, torch.tensor(7), torch.tensor([7])])
+def test_the_loss_is_divided_by_the_number_of_items_in_any_form(count: Any) -> None:
+    hidden, weight = torch.randn(2, 3, 8), torch.randn(40, 8)
+    heads, mask = (weight, weight + 1), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    actual = compat._divergence_loss(hidden, hidden + 1, *heads, mask, 0.5, count)
+    expected = local._chunked_divergence_loss(hidden, hidden + 1, *heads, mask, 0.5, 7)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_shards_that_cannot_be_gathered_are_refused() -> None:
     hidden, weight, mask = torch.randn(2, 3, 8), torch.randn(40, 8), torch.ones(2, 3)
     flat = weight.flatten()[:160]  # as under FSDP1 outside the forward of the unit that holds the weight

@@ -117,7 +117,7 @@ def _divergence_loss(
     """Replace `_chunked_divergence_loss`: return the loss, the summed student entropy and the token count."""
     mask = completion_mask != 0
     if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
+        num_items_in_batch = num_items_in_batch.to(student_hidden_states.device).squeeze()
     with (
         _gathered(student_lm_head_weight, student_lm_head_bias, student_hidden_states) as student,
         _gathered(teacher_lm_head_weight, teacher_lm_head_bias, teacher_hidden_states) as teacher,
