@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_an_unreachable_server_is_retried_until_the_deadline_only(error: type[ht
     policy = RetryPolicy(first_wait_seconds=0.001, longest_wait_seconds=0.002)
     client = TeacherClient("http://teacher", retries=policy, transport=httpx.MockTransport(handle))
     assert client.get_sequence_logprobs([[1, 2]], [1]).actual_logprobs.tolist() == [-2]
+
+
+def test_a_server_whose_certificate_is_refused_is_not_asked_until_the_deadline() -> None:
+    attempts: list[httpx.Request] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        attempts.append(request)
+        # httpx and httpcore each raise an error of their own from the one before.
+        try:
+            raise OSError from ssl.SSLCertVerificationError("self-signed certificate")
+        except OSError as error:
+            raise httpx.ConnectError("certificate verify failed") from error
+
+    policy = RetryPolicy(wrong_answers=7, first_wait_seconds=0.001, longest_wait_seconds=0.002)
+    client = TeacherClient("https://teacher", retries=policy, transport=httpx.MockTransport(handle))
+    with pytest.raises(ServerError, match=r"in 7 rounds: .* certificate verify failed"):
+        client.info()
+    assert len(attempts) == 7
 
 
 @pytest.mark.parametrize("wrong", [httpx.Response(500), httpx.Response(200, content=b"nonsense")])

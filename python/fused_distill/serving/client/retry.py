@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -50,7 +51,9 @@ class RetryPolicy:
     attempts: int | None = None  # rounds over all servers, not counting 429 (full queue); None: no limit
     first_wait_seconds: float = 0.25  # after a round; doubles every time, with jitter, plus Retry-After
     longest_wait_seconds: float = 8.0
-    wrong_answers: int = 20  # rounds in which a server answered with status 500 or an unreadable response
+    wrong_answers: int = (
+        20  # rounds with status 500, an unreadable response or a certificate that was refused
+    )
 
     def __post_init__(self) -> None:
         if self.attempts is not None:
@@ -221,7 +224,7 @@ class RetryingClient:
                     if not (unreadable or isinstance(error, httpx.RequestError) or stop.is_set()):
                         raise
                     problem, busy = f"{name}: {type(error).__name__}: {error}", False
-                    wrong |= unreadable or isinstance(error, _NOT_SENT)
+                    wrong |= unreadable or isinstance(error, _NOT_SENT) or _untrusted(error)
                     continue
                 problem = f"{name}: {response.status_code} {_detail(response)}"
                 if response.status_code not in _RETRIED_STATUSES:
@@ -262,6 +265,13 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def _untrusted(error: BaseException | None) -> bool:
+    """Return whether a server's TLS certificate was refused; httpx's error has ssl's among its causes."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__
+    return error is not None
 
 
 class _UrlCredentials(httpx.Auth):
