@@ -64,8 +64,23 @@ def adapted(model: Any, **options: Any) -> Any:
 
 def test_model_without_a_head_is_refused() -> None:
     model = transformers.AutoModel.from_config(tiny_model("llama").config)
-    with pytest.raises(ValueError, match="model must have output embeddings, got LlamaModel"):
+    with pytest.raises(
+        ValueError, match=r"model must have output embeddings, got LlamaModel: load it with Auto"
+    ):
         lm_head_of(model)
+
+
+def test_what_is_no_causal_language_model_is_refused(llama: Any) -> None:
+    for wrong in ("llama", llama.lm_head):
+        with pytest.raises(
+            ValueError, match=f"must be a transformers causal language model, got {type(wrong).__name__}"
+        ):
+            lm_head_of(wrong)
+
+
+def test_hidden_states_do_not_depend_on_labels(llama: Any) -> None:
+    expected = last_hidden_states(llama, input_ids=TOKENS)
+    assert torch.equal(last_hidden_states(llama, input_ids=TOKENS, labels=TOKENS), expected)
 
 
 @pytest.mark.parametrize(

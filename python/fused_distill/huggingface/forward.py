@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -39,6 +40,43 @@ def run_inside_forward(
     with replaced_forward(module, replacement):
         wrapper(*inputs)
     return results[0]  # the wrapper's own return value may be cast by FSDP
+
+
+class _InOneGraph(torch.autograd.Function):
+    """Return a tensor whose graph also leads to others, which get no gradient; their hooks run."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *others: Tensor) -> Tensor:
+        ctx.n_others = len(others)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], *[None] * ctx.n_others
+
+
+def states_at_head(model: Callable[..., Any], head: nn.Module, **inputs: Any) -> Tensor:
+    """Return the (B, L, D) input of `head`, a model's LM head, without its product.
+
+    A wrapper finds all it looks for in the graph: DDP the parameters of the head, which the loss uses
+    beside the states, and FSDP2 the model's output, before whose backward pass it gathers the weights.
+
+    Args:
+        model: called with `inputs`; the model or what wraps it.
+        head: the output layer of the model.
+        inputs: of the model.
+    """
+    kept = list[Tensor]()
+
+    def replacement(states: Tensor) -> Tensor:
+        kept.append(states)
+        placeholder: Any = _InOneGraph.apply(states.new_zeros(1, 1, 1), states, *head.parameters())
+        return placeholder.clone()  # FSDP2 warns of views
+
+    with replaced_forward(head, replacement):
+        output = model(**inputs)
+    logits = output.logits if hasattr(output, "logits") else output[0]
+    return _InOneGraph.apply(kept[0], logits)  # pyright: ignore[reportReturnType]
 
 
 def run_at_head(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .forward import run_at_head
+from .forward import states_at_head
 from .head_check import HeadCheck, check_head, config_numbers
 from .head_weight import head_weight
 
@@ -59,6 +59,9 @@ def lm_head_of(model: Any) -> LMHeadParams:
     The head belongs to the hidden states that `last_hidden_states` returns. Some models, e.g. RoBERTa,
     transform those of `model.get_decoder()` before the head; then there is a warning.
 
+    Args:
+        model: it may be wrapped by PEFT, DDP, FSDP2 or torch.compile.
+
     Raises:
         ValueError: the model has no output embeddings, or its logits do not follow from them by a bias, a
             scale and a softcap.
@@ -78,13 +81,14 @@ def last_hidden_states(model: Any, **inputs: Any) -> Tensor:
     """Return the (B, L, D) hidden states that a model gives to its LM head, computing no logits.
 
     Args:
-        model: a `transformers` causal language model, which may be wrapped by PEFT or DDP.
-        inputs: of its forward, e.g. input_ids and attention_mask.
+        model: a `transformers` causal language model, which may be wrapped by PEFT, DDP or FSDP2.
+        inputs: of its forward, e.g. input_ids and attention_mask. `labels` are left out: no loss is computed.
+
+    Raises:
+        ValueError: the model has no output embeddings.
     """
-    inner = model
-    while not hasattr(inner, "get_output_embeddings"):
-        inner = inner.module  # of DDP
-    return run_at_head(model, output_layer(inner), lambda states: states, **inputs)
+    inputs.pop("labels", None)
+    return states_at_head(model, output_layer(_causal_lm(model)), **inputs)
 
 
 def checked_head(model: Any, run: Callable[..., Any] | None = None) -> tuple[LMHeadParams, HeadCheck | None]:
@@ -95,7 +99,7 @@ def checked_head(model: Any, run: Callable[..., Any] | None = None) -> tuple[LMH
         run: calls the model if it is sharded, e.g. its FSDP wrapper. All processes must then call this
             function at the same time. None: a sharded model is not checked.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = _causal_lm(model)
     if hasattr(model, "get_base_model"):  # of PEFT, with the adapters in its layers
         model = model.get_base_model()
     layer, sharded = output_layer(model), _is_sharded(model)
@@ -119,6 +123,18 @@ def checked_head(model: Any, run: Callable[..., Any] | None = None) -> tuple[LMH
     if check.n_logits < len(weight):
         weight, bias = weight[: check.n_logits], None if bias is None else bias[: check.n_logits]
     return LMHeadParams(weight, bias, check.logit_scale, check.softcap), check
+
+
+def _causal_lm(model: Any) -> Any:
+    """Return what DDP and torch.compile wrap."""
+    while not hasattr(model, "get_output_embeddings"):
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if inner is None:
+            raise ValueError(
+                f"model must be a transformers causal language model, got {type(model).__name__}"
+            )
+        model = inner
+    return getattr(model, "_orig_mod", model)  # forwards attributes
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -148,7 +164,10 @@ def output_layer(model: Any) -> nn.Module:
     """Return the output layer of a causal language model, which must have one."""
     layer = model.get_output_embeddings()
     if layer is None:
-        raise ValueError(f"model must have output embeddings, got {type(model).__name__}")
+        raise ValueError(
+            f"model must have output embeddings, got {type(model).__name__}: "
+            "load it with AutoModelForCausalLM.from_pretrained"
+        )
     return layer
 
 
