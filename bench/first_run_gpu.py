@@ -33,6 +33,7 @@ def run(check: Check, setting: Setting) -> dict[str, Any]:
         if check.needs_cuda and setting.device.type != "cuda":
             raise CheckSkipped("needs CUDA or ROCm")
         result = check.function(setting)
+        setting.synchronize()  # so that a fault of the GPU belongs to the check that caused it
         outcome |= {"problems": result.problems, "rows": result.rows}
         outcome["status"] = "problem" if result.problems else "ok"
     except CheckSkipped as reason:
@@ -40,9 +41,18 @@ def run(check: Check, setting: Setting) -> dict[str, Any]:
     except Exception as error:
         outcome |= {"status": "error", "reason": f"{type(error).__name__}: {error}"}
         outcome["traceback"] = traceback.format_exc()
-    if setting.device.type == "cuda":
-        torch.cuda.empty_cache()
     return {**outcome, "seconds": time.perf_counter() - started}
+
+
+def can_go_on(setting: Setting) -> bool:
+    """Free the memory of a check, and return False if a fault has made the GPU useless to this process."""
+    try:
+        setting.synchronize()
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+    except Exception:  # drivers raise many types
+        return False
+    return True
 
 
 def report(outcomes: Iterable[dict[str, Any]]) -> str:
@@ -84,6 +94,9 @@ def main() -> int:
             outcomes.append(run(check, setting))
             print(report(outcomes[-1:]), flush=True)
             write_json(output, {**content, "outcomes": outcomes})
+            if not can_go_on(setting):
+                print("The GPU takes no more work from this process. Run the checks that follow with -k.")
+                break
     counts = {
         status: sum(o["status"] == status for o in outcomes)
         for status in ("ok", "problem", "error", "skipped")

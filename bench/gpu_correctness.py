@@ -94,9 +94,10 @@ def _compare_products(setting: Setting, dtype: torch.dtype, rows: int, result: C
         "logits": relative_error(logits[:, part], hidden.double() @ weight[part].double().T),
         "gradient": relative_error(total[part], 2 * (gradient[:, part].double().T @ hidden.double())),
     }
-    for name, error in errors.items():
+    for (name, error), terms in zip(errors.items(), (width, rows), strict=True):
         where = f"{name}, {dtype_name(dtype)}, {rows} rows"
-        result.expect(error < 1e-5, f"{where}: relative error {error:.1e}")
+        # Tensor cores cut off the sum after every few terms instead of rounding it.
+        result.expect(error < max(1e-5, 5e-9 * terms), f"{where}: relative error {error:.1e}")
     result.expect(not padded[:, vocab:].any(), "a product wrote outside its columns")
     tera_operations = 2e-12 * rows * vocab * width
     rates = {

@@ -137,7 +137,12 @@ def synchronisations(setting: Setting) -> CheckResult:
     result = CheckResult()
     inputs = inputs_of(setting)
     mask = torch.arange(setting.tokens, device=setting.device) % 3 > 0
-    for name, options, allowed in (("no mask", {}, 0), ("mask", {"mask": mask}, 1)):
+    calls: list[tuple[str, dict[str, Any], int]] = [
+        ("no mask", {}, 0),
+        ("mixed KL", {"divergence": "mixed_kl"}, 0),
+        ("mask", {"mask": mask}, 1),
+    ]
+    for name, options, allowed in calls:
         step = step_of(inputs, **options)
         step()
         torch.cuda.set_sync_debug_mode("warn")

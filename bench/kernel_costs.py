@@ -59,16 +59,14 @@ def full_with_every_option(**options: Any) -> Callable[[int], Any]:
     def run(vocab: int) -> None:
         student_bias, teacher_bias = torch.zeros(2, vocab, dtype=torch.bfloat16)
         full(
-            **options,
             student_bias=student_bias.requires_grad_(),
             teacher_bias=teacher_bias,
-            student_softcap=30.0,
-            teacher_softcap=30.0,
             temperature=0.7,
             labels=torch.zeros(TOKENS, dtype=torch.int64),
             token_weight=torch.ones(TOKENS),
             hard_weight=0.5,
             return_stats=True,
+            **{"student_softcap": 30.0, "teacher_softcap": 30.0, **options},
         )(vocab)
 
     return run
@@ -163,6 +161,18 @@ CALLS = [
     Call(OURS, "topk_logprobs", teacher_logprobs),
     *(Call("TRL", f"beta {beta:g}", trl(beta), max_columns=32768) for beta in (0.0, 0.5, 1.0)),
     *(Call("Liger Triton", f"beta {beta:g}", liger(beta)) for beta in (0.0, 0.5, 1.0)),
+]
+
+# Logits of the two models that are not transformed alike: compiled by tests, not counted.
+UNLIKE_TRANSFORMS = [
+    Call(OURS, str(options), full_with_every_option(**options))
+    for options in (
+        {"student_softcap": None},
+        {"teacher_softcap": None},
+        {"student_softcap": 20.0},
+        {"teacher_logit_scale": 0.5},
+        {"student_softcap": None, "teacher_softcap": None, "student_logit_scale": 2.0},
+    )
 ]
 
 

@@ -73,6 +73,9 @@ def commit() -> str:
     Commits that change only results or documentation do not count, so that results between them agree.
     """
 
+    if shutil.which("git") is None:
+        return ""
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()

@@ -48,9 +48,11 @@ def scaled(x, error, scale, softcap):
     """Return the logit of x + error, its rounding error without a softcap, and its derivative over scale."""
     if softcap is not None:
         t = tanh(x, scale / softcap)
-        return softcap * t, 0.0, tl.maximum(1.0 - t * t, 0.0)
-    y = x * scale
-    return y, tl.fma(x, scale, -y) + error * scale, 1.0
+        y, rounding, derivative = softcap * t, 0.0, tl.maximum(1.0 - t * t, 0.0)
+    else:
+        y = x * scale
+        rounding, derivative = tl.fma(x, scale, -y) + error * scale, 1.0
+    return y, rounding, derivative
 
 
 @triton.jit

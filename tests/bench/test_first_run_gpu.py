@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import INTERPRETED
 from first_run_checks import Check, CheckResult, Setting
-from first_run_gpu import report, run
+from first_run_gpu import can_go_on, report, run
 from gpu_correctness import products
 from gpu_speed import alarms
 from launches import half_products_on_the_cpu
@@ -53,6 +53,18 @@ def test_a_check_that_raises_is_recorded_as_an_error() -> None:
     assert outcome["status"] == "error"
     assert outcome["reason"] == "ZeroDivisionError: no time"
     assert "test_first_run_gpu.py" in outcome["traceback"]
+
+
+def test_a_check_that_leaves_the_gpu_useless_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    setting = Setting(torch.device("cuda"), small=True)
+    outcome = run(Check("reads beyond its tensor", True, lambda setting: CheckResult()), setting)
+    assert outcome["status"] == "error"
+    assert outcome["reason"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert not can_go_on(setting)
 
 
 def test_a_problem_is_recorded_and_reported() -> None:

@@ -230,3 +230,8 @@ def test_a_worker_that_was_killed_can_be_closed() -> None:
     with pytest.raises(ProviderFailed, match="process ended with status -9"):
         worker.reset()
     worker.close()
+
+
+def test_a_machine_without_git_measures_without_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert suite.commit() == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,9 +14,12 @@ from emulated_gpu import gpu_rules
 from fused_distill import fused_linear_jsd
 from fused_distill.chunked.grad_scale import excess_over_bound, float16_grad_scale, largest_logit_gradient
 from fused_distill.chunked.lm_head import LMHead
+from fused_distill.chunked.loop import _per_token
 from fused_distill.config import LossConfig, TopKLossConfig
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 
@@ -206,3 +210,22 @@ def test_a_head_under_autocast_is_converted_once_per_call() -> None:
     assert loss.isfinite()
     assert [head.weight.dtype for head in converted] == [torch.bfloat16, torch.bfloat16]
     assert not any(head.converts for head in converted)
+
+
+class Operators(TorchDispatchMode):
+    """Keeps the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_reverse_weight_that_is_a_number_is_not_copied_to_the_gpu() -> None:
+    with FakeTensorMode(), Operators() as operators:
+        weights = _per_token(0.3, torch.empty(2, 3, device="cuda"))
+    assert weights.shape == (2,)
+    assert "aten._to_copy.default" not in operators.names

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,19 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from kernel_costs import CALLS, CLIPPED, DIVERGENCES, OURS, Call, Cost, measure, topk
+from kernel_costs import (
+    CALLS,
+    CLIPPED,
+    DIVERGENCES,
+    OURS,
+    UNLIKE_TRANSFORMS,
+    Call,
+    Cost,
+    full,
+    measure,
+    record,
+    topk,
+)
 from machine_code import TARGETS
 
 MAX_REGISTERS_PER_THREAD = 255
@@ -72,6 +86,23 @@ def test_kernels_of_a_support_of_256_columns_do_not_spill(target: str) -> None:
     assert {"support_loss_kernel", "take_support_kernel"} <= {cost.kernel for cost in costs}
     assert {name: cost.spilled for name, cost in named(costs).items() if cost.spilled} == {}
     assert [name for name, cost in named(costs).items() if cost.registers > MAX_REGISTERS_PER_THREAD] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_for_logits_that_are_not_transformed_alike(target: str) -> None:
+    costs = measure([target], calls=UNLIKE_TRANSFORMS)
+    calls = {(cost.kernel, call) for cost in costs for call in cost.calls}
+    assert {(kernel, call.name) for kernel in ROW_KERNELS for call in UNLIKE_TRANSFORMS} <= calls
+
+
+@pytest.mark.parametrize("vocab", [1, 2])
+@pytest.mark.parametrize("run", [full(return_stats=True), topk(support=1)], ids=["full", "topk"])
+def test_kernels_compile_for_the_smallest_sizes(run: Callable[[int], Any], vocab: int) -> None:
+    """The compiler makes constants of integers equal to 1, which the interpreter does not."""
+    launches = record(Call(OURS, "", run), vocab)
+    assert launches
+    for launch in launches:
+        launch.compile(TARGETS["sm_90"])
 
 
 def test_kernels_leave_room_for_other_blocks(costs: list[Cost]) -> None:

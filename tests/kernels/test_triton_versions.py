@@ -12,8 +12,9 @@ import pytest
 VERSIONS = sorted(Path(sys.prefix).glob("triton-*/triton"))
 COMPILE = """
 import triton
-from kernel_costs import CALLS, OURS, measure
-print(triton.__version__, len(measure(["sm_90"], calls=[call for call in CALLS if call.provider == OURS])))
+from kernel_costs import CALLS, OURS, UNLIKE_TRANSFORMS, measure
+calls = [*(call for call in CALLS if call.provider == OURS), *UNLIKE_TRANSFORMS]
+print(triton.__version__, len(measure(["sm_90"], calls=calls)))
 """
 
 

@@ -101,7 +101,8 @@ def prepare(
 def _per_token(value: float | Tensor, hidden: Tensor) -> Tensor:
     """Return a number or a tensor of the tokens' shape as (N,), as a view where it can be."""
     if not isinstance(value, Tensor):
-        value = torch.tensor(value, dtype=float64_if_supported(hidden.device), device=hidden.device)
+        # Unlike torch.tensor, this copies nothing to a GPU, for which the host would wait.
+        value = torch.full((), value, dtype=float64_if_supported(hidden.device), device=hidden.device)
     return value.detach().expand(hidden.shape[:-1]).reshape(-1)
 
 
