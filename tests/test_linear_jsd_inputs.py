@@ -168,6 +168,13 @@ def test_unknown_choice_is_named_with_the_known_ones(name: str, value: object) -
         fused_linear_jsd(**{**valid(), name: value})
 
 
+def test_the_name_of_a_plain_kl_is_answered_by_how_to_get_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"^divergence must be .*'jsd'.* with beta 0 and 1\), got 'reverse_kl'"
+    ):
+        fused_linear_jsd(**{**valid(), "divergence": "reverse_kl"})
+
+
 @pytest.mark.parametrize("smaller", ["student_weight", "teacher_weight"])
 def test_vocab_size_may_be_as_large_as_the_smaller_head_and_no_larger(smaller: str) -> None:
     tensors = valid()

@@ -84,7 +84,7 @@ def test_ids_of_absent_entries_and_masked_tokens_do_not_matter() -> None:
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_logits_in_place_of_log_probabilities_are_named(backend: Backend) -> None:
     arguments = valid() | {"teacher_logprobs": torch.tensor([[2.0, -1.0]] * N)}
-    with pytest.raises(ValueError, match=r"^teacher_logprobs must be logarithms.*log_softmax.*, got 2"):
+    with pytest.raises(ValueError, match=r"^teacher_logprobs must not be above 0.*log_softmax.*, got 2"):
         fused_linear_topk_jsd(**arguments, backend=backend)
 
 

@@ -108,7 +108,8 @@ class LossConfig:
             raise ValueError(f"beta must be between 0 (forward KL) and 1 (reverse KL), got {self.beta}")
         if not 0 <= self.alpha < 1:
             raise ValueError(f"alpha must be at least 0 and less than 1, got {self.alpha}")
-        require_choice("divergence", self.divergence, get_args(Divergence))
+        hint = 'forward and reverse KL are "jsd" with beta 0 and 1'
+        require_choice("divergence", self.divergence, get_args(Divergence), hint)
         _require_used(self, "beta", 'divergence "jsd"', self.divergence == "jsd")
         _require_used(self, "alpha", "a skewed KL", self.divergence.startswith("skew"))
         require_choice("surplus", self.surplus, get_args(Surplus))
@@ -279,10 +280,11 @@ _CHECKS: dict[Callable[[str, object], object], tuple[str, ...]] = {
 }
 
 
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Require one of the choices."""
+def require_choice(name: str, value: object, choices: tuple[str, ...], hint: str = "") -> None:
+    """Require one of the choices; the hint is for those who miss one."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        known = ", ".join(map(repr, choices)) + (f" ({hint})" if hint else "")
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
 def _require_used(config: LossConfig, name: str, user: str, used: bool) -> None:

@@ -133,7 +133,7 @@ def fused_linear_jsd(
             entries of its tokens: `token_weight=lambda stats, position: ...` with {"position": positions}.
         labels: (...) token ids below vocab_size for the cross entropy at temperature 1; -100 means no label.
             Those of masked tokens are ignored.
-        hard_weight: >= 0, weight of the cross entropy.
+        hard_weight: >= 0, weight of the cross entropy; with 0, the default, labels have no effect.
         soft_weight: >= 0, weight of the divergence.
         vocab_size: compare only the first vocab_size columns, in the cross entropy too. None: min(Vs, Vt).
         surplus: what becomes of the student's rows from vocab_size on. "ignore": they do not exist for the
@@ -183,13 +183,13 @@ def fused_linear_jsd(
 
 
 class FusedLinearJSDLoss(nn.Module):
-    """`fused_linear_jsd` as a module: options at construction, tensors and normalizer at the call.
+    """`fused_linear_jsd` as a module: options at construction, tensors at the call.
 
-    The options are the keyword arguments of `fused_linear_jsd` that are neither tensors nor normalizer.
+    The options are the keyword arguments of `fused_linear_jsd` that `forward` does not take.
 
     Example:
         >>> loss_fn = FusedLinearJSDLoss(beta=0.5, temperature=0.9)
-        >>> loss = loss_fn(student_hidden, student_head, teacher_hidden, teacher_head, mask=completion_mask)
+        >>> loss = loss_fn(student_hidden, student_head, teacher_hidden, teacher_head, mask=mask)
 
     Raises:
         ValueError, TypeError: an option is invalid (the message names it).

@@ -113,8 +113,8 @@ def fused_linear_topk_jsd(
         token_data: (...) tensors by name for a function token_weight, as in `fused_linear_jsd`.
         labels: (...) token ids for the cross entropy at temperature 1 over all columns; -100 means no label.
             Those of masked tokens are ignored.
-        hard_weight: >= 0, weight of the cross entropy. If it is not 0, "renormalize" projects the whole
-            vocabulary.
+        hard_weight: >= 0, weight of the cross entropy; with 0 labels have no effect. If it is not 0,
+            "renormalize" projects the whole vocabulary.
         soft_weight: >= 0, weight of the divergence.
         vocab_size: the vocabulary is the first vocab_size columns. None: Vs.
         surplus: what becomes of the student's rows from vocab_size on. "ignore": they do not exist for the
@@ -150,13 +150,13 @@ def fused_linear_topk_jsd(
 
 
 class FusedLinearTopKJSDLoss(nn.Module):
-    """`fused_linear_topk_jsd` as a module: options at construction, tensors and normalizer at the call.
+    """`fused_linear_topk_jsd` as a module: options at construction, tensors at the call.
 
-    The options are the keyword arguments of `fused_linear_topk_jsd` that are neither tensors nor normalizer.
+    The options are the keyword arguments of `fused_linear_topk_jsd` that `forward` does not take.
 
     Example:
         >>> loss_fn = FusedLinearTopKJSDLoss(beta=0.5, tail="bucket")
-        >>> loss = loss_fn(student_hidden, student_head, logprobs, ids, mask=completion_mask)
+        >>> loss = loss_fn(student_hidden, student_head, logprobs, ids, mask=mask)
 
     Raises:
         ValueError, TypeError: an option is invalid (the message names it).

@@ -239,12 +239,6 @@ def check_id_range(
     _require_all(inside, f"{name} must be in [0, {vocab_size}) at every valid token", ids)
 
 
-_NO_PROBABILITIES = (
-    "teacher_logprobs must be logarithms of probabilities that sum to at most 1 at every valid token "
-    "(log_softmax turns logits into these)"
-)
-
-
 def check_logprobs(logprobs: Tensor, mask: Tensor | None) -> None:
     """Require that no log-probability (..., K) of a valid token is above 0 by more than rounding.
 
@@ -253,7 +247,8 @@ def check_logprobs(logprobs: Tensor, mask: Tensor | None) -> None:
     possible = ~(logprobs > math.log1p(_ROUNDED_SUM.get(logprobs.dtype, _EXACT_SUM)))
     if mask is not None:
         possible |= ~mask.unsqueeze(-1)
-    _require_all(possible, _NO_PROBABILITIES, logprobs)
+    message = "teacher_logprobs must not be above 0 at a valid token (log_softmax turns logits into them)"
+    _require_all(possible, message, logprobs)
 
 
 def check_probabilities(logprobs: Tensor, dtype: torch.dtype) -> None:
@@ -264,7 +259,11 @@ def check_probabilities(logprobs: Tensor, dtype: torch.dtype) -> None:
         dtype: what the log-probabilities have been rounded to.
     """
     total = logprobs.exp().sum(-1)
-    _require_all(~(total > 1 + _ROUNDED_SUM.get(dtype, _EXACT_SUM)), _NO_PROBABILITIES, total)
+    message = (
+        "the probabilities of teacher_logprobs must sum to at most 1 at every valid token "
+        "(log_softmax turns logits into log-probabilities)"
+    )
+    _require_all(~(total > 1 + _ROUNDED_SUM.get(dtype, _EXACT_SUM)), message, total)
 
 
 def _require_all(holds: Tensor, message: str, values: Tensor) -> None:

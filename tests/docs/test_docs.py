@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import yaml
 from cases import INTERPRETED
@@ -100,6 +101,15 @@ def stand_in_for_vllm(model: Any) -> FastAPI:
     return app
 
 
+def tiny_tokenizer() -> Any:
+    """Return a tokenizer that knows a few words and pads with token 0."""
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "what", "is", "this"])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special)
+
+
 class Environment(dict[str, Any]):
     """Variables that the pages use without defining them."""
 
@@ -124,6 +134,8 @@ class Environment(dict[str, Any]):
             sequences=tokens.tolist(),
             prompt_lengths=[PROMPT] * BATCH,
             mask=torch.cat([completion_mask[:, 1:], torch.zeros(BATCH, 1, dtype=torch.bool)], 1),
+            tokenizer=tiny_tokenizer(),
+            questions=["what is this", "what"],
             prompts=[[3, 4, 5], [6]],
             prompt_ids=[0, 1],
             folder=folder,
