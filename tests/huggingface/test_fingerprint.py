@@ -14,7 +14,10 @@ from fused_distill.huggingface.fingerprint import (
     tensor_shapes,
     weight_files,
 )
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 
 def linear(dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
@@ -28,6 +31,17 @@ def linear(dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
 
 def test_a_bfloat16_checkpoint_keeps_its_fingerprint_in_float32() -> None:
     assert model_fingerprint(linear()) == model_fingerprint(linear(torch.float32))
+
+
+def test_a_sharded_model_has_the_fingerprint_of_the_whole_one(tmp_path: Path) -> None:
+    layer, whole = linear(), model_fingerprint(linear())
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        assert isinstance(layer.weight, DTensor)
+        assert model_fingerprint(layer) == whole
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_small_step_of_the_optimizer_changes_it() -> None:

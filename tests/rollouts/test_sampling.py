@@ -104,3 +104,12 @@ def test_random_numbers_belong_to_the_sequence_and_differ_by_all_bits_of_the_see
 def test_each_step_has_new_random_numbers() -> None:
     stream = streams()
     assert not torch.equal(stream.exponentials(4), stream.exponentials(4))
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 1e-46}, {"temperature": 1e-46, "top_p": 0.9}, {"temperature": 1e-40}], ids=str
+)
+def test_numbers_that_float32_rounds_to_0_give_the_most_likely_token(options: dict[str, float]) -> None:
+    logits = torch.tensor([[1.0, 0.0, 4.0, 2.0]])
+    sampled = sample(logits, streams(), Sampling(**options))  # pyright: ignore[reportArgumentType]
+    assert sampled.tokens.tolist() == [2]

@@ -95,6 +95,14 @@ def test_the_models_training_mode_is_restored(model: Any) -> None:
     assert model.training
 
 
+def test_a_layer_that_was_evaluated_amid_training_stays_so(model: Any) -> None:
+    model.train()
+    frozen = model.model.layers[0].mlp.eval()
+    TransformersRollouts(model).generate([[3]], Sampling(max_tokens=1))
+    assert model.training
+    assert not any(module.training for module in frozen.modules())
+
+
 INVALID_OPTIONS = [
     ("n", 0),
     ("max_tokens", 0),
@@ -113,10 +121,17 @@ def test_an_invalid_sampling_option_is_named(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "prompts", "groups"), [("prompts", [[1], []], None), ("groups", [[1], [2]], [0])]
+    ("message", "prompts", "groups"),
+    [
+        (r"prompts\[1\] must have at least one token", [[1], []], None),
+        (r"prompts\[1\]\[0\] must be an int, got 'b'", [[1], ["b"]], None),
+        ("groups must have 2 entries", [[1], [2]], [0]),
+        (r"groups\[0\] must be an int, got 'a'", [[1], [2]], ["a", "b"]),
+        (r"groups\[1\] must be an int, got 1\.5", [[1], [2]], [0, 1.5]),
+    ],
 )
-def test_invalid_prompts_are_named(model: Any, name: str, prompts: Any, groups: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{name}"):
+def test_invalid_prompts_are_named(model: Any, message: str, prompts: Any, groups: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
         TransformersRollouts(model).generate(prompts, Sampling(), groups)
 
 

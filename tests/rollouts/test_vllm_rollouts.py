@@ -120,3 +120,16 @@ def test_a_server_is_told_further_end_tokens_and_tokens_to_exclude() -> None:
 def test_tokens_that_cannot_be_excluded_are_an_error(vocab_size: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bodies_of(Sampling(vocab_size=10), vocab_size)
+
+
+def test_a_server_is_asked_for_one_of_n_greedy_completions() -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        return httpx.Response(200, json={"choices": [choice(0), choice(1)]})
+
+    with VllmRollouts("http://vllm", model="m", transport=httpx.MockTransport(answer)) as rollouts:
+        completions = rollouts.generate([[5], [6]], Sampling(n=2, temperature=0), groups=[8, 4])
+    assert [body["n"] for body in bodies] == [1]
+    assert [(c.group, c.tokens) for c in completions] == [(8, [0]), (8, [0]), (4, [1]), (4, [1])]

@@ -267,3 +267,39 @@ def test_a_server_that_cannot_load_the_weights_is_asked_once(start: Path, traine
     ):
         rollouts.sync_from_disk(trained)
     assert calls.count("/collective_rpc") == 1
+
+
+def with_config(folder: Path, **config: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_vocabulary_size_that_a_config_omits_is_the_default_of_its_type(trained: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    with_config(trained, model_type="gemma3", text_config={"num_hidden_layers": LAYERS})
+    assert Checkpoint.read(trained).vocab_size == transformers.Gemma3TextConfig().vocab_size
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"model_type": "gemma3", "text_config": {"vocab_size": VOCAB}}, {"model_type": "gpt2", "n_layer": 3}],
+    ids=["omitted", "under another name"],
+)
+def test_layers_are_counted_as_transformers_does(trained: Path, config: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="lacks layer 2"):
+        Checkpoint.read(with_config(trained, **config))
+
+
+def test_layers_with_two_caches_each_are_counted_once(trained: Path) -> None:
+    pytest.importorskip("transformers")
+    Checkpoint.read(with_config(trained, model_type="longcat_flash", num_layers=LAYERS))
+
+
+def test_an_unknown_vocabulary_size_is_an_error_before_anything_is_sent(start: Path, trained: Path) -> None:
+    server = FakeVllm(start)
+    with_config(trained, model_type="unheard-of", num_hidden_layers=LAYERS, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"config\.json with vocab_size, got .*trained"):
+        server.client().sync_from_disk(trained)
+    assert server.loads == 0
+    server.client().sync_from_disk(trained, expected(0.75))

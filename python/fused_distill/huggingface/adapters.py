@@ -18,15 +18,38 @@ def base_weights(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
     return ((_base_name(name), tensor) for name, tensor in tensors.items() if name not in adapters)
 
 
-@torch.no_grad()
 def merged_weights(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield what `base_weights` yields, with the active LoRA adapters added in float32.
+    """Yield what `base_weights` yields, with the LoRA adapters that the model applies added in float32.
 
     Args:
         model: a PeftModel with LoRA adapters.
         tensors: its parameters or its state dict. DTensors (FSDP2) are gathered one by one, for which all
             processes iterate together.
+
+    Raises:
+        ValueError: see `check_mergeable`. Nothing was yielded.
     """
+    check_mergeable(model)
+    return _merged(model, tensors)
+
+
+def check_mergeable(model: Any) -> None:
+    """Check that a PEFT model has plain LoRA adapters only, which can be merged.
+
+    Raises:
+        ValueError: it has others (the message names the layer).
+    """
+    needed = "model must have plain LoRA adapters of linear layers and embeddings to merge them, got"
+    for adapter, config in model.peft_config.items():
+        if config.peft_type != "LORA":
+            raise ValueError(f"{needed} the adapter {adapter!r} of type {config.peft_type.value}")
+    for name, module in model.named_modules():
+        if other := _other_than_lora(module):
+            raise ValueError(f"{needed} {other} at {_base_name(name)}")
+
+
+@torch.no_grad()
+def _merged(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     adapters, layers = _adapter_names(model), dict(_lora_layers(model))
     for name, tensor in tensors.items():
         if name in adapters:
@@ -34,9 +57,7 @@ def merged_weights(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[
         merged, layer_name = _whole(tensor), name.removesuffix(".base_layer.weight")
         if layer_name != name and layer_name in layers:
             layer = layers[layer_name]
-            deltas = [
-                _delta(layer, layer_name, a, tensors) for a in layer.active_adapters if a in layer.scaling
-            ]
+            deltas = [_delta(layer, layer_name, adapter, tensors) for adapter in _applied_adapters(layer)]
             merged = sum(deltas, merged.float()).to(merged.dtype)
         yield _base_name(name), merged
 
@@ -67,6 +88,37 @@ def _lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _applied_adapters(layer: Any) -> list[str]:
+    """Return the adapters that a layer adds to its weight in every forward pass."""
+    if layer.merged or layer.disable_adapters:
+        return []
+    return [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
+
+
+def _other_than_lora(module: nn.Module) -> str | None:
+    """Return what a module has that `merged_weights` cannot merge, in the words of PEFT's LoraConfig."""
+    from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return "modules_to_save" if isinstance(module, ModulesToSaveWrapper) else "trainable_token_indices"
+    if isinstance(module, ParamWrapper):
+        return "target_parameters"
+    if not isinstance(module, LoraLayer):
+        return None
+    if not isinstance(module, Linear | Embedding):
+        return f"a layer of type {type(module).__name__}"
+    if module.merged and module.disable_adapters:
+        return "adapters that are merged and disabled"
+    for adapter in _applied_adapters(module):
+        if adapter in module.lora_variant:
+            dora = module.use_dora.get(adapter)
+            return "use_dora" if dora else f"a variant of type {type(module.lora_variant[adapter]).__name__}"
+        if module.lora_bias.get(adapter):
+            return "lora_bias"
+    return None
 
 
 def _adapter_names(model: Any) -> set[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from operator import index
+from typing import Any, Literal, NamedTuple, Protocol
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Sampling:
 
     n: int = 1  # completions per prompt
     max_tokens: int = 128
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0  # 0: greedy, so that all n completions are the same
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens
     seed: int | None = None
@@ -71,10 +72,20 @@ def checked_prompts(
     prompts: Sequence[Sequence[int]], groups: Sequence[int] | None
 ) -> tuple[list[list[int]], list[int]]:
     """Return prompts and groups as lists of int, validated as `RolloutEngine.generate` describes."""
-    rows = [[int(token) for token in prompt] for prompt in prompts]
+    rows = [_integers(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
     for i, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompts[{i}] must have at least one token, got none")
     if groups is not None and len(groups) != len(rows):
         raise ValueError(f"groups must have {len(rows)} entries, one per prompt, got {len(groups)}")
-    return rows, list(range(len(rows))) if groups is None else [int(group) for group in groups]
+    return rows, list(range(len(rows))) if groups is None else _integers("groups", groups)
+
+
+def _integers(name: str, values: Sequence[Any]) -> list[int]:
+    numbers: list[int] = []
+    for i, value in enumerate(values):
+        try:
+            numbers.append(index(value))
+        except TypeError:
+            raise ValueError(f"{name}[{i}] must be an int, got {value!r}") from None
+    return numbers

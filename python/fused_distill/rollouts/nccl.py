@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..huggingface.adapters import base_weights, merged_weights
+from ..huggingface.adapters import adapted_tied_weights, base_weights, check_mergeable, merged_weights
 from ..serving.client.retry import RetryingClient, RetryPolicy
 from .vllm import check_reset
 
@@ -28,7 +28,8 @@ class NcclWeightSync:
     Args:
         url: the server.
         model: a model whose parameters have the names of the server's checkpoint. Of a PEFT model the server
-            gets the weights with the LoRA adapters merged into them.
+            gets the weights with the LoRA adapters merged into them, which must be plain ones and not of a
+            layer that shares its weight, e.g. a tied LM head.
         address: address of this machine as seen from the server's GPUs.
         port: a free port of this machine.
         token: bearer token.
@@ -38,6 +39,7 @@ class NcclWeightSync:
 
     Raises:
         ImportError: vLLM is missing.
+        ValueError: the model's adapters cannot be merged (the message names the layer).
         ServerError: the server refused, e.g. because it runs without VLLM_SERVER_DEV_MODE=1.
     """
 
@@ -58,6 +60,8 @@ class NcclWeightSync:
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo  # pyright: ignore
         except ImportError as error:
             raise ImportError("NcclWeightSync needs vLLM in this environment: pip install vllm") from error
+        _check_adapters(model)
+        self._model = model
         once = RetryPolicy(attempts=1)
         self._control = _Control(
             url, token=token, timeout_seconds=timeout_seconds, retries=once, transport=transport
@@ -71,7 +75,12 @@ class NcclWeightSync:
         )
 
     def sync(self) -> None:
-        """Send the current weights and reset the server's prefix cache."""
+        """Send the current weights and reset the server's prefix cache.
+
+        Raises:
+            ValueError: the model has got adapters that cannot be merged. Nothing was sent.
+        """
+        _check_adapters(self._model)
         self._engine.send_weights()
         if self._is_first:
             self._control.call("POST", "/reset_prefix_cache", check_reset)
@@ -80,6 +89,17 @@ class NcclWeightSync:
         """Leave the NCCL group and close the connection."""
         self._engine.shutdown()
         self._control.close()
+
+
+def _check_adapters(model: Any) -> None:
+    if not hasattr(model, "get_base_model"):
+        return
+    check_mergeable(model)
+    if tied := adapted_tied_weights(model):
+        raise ValueError(
+            f"model must not have adapters of layers that share their weight, got one of {tied[0]}: vLLM has "
+            "no second version of the weight"
+        )
 
 
 def _weight_source(weight_transfer: Any, model: nn.Module) -> Any:

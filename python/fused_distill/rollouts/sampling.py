@@ -11,6 +11,7 @@ from torch import Tensor
 from .base import Sampling
 
 _BLOCK = 512  # columns of which one is drawn after their block
+_COLDEST = torch.finfo(torch.float32).tiny  # its reciprocal is finite
 _FEW = 1024  # the most likely tokens that are looked at first for top_p
 
 
@@ -55,7 +56,7 @@ def sample(logits: Tensor, streams: RandomStreams, sampling: Sampling) -> Sample
     normalizer = logits.logsumexp(-1)
     if not normalizer.isfinite().all():
         raise FloatingPointError("the logits of the model that generates are NaN or infinite")
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         tokens = logits.argmax(-1)
     else:
         largest = logits.amax(-1, keepdim=True)
@@ -79,6 +80,7 @@ def _most_likely(scores: Tensor, sampling: Sampling) -> Tensor:
             top, ids = scores.sort(descending=True)
     above = top.cumsum(-1) - top  # of all tokens that are more likely
     kept = torch.where(above < sampling.top_p * totals, top, 0)
+    kept[:, 0] = top[:, 0]  # also if top_p is 0 in float32
     return torch.zeros_like(scores).scatter_(-1, ids, kept)
 
 

@@ -18,7 +18,9 @@ class TransformersRollouts:
     """See RolloutEngine. Completions come from the model's current weights, on its device.
 
     Nothing but `eos_token_id` is read from the model's generation_config. A completion depends on its prompt,
-    the seed and its position among all completions; others in its batch change it by rounding only.
+    the seed and its position among all completions; others in its batch change it by rounding only. A model
+    that ignores the attention mask, as RWKV and BART's decoder do, sees the padding of shorter prompts in its
+    batch: it needs prompts of one length, or batch_size 1.
 
     Args:
         model: a causal language model.
@@ -46,19 +48,12 @@ class TransformersRollouts:
             sampling = replace(sampling, seed=int(torch.randint(1 << 62, ())))
         sequences = sorted(range(len(prompts) * sampling.n), key=lambda i: len(prompts[i // sampling.n]))
         completions: dict[int, Completion] = {}
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with _own_generation_config(self.model):
-                for start in range(0, len(sequences), self.batch_size):
-                    batch = sequences[start : start + self.batch_size]
-                    rows = [prompts[i // sampling.n] for i in batch]
-                    for i, prompt, ended in zip(
-                        batch, rows, self._generate(rows, batch, sampling), strict=True
-                    ):
-                        completions[i] = Completion(groups[i // sampling.n], prompt, *ended)
-        finally:
-            self.model.train(was_training)
+        with _evaluated(self.model), _own_generation_config(self.model):
+            for start in range(0, len(sequences), self.batch_size):
+                batch = sequences[start : start + self.batch_size]
+                rows = [prompts[i // sampling.n] for i in batch]
+                for i, prompt, ended in zip(batch, rows, self._generate(rows, batch, sampling), strict=True):
+                    completions[i] = Completion(groups[i // sampling.n], prompt, *ended)
         return [completions[i] for i in range(len(sequences))]
 
     @torch.no_grad()
@@ -111,6 +106,18 @@ def end_tokens(model: Any) -> set[int]:
         if ends is not None:
             return {*ends} if isinstance(ends, list | tuple) else {int(ends)}
     return set()
+
+
+@contextmanager
+def _evaluated(model: Any) -> Generator[None, None, None]:
+    """Evaluate, and restore each module's mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

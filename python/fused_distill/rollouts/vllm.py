@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,7 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
             WeightsError: a kind of ServerError; the server has other weights than it received last.
         """
         prompts, groups = checked_prompts(prompts, groups)
+        sampling, copies = _asked(sampling)
         deadline = time.monotonic() + self.deadline_seconds
         model = self._model_name(deadline)
         # vLLM seeds completion j of every prompt of a request with seed + j, so equal prompts in one request
@@ -137,7 +139,7 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
         parts = self._http.run([partial(request, start) for start in range(0, len(prompts), size)])
         # After the requests: a server that was restarted before or amid them has its first weights now.
         self._check_unchanged(deadline)
-        return [completion for part in parts for completion in part]
+        return [completion for part in parts for completion in part for _ in range(copies)]
 
     def sync_from_disk(self, folder: Path | str, expected: TokenLogprobs | None = None) -> None:
         """Load the weights of a checkpoint into the server and reset its prefix cache.
@@ -157,6 +159,7 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
         deadline = time.monotonic() + self.deadline_seconds
         checkpoint = Checkpoint.read(folder)
         path = checkpoint.path
+        reference = expected or TokenLogprobs(probe_tokens(checkpoint.vocab_size), [])
         like = self._shapes or self._loaded_shapes(deadline)
         if like is not None:
             checkpoint.check_shapes(like)
@@ -172,7 +175,7 @@ class VllmRollouts(AbstractContextManager["VllmRollouts"]):
         self._http.send("POST", "/reset_prefix_cache", deadline, check_reset)
         body = {"new_version": checkpoint_fingerprint(path)}
         self._http.send("POST", _NAME_WEIGHTS_PATH, deadline, lambda _: None, body, accepted=(200, 404))
-        self.verify_weights(expected or TokenLogprobs(probe_tokens(checkpoint.vocab_size), []))
+        self.verify_weights(reference)
         self._shapes = checkpoint.shapes
 
     def verify_weights(self, expected: TokenLogprobs) -> None:
@@ -251,6 +254,7 @@ class VllmInProcessRollouts:
         from vllm import SamplingParams  # pyright: ignore
 
         prompts, groups = checked_prompts(prompts, groups)
+        sampling, copies = _asked(sampling)
         options = [_vllm_options(sampling, i, self._vocab_size) for i in range(len(prompts))]
         params = [SamplingParams(detokenize=False, **one) for one in options]
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
@@ -260,7 +264,8 @@ class VllmInProcessRollouts:
                 tokens = list(generated.token_ids)
                 steps = zip(tokens, generated.logprobs, strict=True)
                 logprobs = [step[token].logprob for token, step in steps]
-                completions.append(_completion(group, prompt, tokens, logprobs, generated.finish_reason))
+                completion = _completion(group, prompt, tokens, logprobs, generated.finish_reason)
+                completions += [completion] * copies
         return completions
 
     def sync_from_disk(self, folder: Path | str, expected: TokenLogprobs | None = None) -> None:
@@ -300,6 +305,11 @@ def check_reset(response: httpx.Response) -> None:
     """Raise ValueError, for another attempt, if /reset_prefix_cache answered that the cache was kept."""
     if not response.json()["success"]:
         raise ValueError(_CACHE_KEPT)
+
+
+def _asked(sampling: Sampling) -> tuple[Sampling, int]:
+    """Return what to ask vLLM for, and how often a completion counts: it refuses n greedy ones."""
+    return (sampling, 1) if sampling.temperature else (replace(sampling, n=1), sampling.n)
 
 
 def _vllm_options(sampling: Sampling, prompt: int, vocab_size: int | None) -> dict[str, Any]:

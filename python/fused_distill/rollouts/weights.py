@@ -118,8 +118,7 @@ class Checkpoint(NamedTuple):
         indexed: set[str] = set(json.loads(index.read_text())["weight_map"]) if index.exists() else set()
         if missing := sorted(indexed - shapes.keys()):
             raise ValueError(f"folder must hold its index's tensors, got {path}, which lacks {missing[:3]}")
-        config = json.loads((path / "config.json").read_text())
-        config |= config.get("text_config", {})
+        config = _language_config(path)
         # The first number in a tensor's name is that of its layer.
         numbers = {int(number) for name in shapes for number in re.findall(r"\.(\d+)\.", name)[:1]}
         lost = [i for i in range(config.get("num_hidden_layers", 0)) if numbers and i not in numbers]
@@ -129,7 +128,16 @@ class Checkpoint(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
-        """The vocabulary size in the config."""
+        """The vocabulary size in the config.
+
+        Raises:
+            ValueError: it is neither there nor known to transformers.
+        """
+        if "vocab_size" not in self.config:
+            raise ValueError(
+                f"folder must hold a config.json with vocab_size, got {self.path}, whose config lacks it and "
+                "is of no model_type that an installed transformers knows"
+            )
         return self.config["vocab_size"]
 
     def check_shapes(self, like: Shapes) -> None:
@@ -152,6 +160,24 @@ class Checkpoint(NamedTuple):
         missing, unknown = sorted(want.keys() - got.keys()), sorted(got.keys() - want.keys())
         if Counter(want[name] for name in missing) != Counter(got[name] for name in unknown):
             raise ValueError(f"{needed} which lacks {missing[:3]} and has unknown {unknown[:3]}")
+
+
+def _language_config(path: Path) -> dict[str, Any]:
+    """Return the config of a checkpoint's language model; what it lacks is transformers' default."""
+    config = json.loads((path / "config.json").read_text())
+    config |= config.get("text_config", {})
+    missing = {"vocab_size", "num_hidden_layers"} - config.keys()
+    if missing:
+        try:
+            from transformers import AutoConfig
+
+            known: Any = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+        except Exception:  # transformers is not installed, or each unknown config fails in its own way
+            return config
+        fields = known.to_dict()  # no properties: LongCat's num_hidden_layers counts its layers twice
+        own_names = {name: known.attribute_map.get(name, name) for name in missing}
+        config |= {name: fields[own] for name, own in own_names.items() if own in fields}
+    return config
 
 
 def loaded_shapes(name: str, revision: str | None = None) -> Shapes | None:
