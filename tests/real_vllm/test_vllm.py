@@ -143,7 +143,7 @@ def test_a_stock_vllm_server_ignores_temperature_for_prompt_logprobs(vllm: str) 
 
 
 def test_greedy_rollouts_equal_those_of_transformers(vllm: str, folder: Path) -> None:
-    prompts, sampling = [[5, 9, 30], [7], [8, 8]], Sampling(temperature=0, max_tokens=12)
+    prompts, sampling = [[5, 9, 30], [7], [8, 8]], Sampling(n=2, temperature=0, max_tokens=12)
     with VllmRollouts(vllm) as rollouts:
         answers = rollouts.generate(prompts, sampling, groups=[4, 5, 4])
     reference = TransformersRollouts(load(folder)).generate(prompts, sampling, groups=[4, 5, 4])
@@ -167,7 +167,7 @@ if __name__ == "__main__":
     folder, changed = sys.argv[1:]
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512)
     rollouts = VllmInProcessRollouts(llm)
-    greedy = Sampling(temperature=0, max_tokens=12)
+    greedy = Sampling(n=2, temperature=0, max_tokens=12)
     prompts = [[5, 9, 30], [7], [8, 8]]
     completions = [rollouts.generate(prompts, greedy, groups=[4, 5, 4])]
     seeded = Sampling(n=4, max_tokens=10, seed=3)
@@ -182,7 +182,7 @@ if __name__ == "__main__":
 def test_in_process_rollouts_are_transformers_repeat_by_seed_and_follow_new_weights(
     folder: Path, changed: Path
 ) -> None:
-    prompts, greedy = [[5, 9, 30], [7], [8, 8]], Sampling(temperature=0, max_tokens=12)
+    prompts, greedy = [[5, 9, 30], [7], [8, 8]], Sampling(n=2, temperature=0, max_tokens=12)
     completions = in_vllm(IN_PROCESS, str(folder), str(changed))
     first, seeded, again, after = [[Completion(*c) for c in part] for part in completions]
     for got, want in ((first, folder), (after, changed)):
@@ -190,7 +190,7 @@ def test_in_process_rollouts_are_transformers_repeat_by_seed_and_follow_new_weig
         assert [c.tokens for c in got] == [c.tokens for c in expected]
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
-    assert [c.group for c in first] == [4, 5, 4]
+    assert [c.group for c in first] == [4, 4, 5, 5, 4, 4]
     assert seeded == again
     assert len({tuple(c.tokens) for c in seeded}) == 8
 
