@@ -25,7 +25,7 @@ from fused_distill.trainer.loop import Trainer, train
 from servers import running
 from suite import ROOT, header, results_folder, write_json
 
-SETTINGS = ("student=outputs/demo/start", "lmbda=1", "steps=24", "evaluate_every=8")
+SETTINGS = ("student=outputs/demo/start", "lmbda=1", "steps=24", "evaluate_every=8", "precision=fp32")
 BETAS = (0.0, 0.5, 1.0)
 TEACHERS: dict[str, tuple[str, ...]] = {
     "local": (),
@@ -47,11 +47,12 @@ def rows(teacher: Path, overrides: list[str], scratch: Path) -> list[dict[str, A
 
     with running(command, scratch / "log") as server:
         for beta, (name, targets) in product(BETAS, TEACHERS.items()):
-            source = f"url: {server.url}" if "served" in name else f"model: {teacher}"
+            local = f"model: {teacher}, dtype: float32"
+            source = f"url: {server.url}" if "served" in name else local
             output = scratch / "run"
             student = train(settings(f"teacher={{{source}}}", f"output={output}", f"beta={beta}", *targets))
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-            final = settings(f"teacher={{model: {teacher}}}", f"student={student}", f"beta={beta}")
+            final = settings(f"teacher={{{local}}}", f"student={student}", f"beta={beta}")
             end, _ = Trainer(final).evaluate()
             lines.append({"step": final.steps, "kind": "full distribution", **end})
             results += [

@@ -47,7 +47,8 @@ def settings(model: Path, output: Path, small: bool) -> TrainConfig:
     return TrainConfig.model_validate(
         {
             "student": str(model),
-            "teacher": {"model": str(model)},
+            "teacher": {"model": str(model), "dtype": "float32"},
+            "precision": "fp32",
             "data": {"path": str(data), "evaluation_prompts": 2 if small else 16},
             "rollouts": {"max_completion_length": 4 if small else 32},
             "output": str(output / "run"),
@@ -59,9 +60,16 @@ def settings(model: Path, output: Path, small: bool) -> TrainConfig:
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
+    synchronize()
     start = time.perf_counter()
     work()
+    synchronize()
     return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Parts:

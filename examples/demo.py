@@ -66,6 +66,11 @@ def packaged_gemma() -> Path:
     return target
 
 
+def on_accelerator(model: Any) -> Any:
+    """Return the model on a GPU if there is one."""
+    return model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+
+
 def thinned(teacher: Any) -> Any:
     """Return a copy of the teacher without its middle layers."""
     student = copy.deepcopy(teacher)
@@ -109,7 +114,7 @@ def prepare(source: Path, config: TrainConfig) -> None:
     tokenizer.save_pretrained(config.student)
     prompts = read_prompts()
     rollouts, max_tokens = (
-        TransformersRollouts(teacher, batch_size=BATCH),
+        TransformersRollouts(on_accelerator(teacher), batch_size=BATCH),
         config.rollouts.max_completion_length,
     )
     texts: list[tuple[int, str]] = []
@@ -142,7 +147,7 @@ def show_texts(config: TrainConfig, student: Path) -> None:
             temperature=SHOWN_TEMPERATURE,
             seed=config.seed,
         )
-        completions = TransformersRollouts(model).generate(
+        completions = TransformersRollouts(on_accelerator(model)).generate(
             [tokenizer(p)["input_ids"] for p in prompts], sampling
         )
         texts[label] = [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]

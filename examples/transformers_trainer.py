@@ -1,6 +1,8 @@
 """Distillation in transformers' Trainer by overriding one method; neither model's logits are materialised.
 
 python examples/transformers_trainer.py    # distils one tiny random model into another, on random tokens
+
+On several GPUs start it by torchrun --nproc-per-node N: without it the Trainer uses nn.DataParallel.
 """
 
 from __future__ import annotations

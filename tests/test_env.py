@@ -66,6 +66,15 @@ def test_report_on_a_cuda_gpu_selects_triton_but_torch_for_float64(monkeypatch: 
     ]
 
 
+def test_report_on_a_gpu_that_does_not_start_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(index: int) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    pretend_gpu(monkeypatch, H100, cuda="12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    assert env.report().endswith("\n\ncuda:0: cannot be used: The NVIDIA driver on your system is too old")
+
+
 def test_report_on_a_rocm_gpu_names_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, MI300X, hip="6.4")
     report = env.report()

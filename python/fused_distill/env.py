@@ -43,8 +43,10 @@ def report() -> str:
         *(f"{name}: {_installed_version(name)}" for name in PACKAGES),
         *(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ),
     ]
-    for device, description in _devices():
+    for device, description, usable in _devices():
         lines += ["", f"{device}: {description}"]
+        if not usable:
+            continue
         for inputs, dtype in (("", torch.float32), (" for float64 inputs", torch.float64)):
             backend, reason = auto_backend(device, dtype)
             lines.append(f'  backend="auto"{inputs}: {backend} ({reason})')
@@ -60,14 +62,20 @@ def _installed_version(package: str) -> str:
         return "not installed"
 
 
-def _devices() -> Iterator[tuple[torch.device, str]]:
+def _devices() -> Iterator[tuple[torch.device, str, bool]]:
+    """Yield each device with its description and whether it can be used."""
     cpu, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    yield torch.device("cpu"), f"{_cpu_model()}, {threads} threads, capability {cpu}"
+    yield torch.device("cpu"), f"{_cpu_model()}, {threads} threads, capability {cpu}", True
     for index in range(torch.cuda.device_count()):
-        gpu = cast(Any, torch.cuda).get_device_properties(index)
+        device = torch.device("cuda", index)
+        try:
+            gpu = cast(Any, torch.cuda).get_device_properties(index)
+        except (RuntimeError, AssertionError) as error:  # e.g. the driver is too old
+            yield device, f"cannot be used: {error}", False
+            continue
         architecture = gpu.gcnArchName if torch.version.hip else f"{gpu.major}.{gpu.minor}"
         memory = f"{gpu.total_memory / 2**30:.1f} GiB"
-        yield torch.device("cuda", index), f"{gpu.name}, {memory}, compute capability {architecture}"
+        yield device, f"{gpu.name}, {memory}, compute capability {architecture}", True
 
 
 def _cpu_model() -> str:

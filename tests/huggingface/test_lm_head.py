@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import INTERPRETED
+from fused_distill.huggingface.forward import states_at_head
 from fused_distill.huggingface.lm_head import last_hidden_states, lm_head_of
 from tiny_families import tiny_model, transformers
 from torch import Tensor
@@ -76,6 +77,32 @@ def test_what_is_no_causal_language_model_is_refused(llama: Any) -> None:
             ValueError, match=f"must be a transformers causal language model, got {type(wrong).__name__}"
         ):
             lm_head_of(wrong)
+
+
+def test_a_model_in_data_parallel_is_refused(llama: Any) -> None:
+    with pytest.raises(ValueError, match=r"must not be in nn\.DataParallel, .* use DistributedDataParallel"):
+        last_hidden_states(torch.nn.DataParallel(llama), input_ids=TOKENS)
+
+
+def test_hidden_states_are_on_the_device_of_the_head() -> None:
+    head = torch.nn.Linear(4, 3, device="meta")
+    states = states_at_head(lambda: (head(torch.ones(1, 2, 4)),), head)
+    assert states.device.type == "meta"
+
+
+def test_random_numbers_of_gpus_that_the_model_does_not_use_are_left_alone(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(42)
+    del seeds[:]
+    expected = torch.rand(3)
+    torch.manual_seed(42)
+    del seeds[:]
+    lm_head_of(llama)
+    assert torch.equal(torch.rand(3), expected)
+    assert seeds == []
 
 
 def test_hidden_states_do_not_depend_on_labels(llama: Any) -> None:

@@ -56,7 +56,7 @@ class _InOneGraph(torch.autograd.Function):
 
 
 def states_at_head(model: Callable[..., Any], head: nn.Module, **inputs: Any) -> Tensor:
-    """Return the (B, L, D) input of `head`, a model's LM head, without its product.
+    """Return the (B, L, D) input of `head`, a model's LM head, on its device, without its product.
 
     A wrapper finds all it looks for in the graph: DDP the parameters of the head, which the loss uses
     beside the states, and FSDP2 the model's output, before whose backward pass it gathers the weights.
@@ -69,6 +69,8 @@ def states_at_head(model: Callable[..., Any], head: nn.Module, **inputs: Any) ->
     kept = list[Tensor]()
 
     def replacement(states: Tensor) -> Tensor:
+        # A model on several devices moves them in the forward that is replaced here.
+        states = states.to(next(head.parameters(), states).device)
         kept.append(states)
         placeholder: Any = _InOneGraph.apply(states.new_zeros(1, 1, 1), states, *head.parameters())
         return placeholder.clone()  # FSDP2 warns of views

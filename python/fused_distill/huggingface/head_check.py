@@ -60,7 +60,7 @@ def check_head(
         index = index + torch.arange(logits.shape[-1], device=logits.device)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         probes = torch.tensor(_PROBES, dtype=dtype, device=logits.device)[index % len(_PROBES)]
-        calls.append((states, logits, F.linear(states.to(weight.dtype), weight, bias), probes))
+        calls.append((states, logits, F.linear(states.to(weight), weight, bias), probes))
         return probes.expand(*logits.shape)
 
     with _undisturbed(model, inputs["input_ids"].device):
@@ -81,7 +81,7 @@ def check_head(
         raise _refusal(name, f"its output layer gets an input of {states.ndim} dimensions, not (B, L, D)")
     if not _close(expected, logits):
         raise _refusal(name, f"its output layer, a {type(layer).__name__}, is no product with its weight")
-    scale, softcap = _transform(name, probes, returned, config_numbers(model))
+    scale, softcap = _transform(name, probes, returned.to(probes.device), config_numbers(model))
     return HeadCheck(returned.shape[-1], scale, softcap, matches)
 
 
@@ -160,7 +160,7 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Generator[None, None
     modes = [(module, module.training) for module in model.modules()]
     devices = [device] if device.type not in ("cpu", "meta") else []
     with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(0)
+        _seed(device)
         model.eval()
         try:
             yield
@@ -169,9 +169,17 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Generator[None, None
                 module.training = training
 
 
+def _seed(device: torch.device) -> None:
+    """Seed the CPU and one device. torch.manual_seed would seed all devices, which nobody restores."""
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
+
+
 def _decoder_gives(states: Tensor, decoder: Callable[..., Any], inputs: dict[str, Any]) -> bool:
     """Return True if the decoder's last hidden states are the given ones."""
-    torch.manual_seed(0)  # as for the model, where attention hashes with random numbers
+    _seed(inputs["input_ids"].device)  # as for the model, where attention hashes with random numbers
     try:
         last = decoder(**inputs).last_hidden_state
     except Exception:  # a decoder that needs more than token ids

@@ -128,6 +128,11 @@ def checked_head(model: Any, run: Callable[..., Any] | None = None) -> tuple[LMH
 def _causal_lm(model: Any) -> Any:
     """Return what DDP and torch.compile wrap."""
     while not hasattr(model, "get_output_embeddings"):
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "model must not be in nn.DataParallel, whose copies of it each see a part of the batch: use "
+                "DistributedDataParallel (torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if inner is None:
             raise ValueError(
