@@ -50,6 +50,10 @@ def _at_least(lowest: int, highest: float = math.inf) -> Callable[[str], int]:
     return parse
 
 
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -111,12 +115,14 @@ def make_parser() -> argparse.ArgumentParser:
     checker = add_command("check", check)
 
     cache = add_command("cache-teacher", cache_teacher)
-    cache.add_argument("--output", type=Path, required=True, help="folder of the store")
+    cache.add_argument("--output", type=_path, required=True, help="folder of the store")
     cache.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="default: float32")
 
     for command in (distil, checker, cache):
         command.add_argument("config", help="YAML file")
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. teacher.k=16")
+        command.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="settings, e.g. steps=3 lora.r=8"
+        )
 
     add_command("env", print_env)
     return parser
@@ -127,7 +133,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     if any(argument.startswith("-") for argument in rest) or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; settings have no dashes, e.g. steps=3" if hasattr(options, "overrides") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if hasattr(options, "overrides"):
         options.overrides += rest  # argparse does not assign overrides that follow an option
     return options

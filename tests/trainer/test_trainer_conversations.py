@@ -167,7 +167,9 @@ def test_an_invalid_row_is_refused_with_column_and_value(
         turns(tokenizer, row)
 
 
-def test_a_tokenizer_without_chat_template_is_named(tokenizer: Any) -> None:
+def test_messages_without_a_chat_template_are_told_what_to_do(tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(RowError, match=r"cannot be rendered by the chat template: .*chat_template"):
+    with pytest.raises(
+        RowError, match=r"^messages need a chat template, which the student's tokenizer lacks: "
+    ):
         turns(tokenizer, {"messages": [USER]})

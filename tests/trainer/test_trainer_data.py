@@ -20,6 +20,7 @@ CHAT = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
+CUT = ", 2 completions cut at 6 tokens (rollouts.max_completion_length)"
 
 
 @pytest.fixture
@@ -139,6 +140,39 @@ def test_what_was_dropped_is_said_with_the_reason(lab: Lab, tmp_path: Path, toke
         f"{config.data.path}: 5 rows, 2 samples used, 1 dropped: empty prompt, "
         "2 dropped: prompt longer than 4 tokens (data.max_prompt_length)"
     )
+
+
+@pytest.mark.parametrize(("completions", "end"), [(True, CUT), (False, "")])
+def test_completions_of_the_data_that_are_cut_are_counted(
+    lab: Lab, tmp_path: Path, tokenizer: Any, completions: bool, end: str
+) -> None:
+    rows = [{"prompt": "ab", "completion": text} for text in ("cde", "cdefghi", "cdefghij")]
+    config = lab.config(tmp_path, write_rows(tmp_path, rows))
+    told = str(load_data(config, tokenizer, completions))
+    assert told == f"{config.data.path}: 3 rows, 3 samples used{end}"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "a", "answer": "b", "empty": None},
+            "must have a completion, got prompt, answer. Rename the answers' column to completion, or train ",
+        ),
+        (
+            {"messages": chat("hi")},
+            "column messages: must end with a message of the assistant, the completion. Add it, or train ",
+        ),
+    ],
+)
+def test_a_row_without_a_completion_is_told_what_to_do(
+    lab: Lab, tmp_path: Path, tokenizer: Any, row: dict[str, Any], message: str
+) -> None:
+    tokenizer.chat_template = CHAT
+    config = lab.config(tmp_path, write_rows(tmp_path, [row]))
+    with pytest.raises(ConfigError) as error:
+        load_data(config, tokenizer, completions=True)
+    assert f"row 0: {message}on-policy only with lmbda: 1" in str(error.value)
 
 
 def test_too_few_samples_are_explained(lab: Lab, tmp_path: Path, tokenizer: Any) -> None:

@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from fused_distill.trainer.config import ConfigError, DataConfig
 from fused_distill.trainer.data import load_data
 from fused_distill.trainer.files import read_rows
+from pyarrow import parquet
 from trainer_cases import NOT_INTERPRETED, Lab, transformers
 from trainer_cases import lab as lab
 
@@ -32,9 +34,6 @@ def write_csv(path: Path) -> None:
 
 
 def write_parquet(path: Path) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
     parquet.write_table(pa.Table.from_pylist(ROWS), path)
 
 
@@ -149,3 +148,46 @@ def test_an_invalid_row_is_named_with_its_file(lab: Lab, tmp_path: Path) -> None
         ConfigError, match=r"part-1.jsonl: row 1: must have exactly one of the columns prompt"
     ):
         load_data(config, tokenizer, completions=False)
+
+
+def write_parquet_of(value: Any) -> Any:
+    return lambda path: parquet.write_table(pa.table({"prompt": [value]}), path)
+
+
+@pytest.mark.parametrize(
+    ("extension", "writers", "message"),
+    [
+        (
+            "jsonl",
+            [lambda path: path.write_text('{"prompt": 3}'), lambda path: path.write_text('{"prompt": "a"}')],
+            "column prompt is string in .*1.jsonl, but int64 in .*0.jsonl",
+        ),
+        (
+            "csv",
+            [lambda path: path.write_text("prompt\na\n"), lambda path: path.write_text("question\na\n")],
+            "column prompt is absent in .*1.csv, but string in .*0.csv",
+        ),
+        (
+            "parquet",
+            [write_parquet_of("a"), write_parquet_of([1])],
+            "column prompt is of lists or objects in .*1.parquet, but string in .*0.parquet",
+        ),
+    ],
+)
+def test_files_whose_columns_differ_are_named(
+    tmp_path: Path, extension: str, writers: list[Any], message: str
+) -> None:
+    for i, write in enumerate(writers):
+        write(tmp_path / f"{i}.{extension}")
+    with pytest.raises(ConfigError, match=f"^data.path: all files must have the same columns .*: {message}$"):
+        read(tmp_path / f"*.{extension}")
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "main"), ("split", "test")])
+def test_a_file_has_no_configurations_and_splits(tmp_path: Path, key: str, value: str) -> None:
+    (tmp_path / "a.jsonl").write_text(LINES)
+    config = DataConfig.model_validate({"path": f"{tmp_path}/a.jsonl", key: value})
+    with pytest.raises(
+        ConfigError, match=rf"^data.{key}: {value} is of a dataset, but data.path .* is a file"
+    ):
+        read_rows(config)

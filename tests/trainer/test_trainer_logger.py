@@ -186,7 +186,9 @@ def test_trackers_get_a_key_per_setting_and_the_name_of_the_run(
 
     calls: list[Any] = []
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *args, **kw: calls.append((args, kw)))
-    config = lab.config(tmp_path / "name", "teacher.k=7", "lora={r: 3}")
+    config = lab.config(
+        tmp_path / "name", "teacher={targets: topk, k: 7}", f"teacher.model={lab.teacher}", "lora={r: 3}"
+    )
     config = config.model_copy(update={"trackers": ["tensorboard", "wandb", "trackio"]})
     MetricsLogger(Accelerator(), config, 0).close()
     [((project, settings), options)] = calls

@@ -137,7 +137,8 @@ def test_the_softcap_is_read_from_the_students_config(
 
 @pytest.mark.parametrize("targets", ["full", "topk", "student_topk"])
 def test_a_non_finite_loss_names_the_tokens(lab: Lab, tmp_path: Path, targets: str) -> None:
-    trainer = Trainer(lab.config(tmp_path, f"teacher={{model: {lab.teacher}, targets: {targets}, k: 4}}"))
+    k = "" if targets == "full" else ", k: 4"
+    trainer = Trainer(lab.config(tmp_path, f"teacher={{model: {lab.teacher}, targets: {targets}{k}}}"))
     with torch.no_grad():
         teacher(trainer).get_input_embeddings().weight[9] = torch.nan
         teacher(trainer).get_output_embeddings().weight = torch.nn.Parameter(
@@ -151,6 +152,20 @@ def test_a_non_finite_loss_names_the_tokens(lab: Lab, tmp_path: Path, targets: s
         "the loss is not finite at 2 of 4 tokens; "
         "row 4 of the data, token 2 ('%'): the teacher's numbers are NaN; "
         "row 4 of the data, token 3 ('&'): the teacher's numbers are NaN"
+    )
+
+
+def test_a_diverged_student_is_told_from_a_broken_teacher_once(lab: Lab, tmp_path: Path) -> None:
+    trainer = Trainer(lab.config(tmp_path))
+    model: Any = trainer.model
+    with torch.no_grad():
+        model.get_input_embeddings().weight[9] = torch.nan
+    with pytest.raises(NonFiniteLoss) as error:
+        trainer.update([[Sample(4, [5, 6], [8, 9, 9])]])
+    assert str(error.value) == (
+        "the loss is not finite at 3 of 3 tokens; row 4 of the data, token 2 ('%'); "
+        "row 4 of the data, token 3 ('&'); row 4 of the data, token 4 ('&'); "
+        "the teacher's numbers are sound. If the loss grew before, set a lower learning_rate"
     )
 
 

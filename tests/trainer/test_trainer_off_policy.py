@@ -92,7 +92,8 @@ def test_sampled_objective_is_the_policy_gradient(
 def test_importance_weights_multiply_each_tokens_loss(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: str
 ) -> None:
-    teacher = f"teacher={{model: {lab.teacher}, targets: {targets}, k: 98}}"
+    k = "" if targets == "full" else ", k: 98"
+    teacher = f"teacher={{model: {lab.teacher}, targets: {targets}{k}}}"
     trainer = Trainer(lab.config(tmp_path, "beta=1", "rollouts.importance_clip=2", LARGE, teacher))
     samples = with_logprobs(trainer, SHIFTS)
     weights = [min(float(np.exp(shift)), 2.0) for shift in SHIFTS]

@@ -248,6 +248,21 @@ def test_chat_formats_are_compared(
     assert message in chat.text
 
 
+def test_a_teacher_without_a_tokenizer_is_a_warning(
+    lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(lab.teacher / name, teacher)
+    chat = found(lab.config(tmp_path / "run", f"teacher.model={teacher}"))["teacher's chat format"]
+    assert chat.level == "warning"
+    assert chat.text.startswith(
+        "the teacher has no tokenizer that can be loaded, so the student's is assumed. Set "
+    )
+    assert "clients" not in caplog.text
+
+
 def test_other_ends_of_texts_are_a_warning(lab: Lab, tmp_path: Path) -> None:
     teacher = shutil.copytree(lab.teacher, tmp_path / "teacher")
     tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)

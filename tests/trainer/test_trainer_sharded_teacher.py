@@ -28,7 +28,8 @@ def test_a_sharded_teacher_gives_the_numbers_of_a_whole_one(
     lab: Lab, tmp_path: Path, two: Ranks, targets: str, tied: bool
 ) -> None:
     model = save_model(tmp_path / "teacher", lab.student, hidden_size=24, tie_word_embeddings=tied)
-    teacher = f"teacher={{model: {model}, targets: {targets}, k: 2}}"
+    k = "" if targets == "full" else ", k: 2"
+    teacher = f"teacher={{model: {model}, targets: {targets}{k}}}"
     config = lab.config(tmp_path, teacher)
     outside = 4 * 24 * (104 - 6 + 1) * (1 if tied else 2) - (0 if tied else 4 * 24)
     for (whole, _, size), (split, sharded, part) in zip(

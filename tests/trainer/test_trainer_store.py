@@ -9,6 +9,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import datasets
 import numpy as np
 import pandas
@@ -17,7 +18,7 @@ import pytest
 import torch
 from fused_distill.cli import main
 from fused_distill.serving.server.transformers_engine import TransformersEngine
-from fused_distill.trainer import cache_teacher, stored
+from fused_distill.trainer import cache_teacher, start, stored
 from fused_distill.trainer.cache_teacher import store_teacher
 from fused_distill.trainer.config import ConfigError, TeacherConfig
 from fused_distill.trainer.data import Batch, Sample
@@ -266,6 +267,21 @@ def test_a_store_is_continued_with_the_same_teacher_at_another_place(
     assert bytes_of(store) == before
 
 
+def test_processes_wait_for_one_that_retries_its_server(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = lab.config(tmp_path, "teacher.targets=topk", "teacher.k=4", "teacher.deadline_seconds=20000")
+    groups: list[dict[str, Any]] = []
+
+    def group(cpu: bool, **options: Any) -> Any:
+        groups.append(options)
+        return accelerate.PartialState(cpu, **options)
+
+    monkeypatch.setattr(start, "PartialState", group)
+    store_teacher(config, tmp_path / "store", "float32")
+    assert groups[0]["timeout"].total_seconds() > 20000
+
+
 def test_a_store_of_no_samples_or_from_a_store_is_refused(lab: Lab, store: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"prompt": "", "completion": "a"}) + "\n")
@@ -295,5 +311,5 @@ def test_the_command_needs_no_output_and_no_steps_and_refuses_to_mix_two_stores(
         in capsys.readouterr().err.splitlines()[-1]
     )
     with pytest.raises(SystemExit):
-        main([*command, "teacher.targets=full"])
+        main([*command, f"teacher={{model: {lab.teacher}}}"])
     assert "teacher.targets: must be topk for a store" in capsys.readouterr().err.splitlines()[-1]

@@ -214,7 +214,7 @@ def test_a_prompt_of_the_teacher_that_is_too_long_is_dropped_with_the_reason(
 
 def test_a_template_that_is_not_there_is_refused(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="teacher: chat_template own needs tokenizer with url"):
-        lab.config(tmp_path, "teacher.url=x", "teacher.chat_template=own")
+        lab.config(tmp_path, "teacher.url=http://x", "teacher.chat_template=own")
     config = lab.config(tmp_path, "teacher.chat_template=own")
     with pytest.raises(ConfigError, match=r"teacher\.chat_template: must be student, as .* has none"):
         load_data(config, transformers.AutoTokenizer.from_pretrained(lab.student), completions=False)

@@ -77,8 +77,9 @@ def test_lm_heads_of_different_sizes_are_compared_on_their_common_rows(
 ) -> None:
     student = save_model(tmp_path / "student", tiny_model, vocab_size=202 - rows)
     teacher = save_model(tmp_path / "teacher", tiny_model, vocab_size=rows, hidden_size=24)
-    for targets in ("full", "topk", "student_topk"):
-        source = f"teacher={{model: {teacher}, targets: {targets}, k: 98, tail: renormalize}}"
+    topk = ", k: 98, tail: renormalize"
+    for targets, options in (("full", ""), ("topk", topk), ("student_topk", topk)):
+        source = f"teacher={{model: {teacher}, targets: {targets}{options}}}"
         train(lab.config(tmp_path / targets, f"student={student}", source, "lmbda=0"))
     # k covers the common vocabulary; other rows of the student have no probability.
     assert losses(tmp_path / "topk") == pytest.approx(losses(tmp_path / "full"), rel=1e-4)
@@ -145,7 +146,11 @@ NO_SCORES = "teacher.targets: must be topk with this server, .* score_ids"
 @pytest.mark.parametrize(
     ("override", "vllm", "sglang"),
     [
-        ("teacher.targets=full", "teacher.targets: must be topk .* no hidden_states", "no hidden_states"),
+        (
+            "teacher.targets=full teacher.k=64",
+            "teacher.targets: must be topk .* no hidden_states",
+            "no hidden_states",
+        ),
         ("teacher.targets=student_topk", NO_SCORES, None),
         ("temperature=2", r"temperature: must be 1 with this server, got 2\.0", "must be 1 with this server"),
         (
@@ -165,7 +170,8 @@ def test_settings_that_a_stock_server_cannot_serve_are_refused(
 ) -> None:
     kind, url = stock
     message = {"vllm": vllm, "sglang": sglang}[kind]
-    config = lab.config(tmp_path, f"teacher.url={url}", "teacher.targets=topk", "teacher.k=5", override)
+    topk = ("teacher.targets=topk", "teacher.k=5")
+    config = lab.config(tmp_path, f"teacher.url={url}", *topk, *override.split())
     if message is None:
         Trainer(config)
         return

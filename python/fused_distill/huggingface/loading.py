@@ -7,6 +7,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -18,10 +19,8 @@ from .fingerprint import local_checkpoint, tensor_shapes
 _log = logging.getLogger(__name__)
 
 _NAMED_WEIGHTS = 5  # an error message names so many weights
-_TOKENIZER_FILES = (
-    *("*token*", "vocab*", "merges*", "*.model"),
-    *("chat_template*", "additional_chat_templates/*"),
-)
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "tekken.json")
+_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*")
 _tokenizers: WeakValueDictionary[str, Any] = WeakValueDictionary()  # by the SHA-256 of their files
 _fingerprints: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()  # with the number of tokens
 
@@ -51,6 +50,10 @@ def load_files(load: Callable[..., Any], name: str, **options: Any) -> Any:
         if problem is None and isinstance(
             error, OSError | ValueError | ImportError | RuntimeError | MemoryError
         ):
+            if isinstance(error, OSError) and local_checkpoint(name) is None:
+                raise OSError(
+                    f"there is no folder {name}, and loading it from the hub failed: {error}"
+                ) from error
             raise
         reason = f"the files of {name} cannot be read: {type(error).__name__}: {error}"
         raise OSError(problem or reason) from error
@@ -136,9 +139,16 @@ def load_tokenizer(name: str) -> Any | None:
     try:
         return read_tokenizer(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())
         _log.warning("%s has no tokenizer, so clients cannot compare it with their own: %s", name, reason)
         return None
+
+
+def find_tokenizer(name: str) -> Any | None:
+    """Return the tokenizer of a local path or hub name, or None if it has none."""
+    with suppress(OSError, ValueError):
+        return read_tokenizer(name)
+    return None
 
 
 def read_tokenizer(name: str) -> Any:
@@ -151,6 +161,10 @@ def read_tokenizer(name: str) -> Any:
 
     folder = local_checkpoint(name)
     files = {path for pattern in _TOKENIZER_FILES for path in (folder.glob(pattern) if folder else ())}
+    if not files and Path(name).is_dir():  # for some models transformers would make one without a vocabulary
+        saved = f"AutoTokenizer.from_pretrained(NAME).save_pretrained({name!r})"
+        raise FileNotFoundError(f"{name} has no tokenizer: save that of its model there, {saved}")
+    files |= {path for pattern in _TEMPLATE_FILES for path in (folder.glob(pattern) if folder else ())}
     contents = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(files)]
     tokenizer = _tokenizers.get(str(contents))
     if tokenizer is None:

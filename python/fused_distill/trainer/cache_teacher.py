@@ -17,6 +17,7 @@ from .atomic import whole_file, write_whole
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, longest_for_teacher
 from .sources import differences, fingerprints
+from .start import form_group
 from .stored import DESCRIPTION, is_whole, list_parts, read_description
 from .student import load_pretrained
 from .targets import Teacher, TopKTargets
@@ -45,7 +46,8 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
         raise ConfigError(f"teacher.targets: must be topk for a store, got {config.teacher.targets}")
     if config.teacher.follows_student:
         raise ConfigError("teacher.model: a store holds one teacher, not one that follows the student")
-    accelerator = Accelerator()
+    state: Any = form_group(config)
+    accelerator = Accelerator(cpu=state.device.type == "cpu")
     tokenizer = load_pretrained(AutoTokenizer, "student", config.student)
     with accelerator.local_main_process_first():
         data = load_data(config, tokenizer, completions=True)

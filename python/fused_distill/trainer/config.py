@@ -276,15 +276,29 @@ def load_config(
             if not isinstance(section.get(name), dict):
                 section[name] = {}
             section = section[name]
-        section[last] = _parse_yaml(key, value)
+        is_pattern = value.startswith("*")  # to YAML a reference, of which an override can hold none
+        section[last] = value if is_pattern else _parse_yaml(key, value)
     try:
         return TrainConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("; ".join(map(problem, error.errors()))) from None
+        raise ConfigError("; ".join(problem(e, TrainConfig) for e in error.errors())) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML's own loader takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: Any = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value} is given twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return node
 
 
 def _parse_yaml(source: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: no YAML: {' '.join(str(error).split())}") from error

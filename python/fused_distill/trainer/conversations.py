@@ -23,7 +23,8 @@ _ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
-_SOURCES = ("prompt", "messages", "conversations")
+CONVERSATIONS = ("messages", "conversations")
+_SOURCES = ("prompt", *CONVERSATIONS)
 _TEACHER_COLUMNS = ("teacher_prompt", "teacher_messages")
 
 
@@ -163,6 +164,11 @@ class _Chat(NamedTuple):
                 )
             )
         except Exception as error:  # templates raise many types
+            if self.tokenizer.chat_template is None:
+                raise RowError(
+                    "messages need a chat template, which the student's tokenizer lacks: take a chat model, "
+                    "save the tokenizer with a chat_template, or give texts in the column prompt"
+                ) from None
             raise RowError(f"cannot be rendered by the chat template: {error}") from error
 
     def encode(self, text: str) -> list[int]:

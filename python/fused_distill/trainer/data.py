@@ -21,7 +21,7 @@ from ..huggingface.loading import tokenizer_digest
 from ..shortened import shortened
 from . import conversations
 from .config import ConfigError, DataConfig, TrainConfig
-from .conversations import RowError, tokenize_row
+from .conversations import CONVERSATIONS, RowError, tokenize_row
 from .files import read_rows, unreadable
 from .tokenizers import chat_tokenizer
 
@@ -107,11 +107,12 @@ class Data(NamedTuple):
     source: str
     rows: int
     dropped: dict[str, int]  # number of samples per reason
+    cut: str  # how many completions were cut; empty: none, or they are not used
 
     def __str__(self) -> str:
-        """Say how many rows were read, and how many samples are used and dropped."""
+        """Say how many rows were read, how many samples are used and dropped, and how many were cut."""
         dropped = "".join(f", {n} dropped: {reason}" for reason, n in self.dropped.items())
-        return f"{self.source}: {self.rows} rows, {len(self.samples)} samples used{dropped}"
+        return f"{self.source}: {self.rows} rows, {len(self.samples)} samples used{dropped}{self.cut}"
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completions: bool) -> Data:
@@ -150,7 +151,10 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completio
     reasons = Counter(tokenized["dropped"])
     samples = tokenized.filter(lambda dropped: dropped is None, input_columns=["dropped"])
     dropped = {reason: n for reason, n in reasons.items() if reason is not None}
-    return Data(samples.remove_columns("dropped"), rows.source, len(rows.table), dropped)
+    n_cut, length = sum(samples["truncated"]) if completions else 0, options["length"]
+    limit = f"{length} tokens (rollouts.max_completion_length)"
+    cut = f", {n_cut} completions cut at {limit}" if n_cut else ""
+    return Data(samples.remove_columns("dropped"), rows.source, len(rows.table), dropped, cut)
 
 
 def _cache_key(
@@ -238,7 +242,7 @@ def _tokenize_rows(
             if completions:
                 turns = [turn for turn in turns if turn.completion is not None]
                 if not turns:
-                    raise RowError("must have a completion (lmbda below 1, or a stored teacher)")
+                    raise RowError(_no_completion(row))
         except RowError as error:
             raise ConfigError(f"data.path: {locate(index)}: {error}") from error
         for prompt, completion, teacher_prompt in turns:
@@ -254,6 +258,17 @@ def _tokenize_rows(
                 dropped = "empty completion"
             samples.append(sample._asdict() | {"dropped": dropped})
     return {name: [sample[name] for sample in samples] for name in _FEATURES}
+
+
+def _no_completion(row: Mapping[str, Any]) -> str:
+    """Return the message that a row has no completion, and what to do."""
+    found = [name for name, value in row.items() if value is not None]
+    conversation = next((name for name in CONVERSATIONS if name in found), None)
+    if conversation is not None:
+        told = f"column {conversation}: must end with a message of the assistant, the completion. Add it"
+    else:
+        told = f"must have a completion, got {', '.join(found)}. Rename the answers' column to completion"
+    return f"{told}, or train on-policy only with lmbda: 1 (other values and stores need completions)"
 
 
 def _teacher_name(row: Mapping[str, Any], column: str, known: Collection[str]) -> str:

@@ -44,6 +44,12 @@ def read_rows(config: DataConfig) -> Rows:
         ConfigError: there is no such file, or a file cannot be read (the message names file and line).
     """
     path = config.path
+    is_file = glob.has_magic(path) or _format(path) is not None
+    if is_file and not Path(path).is_dir() and (config.name, config.split) != (None, "train"):
+        key = "split" if config.name is None else "name"
+        raise ConfigError(
+            f"data.{key}: {getattr(config, key)} is of a dataset, but data.path {path} is a file"
+        )
     if glob.has_magic(path) and not Path(path).exists():
         files = sorted(glob.glob(path, recursive=True))
         if not files:
@@ -98,7 +104,28 @@ def _csv_options(file: str) -> dict[str, Any]:
 def unreadable(source: str, files: list[str], error: BaseException) -> ConfigError:
     """Return an error that names the place in the files that cannot be read, if one is found."""
     problem = next(filter(None, map(_find_problem, files)), None)
+    if problem is None and len(files) > 1:
+        problem = (
+            _find_difference(files)
+            or f"{source}: all files must have the same columns and types: {_first_line(error)}"
+        )
     return ConfigError(f"data.path: {problem or f'{source} cannot be read: {_first_line(error)}'}")
+
+
+def _find_difference(files: list[str]) -> str | None:
+    """Return which files of one format differ in a column, None if none does."""
+    first, *others = ((file, _load(file, [file]).features) for file in files)
+    for file, features in others:
+        for column in {**first[1], **features}:
+            kinds = [_type_of(column, known) for known in (features, first[1])]
+            if kinds[0] != kinds[1] and "null" not in kinds:  # which fits any type
+                told = f"column {column} is {kinds[0]} in {file}, but {kinds[1]} in {first[0]}"
+                return f"all files must have the same columns and types: {told}"
+    return None
+
+
+def _type_of(column: str, features: Features) -> str:
+    return getattr(features[column], "dtype", "of lists or objects") if column in features else "absent"
 
 
 def _first_line(error: BaseException) -> str:

@@ -36,7 +36,7 @@ from .self_teacher import following_teachers
 from .sources import fingerprints
 from .start import check_output, check_packages, check_shares, check_weight_files, make_accelerator
 from .stopping import RunStopped, StopSignals
-from .student import load_pretrained, load_student, run_in_student_forward
+from .student import load_pretrained, load_student, make_optimizer, run_in_student_forward
 from .targets import Part, Scored, Teacher, describe_non_finite
 from .teachers import check_limits, check_stores, common_vocabulary, evaluating, load_teachers
 from .vocabulary import check_tokens
@@ -81,8 +81,9 @@ class Trainer:
             "student", model.config, config, lambda: max(map(len, data.samples["prompt"])) + completion
         )
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.wrapped, self.optimizer = self.accelerator.prepare(
+            model, make_optimizer(trained, config, self.device)
+        )
         self.model: PreTrainedModel = self.accelerator.unwrap_model(self.wrapped)
         self.schedule: LRScheduler = get_scheduler(
             config.schedule, self.optimizer, config.warmup_steps, config.steps
@@ -259,7 +260,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
     Args:
         config: settings. The output folder receives student, metrics.jsonl, report.html and checkpoints.
-        resume: resume from the last checkpoint in the output folder, if there is one.
+        resume: resume from the last checkpoint in the output folder; start at step 0 if there is none.
 
     Raises:
         ConfigError: a setting is invalid (the message names its key).
@@ -279,9 +280,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             run.schedule.step()
     if resume:
         done = ", nothing is left to do" if run.step >= config.steps else ""
-        run.accelerator.print(
-            f"resuming {config.output} at step {run.step} of {config.steps}{done}", flush=True
-        )
+        start = f"resuming {config.output}" if checkpoints else f"{config.output} has no checkpoint: starting"
+        run.accelerator.print(f"{start} at step {run.step} of {config.steps}{done}", flush=True)
     run.accelerator.print(header(run), flush=True)
     require(preflight(run), run.accelerator.is_main_process)
     logger = MetricsLogger(run.accelerator, config, run.step)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_serializer, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -34,10 +37,24 @@ class Section(BaseModel):
     def _refuse_converted(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what pydantic would convert without a word: true to 1, and an empty path to this folder."""
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and annotation is not bool:
+        if isinstance(value, bool) and annotation is not bool and section_of(annotation) is None:
             raise PydanticCustomError("no_bool", "Input should not be true or false")
         if value == "" and (annotation is Path or Path in get_args(annotation)):
             raise PydanticCustomError("path", "Input should be a path")
+        return value
+
+    @field_validator("student", "output", "path", "model", "stored", "tokenizer", check_fields=False)
+    @classmethod
+    def _expand_home(cls, value: str | Path | None) -> str | Path | None:
+        """Replace ~ at the start of a path by the home folder; names on the hub stay as they are."""
+        return None if value is None else type(value)(os.path.expanduser(value))
+
+    @field_validator("url", check_fields=False)
+    @classmethod
+    def _check_scheme(cls, value: list[str] | str | None) -> list[str] | str | None:
+        urls = [value] if isinstance(value, str) else value or []
+        if not all(url.startswith(("http://", "https://")) for url in urls):
+            raise PydanticCustomError("url", "must begin with http:// or https://")
         return value
 
     @field_serializer("url", check_fields=False)
@@ -48,10 +65,58 @@ class Section(BaseModel):
         return [without_credentials(server) for server in url]
 
 
-def problem(error: ErrorDetails) -> str:
+def section_of(annotation: Any) -> type[Section] | None:
+    """Return the section that a setting of a type is, or holds by name; None if it is none."""
+    kinds = (annotation, *get_args(annotation))
+    return next(
+        (k for k in kinds if get_origin(k) is None and isinstance(k, type) and issubclass(k, Section)), None
+    )
+
+
+def problem(error: ErrorDetails, settings: type[Section]) -> str:
     """Return a setting's dotted key, what is wrong with it, and what was given, without passwords."""
-    key = ".".join(str(part) for part in error["loc"] if part != "[key]") or "config"
-    text = f"{key}: {error['msg'].removeprefix('Value error, ')}"
+    keys = [str(part) for part in error["loc"] if part != "[key]"]
+    key = ".".join(keys) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"{key} is no setting; {_advice(settings, keys)}"
+    given = error["input"]
+    first = next(iter(_section_at(settings, keys).model_fields))
+    told = {
+        "model_type": f"must have settings of its own, e.g. {{{first}: ...}}",
+        "dict_type": "must be a mapping, e.g. {name: ...}",
+        "list_type": f"must be a list, e.g. [{given if isinstance(given, str) else '...'}]",
+    }.get(error["type"], error["msg"].removeprefix("Value error, "))
     if error["type"] in ("missing", "value_error"):  # of a section's keys together, which the message names
-        return text
-    return f"{text}, got {re.sub('//[^/@]*@', '//', shortened(error['input']))}"
+        return f"{key}: {told}"
+    quoted = re.sub(r"[^\s/'\"@]*@", "", shortened(given))
+    return f"{key}: {told}, got {quoted}"
+
+
+def _advice(settings: type[Section], keys: Sequence[str]) -> str:
+    """Return which setting may be meant by an unknown one, or else which there are."""
+    *path, name = keys
+    section = _section_at(settings, path)
+    elsewhere = [known for known in _known_keys(settings) if known.split(".")[-1] == name]
+    near = [".".join([*path, known]) for known in get_close_matches(name, section.model_fields, n=1)]
+    if meant := elsewhere or near:
+        return f"did you mean {' or '.join(meant)}?"
+    if not path:
+        return "fused-distill train --help lists all of them"
+    return f"{'.'.join(path)} has {', '.join(section.model_fields)}"
+
+
+def _section_at(settings: type[Section], keys: Sequence[str]) -> type[Section]:
+    """Return the section with the given keys, among which there may be the name of a teacher."""
+    for key in keys:
+        field = settings.model_fields.get(key)
+        settings = (field and section_of(field.annotation)) or settings
+    return settings
+
+
+def _known_keys(settings: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all settings, without those of a section by name."""
+    for name, field in settings.model_fields.items():
+        yield f"{prefix}{name}"
+        section = section_of(field.annotation)
+        if section is not None and get_origin(field.annotation) is not dict:
+            yield from _known_keys(section, f"{prefix}{name}.")

@@ -6,18 +6,16 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
-
 from .config import TrainConfig
+from .section import Section, section_of
 
 
-def help_lines(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[str]:
+def help_lines(model: type[Section] = TrainConfig, prefix: str = "") -> Iterator[str]:
     """Yield one line of help per key."""
     for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
         by_name = get_origin(field.annotation) is dict  # of a section that was listed already
-        types = [field.annotation, *(() if by_name else get_args(field.annotation))]
-        section = next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
-        if section is not None:
+        if section is not None and not by_name:
             absent = " [null]" if field.default is None else ""
             told = f"{section.__doc__ or ''} {field.description or ''}"
             yield f"{prefix}{name}{absent}: {' '.join(told.split())}"

@@ -40,21 +40,25 @@ def check_weight_files(config: TrainConfig) -> None:
 
 def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     """Return accelerate's Accelerator for a run, and the settings with a precision for its device."""
-    cpu = not torch.accelerator.is_available()  # else processes on a CPU would not form a group
-    # Longer than a client retries its server while the other processes wait.
-    deadline = max(teacher.deadline_seconds for teacher in config.all_teachers.values())
-    timeout = timedelta(hours=2, seconds=deadline)
-    device: Any = PartialState(cpu, timeout=timeout).device
+    state = form_group(config)
+    device: Any = state.device
     config = choose_precision(config, device)
     accelerator = Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
-        cpu=cpu,
+        cpu=device.type == "cpu",
         log_with=[*config.trackers] or None,
         project_dir=str(config.output),
     )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("fsdp_version: must be 2 (of accelerate's settings)")
     return accelerator, config
+
+
+def form_group(config: TrainConfig) -> PartialState:
+    """Connect the processes of a run, with time to wait for one that tokenizes or retries its server."""
+    cpu = not torch.accelerator.is_available()  # else processes on a CPU would not form a group
+    deadline = max(teacher.deadline_seconds for teacher in config.all_teachers.values())
+    return PartialState(cpu, timeout=timedelta(hours=2, seconds=deadline))
 
 
 def choose_precision(config: TrainConfig, device: torch.device) -> TrainConfig:

@@ -164,7 +164,9 @@ def describe_non_finite(scored: Scored, tokenizer: PreTrainedTokenizerBase) -> s
     for n in bad.nonzero().flatten().tolist()[:5]:
         sample, i = tokens[n]
         text = tokenizer.decode([sample.completion[i]])
-        state = "are NaN" if broken_head or teacher[n].isnan().any() else "are sound"
+        broken = broken_head or teacher[n].isnan().any()
         token = f"row {sample.row} of the data, token {len(sample.prompt) + i} ({text!r})"
-        lines.append(f"{token}: the teacher's numbers {state}")
+        lines.append(f"{token}: the teacher's numbers are NaN" if broken else token)
+    if not broken_head and not teacher[bad].isnan().any():
+        lines.append("the teacher's numbers are sound. If the loss grew before, set a lower learning_rate")
     return "; ".join(lines)

@@ -71,6 +71,11 @@ class TeacherConfig(Section):
             raise ValueError("must have one of model, url and stored")
         if self.stored is not None and self.targets != "topk":
             raise ValueError(f"targets must be topk with stored, got {self.targets}")
+        for name in ("k", "tail"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.targets == "full" and value != default:
+                advice = f"set targets: topk, or {name}: {default}"
+                raise ValueError(f"{name} has no effect with targets full, got {value}: {advice}")
         for name in ("refresh_every", "ema"):
             if getattr(self, name) is not None and not self.is_self:
                 raise ValueError(f"{name} must be null unless model is self, got {getattr(self, name)}")

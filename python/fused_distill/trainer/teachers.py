@@ -200,7 +200,10 @@ def _load_teacher(
             token=os.environ.get("FUSED_DISTILL_TOKEN"),
             deadline_seconds=settings.deadline_seconds,
         )
-        client.wait_until_ready(min(settings.deadline_seconds, _START_SECONDS))
+        try:
+            client.wait_until_ready(min(settings.deadline_seconds, _START_SECONDS))
+        except ServerError as error:
+            raise ConfigError(f"teacher.url: {error}") from None
         info = client.info()
         capabilities = info.get("capabilities", [])  # a stock vLLM server has none
         # The sampled tokens' log-probabilities are in every server's answer.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from ..huggingface.loading import load_tokenizer
+from ..huggingface.loading import find_tokenizer
 from .config import ConfigError, TeacherConfig
 
 
@@ -16,7 +16,7 @@ def chat_tokenizer(key: str, teacher: TeacherConfig) -> PreTrainedTokenizerBase 
     """
     if teacher.chat_template == "student" or teacher.tokenizer_name is None:
         return None
-    tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(teacher.tokenizer_name)
+    tokenizer: PreTrainedTokenizerBase | None = find_tokenizer(teacher.tokenizer_name)
     if tokenizer is None or tokenizer.chat_template is None:
         raise ConfigError(f"{key}.chat_template: must be student, as {teacher.tokenizer_name} has none")
     return tokenizer

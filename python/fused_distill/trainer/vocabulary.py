@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
-from ..huggingface.loading import load_tokenizer, read_tokenizer, tokenizer_fingerprint
+from ..huggingface.loading import find_tokenizer, read_tokenizer, tokenizer_fingerprint
 from .config import ConfigError, TeacherConfig
 from .data import Data, Sample
 from .targets import Teacher
@@ -100,7 +100,7 @@ def common_tokens(
 
 def _teacher_tokenizer(settings: TeacherConfig) -> PreTrainedTokenizerBase | None:
     if settings.tokenizer is None:
-        return None if settings.tokenizer_name is None else load_tokenizer(settings.tokenizer_name)
+        return None if settings.tokenizer_name is None else find_tokenizer(settings.tokenizer_name)
     try:
         return read_tokenizer(settings.tokenizer)
     except (OSError, ValueError) as error:

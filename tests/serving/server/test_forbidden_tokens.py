@@ -6,13 +6,15 @@ import base64
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from fused_distill.serving.protocol.logprobs import TeacherLogprobs, decode_binary
 from fused_distill.serving.protocol.request import ScoringOptions, TokenSequence
+from fused_distill.serving.server.batching import MAX_FAILURES
 from fused_distill.serving.server.transformers_engine import TransformersEngine
-from serving_cases import VOCAB, FakeEngine, assert_same_response, from_json, post, serving
+from serving_cases import VALID_BODY, VOCAB, FakeEngine, assert_same_response, from_json, post, serving
 
 transformers = pytest.importorskip("transformers")
 FIRST_FORBIDDEN = 40
@@ -78,7 +80,15 @@ def test_a_number_that_is_no_logprob_is_a_500_that_says_so(number: float, form: 
     assert "the engine gave NaN or infinity for sequence 0" in response.json()["detail"]
 
 
+def test_health_reports_an_engine_that_gives_no_valid_answers() -> None:
+    with serving(ConstantEngine(np.nan)) as served:
+        for _ in range(MAX_FAILURES):
+            assert httpx.get(f"{served.url}/health").status_code == 200
+            assert post(served.url, **VALID_BODY).status_code == 500
+        assert httpx.get(f"{served.url}/health").status_code == 503
+
+
 def test_a_model_that_gives_nan_is_not_served(forbidding_model: Any) -> None:
     forbidding_model.model.embed_tokens.weight.data[1] = torch.nan
-    with pytest.raises(ValueError, match="which computes others"):
+    with pytest.raises(ValueError, match="gives NaN"):
         TransformersEngine(forbidding_model)

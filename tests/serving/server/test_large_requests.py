@@ -61,10 +61,40 @@ def test_errors_of_a_body_in_pieces_name_the_field(change: dict[str, Any], reaso
     assert str(refused.value).startswith(reason)
 
 
+@pytest.mark.usefixtures("in_pieces")
 def test_a_client_cannot_refer_to_a_list_by_a_number() -> None:
-    body = {**FULL_BODY, "sequences": [[1, 2, 3], json_body._FIRST_NUMBER]}  # pyright: ignore[reportPrivateUsage]
-    with pytest.raises(RequestError, match=r"sequences\.1"):
-        parsed(json.dumps(body).encode())  # not even one that knows the numbers, in a body without pieces
+    content = json.dumps(FULL_BODY).encode()
+    firsts = {json_body.take_id_lists(content, 9, 9)[1].first for _ in range(9)}
+    assert len(firsts) > 1  # a number that leaks says nothing about the next body's
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt_lengths": [1, [1]]}, "prompt_lengths.1: Input should be a valid integer"),
+        ({"top_logprobs": [1]}, "top_logprobs: Input should be a valid integer"),
+        ({"[1]": 0}, "body: unknown field"),
+        ({"dtype": "[1]"}, "dtype"),
+    ],
+)
+def test_no_error_shows_the_number_of_a_list(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parsed(json.dumps({**FULL_BODY, **change}).encode())
+    assert str(refused.value).startswith(reason)
+    assert "-1" not in str(refused.value)
+
+
+@pytest.mark.parametrize("limits", [ServerLimits(numbers=10), ServerLimits(score_ids=1)])
+def test_a_request_beyond_the_limits_is_refused_before_its_score_ids_are_joined(
+    limits: ServerLimits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the score ids were joined")
+
+    monkeypatch.setattr("fused_distill.serving.server.validation.replace", fail)
+    with pytest.raises(RequestError, match="must be at most"):
+        parse_request(json.dumps(SCORED).encode(), FakeEngine(), limits)
 
 
 @pytest.mark.parametrize(

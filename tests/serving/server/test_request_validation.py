@@ -50,6 +50,13 @@ INVALID_FIELDS = [
 ]
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity"])
+def test_a_temperature_that_is_not_finite_is_refused(number: str) -> None:
+    body = f'{{"sequences": [[1, 2]], "prompt_lengths": [1], "temperature": {number}}}'
+    with pytest.raises(RequestError, match="temperature: Input should be a finite number"):
+        parse_request(body.encode(), FakeEngine(), ServerLimits())
+
+
 @pytest.mark.parametrize(
     ("name", "change"), INVALID_FIELDS, ids=[f"{n}-{i}" for i, (n, _) in enumerate(INVALID_FIELDS)]
 )

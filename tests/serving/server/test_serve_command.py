@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -81,6 +82,33 @@ def test_a_second_ctrl_c_does_not_wait_for_requests(tiny_model: Path, tmp_path: 
     assert "GET /health" in text  # the access log that was asked for
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """Let SIGHUP end processes, though these tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
+def test_the_end_of_a_terminals_session_leaves_no_lm_head_behind(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    with running([*COMMAND, str(tiny_model)], tmp_path / "log", TMPDIR=str(folder)) as (process, url):
+        assert httpx.get(f"{url}/v1/teacher/head").status_code == 200
+        assert list(folder.glob("fused-distill-head-*"))
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(seconds(60)) == 0
+    assert not list(folder.glob("fused-distill-head-*"))
+
+
+@pytest.mark.usefixtures("hangup")
+def test_a_server_under_nohup_outlives_the_session() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    start.end_on_hangup()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 def test_ctrl_c_while_the_model_loads_ends_the_command_quietly(tiny_model: Path, tmp_path: Path) -> None:
     script = (
         "import time; from fused_distill.serving.server.transformers_engine import TransformersEngine;"
@@ -142,6 +170,23 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded(capsys: pytest.Capt
         port = other.getsockname()[1]
         error = refusal(capsys, "/no/such/folder", "--port", str(port))
     assert f"cannot bind 127.0.0.1 port {port}: Address already in use" in error
+
+
+def test_the_port_of_a_server_that_still_loads_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with start.bind("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        error = refusal(capsys, "/no/such/folder", "--port", str(port))
+    assert f"cannot bind 127.0.0.1 port {port}: Address already in use" in error
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": "x"}, {"dtype": "nonesuch"}])
+def test_a_config_that_cannot_be_read_is_one_line(
+    change: dict[str, str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**json.loads((tiny_model / "config.json").read_text()), **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    error = refusal(capsys, str(tmp_path), "--port", "0")
+    assert f"the files of {tmp_path} cannot be read" in error
 
 
 def test_a_missing_folder_is_called_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,7 +131,7 @@ def test_sigterm_answers_pending_requests_and_refuses_new_ones(
 ) -> None:
     count, size, port = 20, 40, unused_port()
     with (
-        command(tiny_model, port, "--batch-tokens", "64") as (process, url),
+        command(tiny_model, port, "--batch-tokens", "1") as (process, url),
         httpx.Client(timeout=seconds(60)) as http,
     ):
 
@@ -167,3 +167,13 @@ def test_a_terminated_server_exits_with_status_0(tiny_model: Path) -> None:
     with command(tiny_model, unused_port()) as (process, _):
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+def test_connections_of_a_server_that_has_stopped_do_not_hold_its_port(tiny_model: Path) -> None:
+    port = unused_port()
+    with command(tiny_model, port) as (process, url), httpx.Client() as http:
+        http.get(f"{url}/health")  # the server closes this connection, which then waits for stray packets
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    with command(tiny_model, port) as (process, _):
+        assert process.poll() is None

@@ -8,8 +8,9 @@ import pytest
 import torch
 from fused_distill.serving.protocol.request import ScoringOptions, TokenSequence
 from fused_distill.serving.server.prefix_sharing import HiddenStateModel
-from fused_distill.serving.server.transformers_engine import TransformersEngine
+from fused_distill.serving.server.transformers_engine import TransformersEngine, longest_sequence
 from serving_cases import LENGTH
+from tiny_families import tiny_model, transformers
 
 BATCH = [TokenSequence(tuple(range(i, i + 4)), 1) for i in range(7)]
 OPTIONS = ScoringOptions(2, None, 1.0)
@@ -71,3 +72,18 @@ def test_other_errors_are_not_tried_again(model: Any, monkeypatch: pytest.Monkey
 def test_a_length_that_the_model_does_not_have_is_refused(model: Any, max_length: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransformersEngine(model, max_length=max_length)
+
+
+def test_a_config_may_say_that_the_model_has_no_longest_sequence() -> None:
+    config = transformers.XLNetConfig()
+    assert config.max_position_embeddings == -1
+    assert longest_sequence(config, 7) == 7
+    with pytest.raises(ValueError, match="max_length must be given"):
+        longest_sequence(config, None)
+
+
+def test_a_head_that_takes_other_states_than_the_decoders_is_refused() -> None:
+    model = tiny_model("rembert")
+    model.config.is_decoder = True
+    with pytest.raises(ValueError, match="which computes others"):
+        TransformersEngine(model)

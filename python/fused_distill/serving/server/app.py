@@ -131,9 +131,8 @@ def create_app(
             raise RequestError(404, "this teacher's engine has no hidden_states")
         saved = await asyncio.to_thread(engine.head_file.saved)
         headers = {"ETag": f'"{saved.sha256}"'}
-        known = {
-            tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")
-        }
+        tags = ",".join(request.headers.getlist("if-none-match")).split(",")
+        known = {tag.strip().removeprefix("W/") for tag in tags}
         if known & {headers["ETag"], "*"}:
             return HttpResponse(status_code=304, headers=headers)
         return FileResponse(saved.path, media_type="application/octet-stream", headers=headers)

@@ -60,7 +60,7 @@ class Batcher:
         self.engine, self.limits, self.retry_after_seconds = engine, limits, retry_after_seconds
         self.queue: list[_Job] = []  # requests with waiting sequences
         self.running = 0  # sequences in the engine
-        self.failures = 0  # consecutive batches that raised
+        self.failures = 0  # consecutive batches without a valid answer
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -157,7 +157,7 @@ class Batcher:
             answers = await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._call_engine, sequences, batch[0][0].options
             )
-            self.failures = 0
+            self.failures = 0 if any(answer is not None for answer in answers) else self.failures + 1
         except asyncio.CancelledError:
             for job, _ in batch:
                 job.fail(RequestError(*_STOPPING))

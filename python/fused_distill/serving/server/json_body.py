@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,11 +18,16 @@ _REST_BYTES = 16 << 20  # of a larger body without its lists of token ids, which
 
 _ID_LIST = re.compile(rb"\[\s*\d[\d,\s]*\]")  # innermost lists of nonnegative integers
 _decode_ids = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]).decode
-# Lists that were read apart are numbered downwards from here. No valid field has such a number, and because
-# clients do not know it, they cannot refer to a list by its number.
-_FIRST_NUMBER = -(10**9) - secrets.randbelow(10**9)
 
 IdList = NDArray[np.int32]
+
+
+class TakenLists(NamedTuple):
+    """Lists of token ids that were taken out of a body, and their numbers there: first, first - 1, ..."""
+
+    # Drawn for each body, so that no client can refer to a list. No valid field is a negative fraction.
+    first: float
+    lists: list[IdList]
 
 
 class FirstError(FailFast):
@@ -32,7 +37,7 @@ class FirstError(FailFast):
         return id(self)
 
 
-def take_id_lists(body: bytes, max_lists: int, max_ids: int) -> tuple[bytes, list[IdList]]:
+def take_id_lists(body: bytes, max_lists: int, max_ids: int) -> tuple[bytes, TakenLists]:
     """Replace the lists of token ids of a large body by numbers, under which `Ids` and `Counts` find them.
 
     What is no valid list of token ids stays in the body, whose validation then reports it.
@@ -43,14 +48,14 @@ def take_id_lists(body: bytes, max_lists: int, max_ids: int) -> tuple[bytes, lis
         max_ids: number of ids that a list may have.
 
     Returns:
-        The body and the lists, which are validated as `model_validate_json(body, context=lists)`.
+        The body and the lists, which are validated as `model_validate_json(body, context=taken)`.
 
     Raises:
         ValueError: the body has too many or too long lists, or is too large without them.
     """
-    lists: list[IdList] = []
+    taken = TakenLists(-(10**9) - secrets.randbelow(10**9) - 0.5, [])
     if len(body) <= WHOLE_BYTES:
-        return body, lists
+        return body, taken
     n_lists = body.count(b"[")
     if n_lists > max_lists:
         raise ValueError(f"body must have at most {max_lists} lists, got {n_lists}")
@@ -61,20 +66,23 @@ def take_id_lists(body: bytes, max_lists: int, max_ids: int) -> tuple[bytes, lis
         if n_ids > max_ids:
             raise ValueError(f"body must have at most {max_ids} ids in a list, got {n_ids}")
         try:
-            lists.append(np.array(_decode_ids(text), dtype=np.int32))
+            taken.lists.append(np.array(_decode_ids(text), dtype=np.int32))
         except msgspec.DecodeError:
             return text
-        return b"%d" % (_FIRST_NUMBER - len(lists) + 1)
+        return b"%.1f" % (taken.first - len(taken.lists) + 1)
 
     rest = _ID_LIST.sub(take, body)
     if len(rest) > _REST_BYTES:
         raise ValueError(f"body must have at most {_REST_BYTES} bytes besides its lists of token ids")
-    return rest, lists
+    return rest, taken
 
 
 def _taken(value: Any, info: ValidationInfo) -> IdList | None:
-    number = _FIRST_NUMBER - value if type(value) is int and info.context else -1
-    return info.context[number] if info.context and 0 <= number < len(info.context) else None
+    taken: TakenLists | None = info.context
+    if taken is None or type(value) is not float:
+        return None
+    index = taken.first - value
+    return taken.lists[int(index)] if index.is_integer() and 0 <= index < len(taken.lists) else None
 
 
 def _as_ids(value: Any, handler: Callable[[Any], list[int]], info: ValidationInfo) -> IdList:

@@ -42,6 +42,7 @@ def serve(options: argparse.Namespace) -> None:
             _require_loopback(listener)
         load = engine_loader(options)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again after its shutdown
+        end_on_hangup()
         engine = load()
         app = create_app(engine, token=token, hosts=(options.host,), limits=limits, batch_limits=batch_limits)
         config = uvicorn.Config(
@@ -52,11 +53,19 @@ def serve(options: argparse.Namespace) -> None:
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the summary says what its log would
         lines = summary(engine, limits, batch_limits, token is not None, listener.getsockname())
+        # Connections inherit it, so that those of a server that has stopped do not hold the port.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _Server(config, engine, lines).run([listener])
 
 
+def end_on_hangup() -> None:
+    """Let the end of the terminal's session end the server as SIGTERM does, except under nohup."""
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
 def bind(host: str, port: int) -> socket.socket:
-    """Return a TCP socket that is bound but does not listen yet.
+    """Return a TCP socket that is bound but does not listen yet. No other can be bound to its address.
 
     Raises:
         OSError: the address does not exist, is in use or may not be used.
@@ -69,6 +78,8 @@ def bind(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            # Otherwise a second server could be bound until this one listens.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         except BaseException:
             listener.close()
             raise

@@ -13,6 +13,7 @@ from ...huggingface.fingerprint import model_fingerprint
 from ...huggingface.lm_head import lm_head_of
 from ...huggingface.loading import (
     load_causal_lm,
+    load_files,
     load_tokenizer,
     require_model,
     tokenizer_fingerprint,
@@ -91,7 +92,8 @@ class TransformersEngine:
                 "the transformers engine needs transformers: pip install 'fused-distill[trainer]'"
             ) from error
         require_model(name)
-        longest_sequence(AutoConfig.from_pretrained(name).get_text_config(), max_length)  # before the weights
+        config = load_files(AutoConfig.from_pretrained, name)
+        longest_sequence(config.get_text_config(), max_length)  # before the weights
         model = load_causal_lm(name, dtype=weights_dtype(dtype, device))
         return cls(model.to(device), load_tokenizer(name), name, max_length, hidden_states)
 
@@ -100,9 +102,12 @@ class TransformersEngine:
         tokens = (*range(min(4, self.info.vocab_size)), 0)
         rows = torch.tensor([tokens], device=self.hidden_state_model.device)
         with torch.inference_mode():
-            logits = self.head.logits(self.hidden_state_model.forward_padded([TokenSequence(tokens, 1)]))
+            states = self.hidden_state_model.forward_padded([TokenSequence(tokens, 1)])
             model_logits = self.model(input_ids=rows, use_cache=False).logits[0, :-1]
-        if not close_in_norm(logits, model_logits):
+            fits = states.shape[-1] == self.head.weight.shape[1] and close_in_norm(
+                self.head.logits(states), model_logits
+            )
+        if not fits:
             raise ValueError(
                 "model must have logits that follow from its LM head and config, "
                 f"got {type(self.model).__name__}, which computes others"
@@ -167,6 +172,8 @@ def longest_sequence(config: Any, max_length: int | None) -> int:
         ValueError: max_length is larger than that number, below 1, or needed because the config names none.
     """
     positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < 0:  # XLNet's way to say that there is no limit
+        positions = None
     limit = positions if max_length is None else max_length
     if limit is None:
         raise ValueError(f"max_length must be given: the config of {config.model_type} has none")

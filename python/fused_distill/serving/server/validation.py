@@ -49,7 +49,7 @@ class RequestBody(BaseModel):
     sequences: Annotated[list[Ids], Field(min_length=1), FirstError()]
     prompt_lengths: Counts
     top_logprobs: int = Field(1, ge=0)
-    temperature: float = Field(1.0, ge=1e-3, le=1e3)
+    temperature: float = Field(1.0, ge=1e-3, le=1e3, allow_inf_nan=False)
     score_ids: Annotated[list[Annotated[list[Ids], FirstError()]], FirstError()] | None = Field(
         None, description="M token ids per sequence and position"
     )
@@ -83,10 +83,12 @@ def parse_request(
     """
     try:
         max_lists = 2 * (1 + limits.sequences) + 1 + limits.tokens
-        rest, lists = take_id_lists(body, max_lists, max(limits.tokens, limits.score_ids))
-        request = RequestBody.model_validate_json(rest, context=lists)
+        rest, taken = take_id_lists(body, max_lists, max(limits.tokens, limits.score_ids))
+        request = RequestBody.model_validate_json(rest, context=taken)
         if request.model_extra:
-            raise RequestError(422, f"{next(iter(request.model_extra))}: unknown field")
+            name = next(iter(request.model_extra))
+            shown = name if name.encode() in body else "body"  # a name may hold a list's number instead of it
+            raise RequestError(422, f"{shown}: unknown field")
         return request, *_validate(request, engine, limits)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
@@ -110,7 +112,6 @@ def _validate(
     _require_at_most(min(limits.top_logprobs, vocab_size), "top_logprobs", request.top_logprobs)
 
     items: list[TokenSequence] = []
-    score_counts = {len(ids) for rows in scores or [] for ids in rows}
     for i, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         if not 1 <= len(tokens) <= info.max_length:
             raise ValueError(f"sequences[{i}] must have 1 to {info.max_length} tokens, got {len(tokens)}")
@@ -121,28 +122,40 @@ def _validate(
                 raise ValueError(f"score_ids[{i}] must have {item.positions} positions, got {len(scores[i])}")
             _check_ids(f"score_ids[{i}]", scores[i], vocab_size)
         items.append(item)
-    if len(score_counts) > 1:
-        raise ValueError(f"score_ids must have as many ids at every position, got {sorted(score_counts)[:5]}")
-    score_count = None if scores is None else max(score_counts, default=0)
-    _require_at_most(limits.score_ids, "score_ids", score_count or 0, " per position")
-    if scores is not None:
+    score_count = _score_count(scores, limits)
+    width = 1 + request.top_logprobs + (score_count or 0)
+    if engine.head_file is not None and request.response == "hidden_states":
+        width = engine.head_file.head.weight.shape[1]
+    _check_numbers(sum(item.positions for item in items) * width, request, limits)
+    if scores is not None:  # within the limits, these arrays are as large as the answer at most
         items = [
             replace(item, score_ids=np.array(rows, dtype=np.int32).reshape(item.positions, score_count or 0))
             for item, rows in zip(items, scores, strict=True)
         ]
-    width = 1 + request.top_logprobs + (score_count or 0)
-    if engine.head_file is not None and request.response == "hidden_states":
-        width = engine.head_file.head.weight.shape[1]
-    numbers = sum(item.positions for item in items) * width
+    return items, ScoringOptions(
+        request.top_logprobs, score_count, request.temperature, request.response, request.vocab_size
+    )
+
+
+def _score_count(scores: list[list[IdList]] | None, limits: ServerLimits) -> int | None:
+    """Return the number of score ids per position, None without score ids."""
+    if scores is None:
+        return None
+    counts = {len(ids) for rows in scores for ids in rows}
+    if len(counts) > 1:
+        raise ValueError(f"score_ids must have as many ids at every position, got {sorted(counts)[:5]}")
+    count = max(counts, default=0)
+    _require_at_most(limits.score_ids, "score_ids", count, " per position")
+    return count
+
+
+def _check_numbers(numbers: int, request: RequestBody, limits: ServerLimits) -> None:
     _require_at_most(limits.numbers, "sequences", numbers, " numbers in the response")
     if request.response_format == "json" and numbers > limits.json_numbers:
         raise ValueError(
             f"response_format must be 'binary' or 'base64' for more than {limits.json_numbers} numbers, "
             f"got 'json' for {numbers}"
         )
-    return items, ScoringOptions(
-        request.top_logprobs, score_count, request.temperature, request.response, request.vocab_size
-    )
 
 
 def _require_at_most(limit: int, name: str, value: int, unit: str = "") -> None:

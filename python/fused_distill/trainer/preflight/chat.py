@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...huggingface.loading import load_tokenizer
+from ...huggingface.loading import read_tokenizer
 from ...shortened import shortened
 from ..vocabulary import compare_vocabularies
-from .finding import Finding, ok, warning
+from .finding import Finding, ok, one_line, warning
 from .teacher_of_run import TeacherOfRun
 
 if TYPE_CHECKING:
@@ -25,8 +25,16 @@ def compare_chats(run: Trainer, teacher: TeacherOfRun) -> Finding | None:
     if settings.tokenizer_name is None:
         return None
     own: Any = run.tokenizer
-    other: Any = load_tokenizer(settings.tokenizer_name) or own
+    other, absent = own, None
+    try:
+        other = read_tokenizer(settings.tokenizer_name)
+    except (OSError, ValueError) as error:
+        absent = (
+            "the teacher has no tokenizer that can be loaded, so the student's is assumed. Set "
+            f"teacher.tokenizer to the teacher's, so that they can be compared ({one_line(error)})."
+        )
     problems = [
+        absent,
         _tokens(own, other),
         _templates(own, other, settings.chat_template == "own"),
         _ends(run, own, other, teacher),
