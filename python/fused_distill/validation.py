@@ -260,7 +260,7 @@ def check_probabilities(logprobs: Tensor, dtype: torch.dtype) -> None:
     """
     total = logprobs.exp().sum(-1)
     message = (
-        "the probabilities of teacher_logprobs must sum to at most 1 at every valid token "
+        "teacher_logprobs must have probabilities that sum to at most 1 at every valid token "
         "(log_softmax turns logits into log-probabilities)"
     )
     _require_all(~(total > 1 + _ROUNDED_SUM.get(dtype, _EXACT_SUM)), message, total)

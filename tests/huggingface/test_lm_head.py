@@ -15,6 +15,7 @@ from fused_distill.huggingface.forward import states_at_head
 from fused_distill.huggingface.lm_head import last_hidden_states, lm_head_of
 from tiny_families import tiny_model, transformers
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="runs no kernel"),
@@ -85,9 +86,16 @@ def test_a_model_in_data_parallel_is_refused(llama: Any) -> None:
 
 
 def test_hidden_states_are_on_the_device_of_the_head() -> None:
-    head = torch.nn.Linear(4, 3, device="meta")
-    states = states_at_head(lambda: (head(torch.ones(1, 2, 4)),), head)
-    assert states.device.type == "meta"
+    with FakeTensorMode(), torch.no_grad():
+        head = torch.nn.Module()
+        head.weight = torch.nn.Parameter(torch.empty(3, 4, device="cuda"))
+        states = states_at_head(lambda: (head(torch.ones(1, 2, 4)),), head)
+    assert states.device.type == "cuda"
+
+
+def test_hidden_states_of_a_model_with_an_offloaded_head_stay_where_they_are() -> None:
+    head, inputs = torch.nn.Linear(4, 3, device="meta"), torch.ones(1, 2, 4)
+    assert torch.equal(states_at_head(lambda: (head(inputs),), head), inputs)
 
 
 def test_random_numbers_of_gpus_that_the_model_does_not_use_are_left_alone(

@@ -171,6 +171,14 @@ def test_a_mapping_may_change_what_it_takes_from_another(tmp_path: Path) -> None
     assert config.teacher.load == {"r": 3, "alpha": 5}
 
 
+def test_a_mapping_may_take_from_two_others(tmp_path: Path) -> None:
+    parts = "lora: &a {r: 3}\nrollouts: &b {batch_size: 4}\n"
+    path = settings(tmp_path, parts + "teacher: {load: {<<: *a, <<: *b}}\n")
+    config = load_config(path, REQUIRED)
+    assert config.teacher is not None
+    assert (config.teacher.load["r"], config.teacher.load["batch_size"]) == (3, 4)
+
+
 def test_every_path_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     paths = ["student=~/s", "data.path=~/d*.csv", "output=~/o", "teacher.model=~/m", "teacher.tokenizer=~/t"]
@@ -214,8 +222,8 @@ def test_the_gradient_norm_may_be_unlimited(tmp_path: Path) -> None:
         ("a: [", "no YAML"),
         ("- a", "must hold keys and values"),
         ("student: s", "data: Field required"),
-        ("steps: 3\nbeta: 1\nsteps: 4", "no YAML: steps is given twice, again in line 3"),
-        ("teacher: {k: 3, k: 4}", "no YAML: k is given twice, again in line 1"),
+        ("steps: 3\nbeta: 1\nsteps: 4", "settings.yaml: steps is given twice, again in line 3"),
+        ("teacher: {k: 3, k: 4}", "settings.yaml: k is given twice, again in line 1"),
     ],
 )
 def test_an_invalid_file_exits_with_status_2_and_one_line(

@@ -168,6 +168,14 @@ def write_parquet_of(value: Any) -> Any:
             "column prompt is absent in .*1.csv, but string in .*0.csv",
         ),
         (
+            "jsonl",
+            [
+                lambda path: path.write_text('{"x": 1, "prompt": "a"}'),
+                lambda path: path.write_text('{"prompt": ["a"]}'),
+            ],
+            "column prompt is of lists or objects in .*1.jsonl, but string in .*0.jsonl",
+        ),
+        (
             "parquet",
             [write_parquet_of("a"), write_parquet_of([1])],
             "column prompt is of lists or objects in .*1.parquet, but string in .*0.parquet",

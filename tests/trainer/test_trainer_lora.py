@@ -11,8 +11,10 @@ import torch
 from fused_distill.rollouts.weights import WeightsCheck, model_logprobs
 from fused_distill.trainer.config import ConfigError
 from fused_distill.trainer.loop import Trainer, train
+from fused_distill.trainer.student import load_student
 from test_trainer_rollouts import NCCL, SERVER, FakeEngine, FakeNccl
 from test_trainer_rollouts import vllm as vllm
+from tiny_families import tiny_model
 from trainer_cases import NOT_INTERPRETED, Lab, losses, save_model, transformers, weights
 from trainer_cases import lab as lab
 
@@ -57,6 +59,17 @@ def test_a_merged_student_without_an_adapted_head_stays_tied(lab: Lab, tmp_path:
     trainer.save(tmp_path / "saved")
     assert weights(tmp_path / "saved").keys() == weights(lab.student).keys()
     assert_same_model(trainer, load(tmp_path / "saved"))
+
+
+def test_adapters_of_experts_that_must_be_merged_are_refused_before_training(
+    lab: Lab, tmp_path: Path
+) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "student")
+    config = lab.config(tmp_path, f"student={tmp_path}/student", "lora={r: 2, merge: true}")
+    with pytest.raises(
+        ConfigError, match=r"^lora\.target_modules: model must have plain LoRA .* such as experts"
+    ):
+        load_student(config)
 
 
 def test_merging_covers_embeddings_and_transposed_layers(lab: Lab, tmp_path: Path) -> None:

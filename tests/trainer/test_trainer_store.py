@@ -282,6 +282,17 @@ def test_processes_wait_for_one_that_retries_its_server(
     assert groups[0]["timeout"].total_seconds() > 20000
 
 
+def test_a_teacher_without_a_tokenizer_is_announced(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "teacher").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(lab.teacher / name, tmp_path / "teacher")
+    teacher = f"teacher={{model: {tmp_path}/teacher, targets: topk, k: 4}}"
+    store_teacher(lab.config(tmp_path, teacher), tmp_path / "store", "float32")
+    assert f"warning: {tmp_path}/teacher has no tokenizer: the student's is" in capsys.readouterr().out
+
+
 def test_a_store_of_no_samples_or_from_a_store_is_refused(lab: Lab, store: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"prompt": "", "completion": "a"}) + "\n")

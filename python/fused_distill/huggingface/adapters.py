@@ -105,7 +105,7 @@ def _other_than_lora(module: nn.Module) -> str | None:
     if isinstance(module, AuxiliaryTrainingWrapper):
         return "modules_to_save" if isinstance(module, ModulesToSaveWrapper) else "trainable_token_indices"
     if isinstance(module, ParamWrapper):
-        return "target_parameters"
+        return "adapters of single parameters, such as experts (target_parameters),"
     if not isinstance(module, LoraLayer):
         return None
     if not isinstance(module, Linear | Embedding):

@@ -69,8 +69,9 @@ def states_at_head(model: Callable[..., Any], head: nn.Module, **inputs: Any) ->
     kept = list[Tensor]()
 
     def replacement(states: Tensor) -> Tensor:
-        # A model on several devices moves them in the forward that is replaced here.
-        states = states.to(next(head.parameters(), states).device)
+        device = next(head.parameters(), states).device
+        if device.type != "meta":  # of offloaded weights
+            states = states.to(device)  # as the replaced forward does in a model on several devices
         kept.append(states)
         placeholder: Any = _InOneGraph.apply(states.new_zeros(1, 1, 1), states, *head.parameters())
         return placeholder.clone()  # FSDP2 warns of views

@@ -116,8 +116,9 @@ def _evaluated(model: Any) -> Generator[None, None, None]:
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, training in modes:  # parents first
+            if module.training != training:
+                module.train(training)
 
 
 @contextmanager

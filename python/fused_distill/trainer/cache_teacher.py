@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from rich.progress import track
 from transformers import AutoTokenizer
 
+from ..huggingface.loading import find_tokenizer
 from .atomic import whole_file, write_whole
 from .config import ConfigError, TrainConfig
 from .data import Batch, Sample, load_data, longest_for_teacher
@@ -55,6 +56,9 @@ def store_teacher(config: TrainConfig, folder: Path, dtype: Literal["float32", "
     rows = data.samples
     if not len(rows):
         raise ConfigError(f"data.path: no sample can be used of {data}")
+    name = config.teacher.tokenizer_name
+    if name is not None and find_tokenizer(name) is None:
+        accelerator.print(f"warning: {name} has no tokenizer: the student's is assumed (teacher.tokenizer)")
     teachers = load_teachers(config, tokenizer, accelerator.device)
     teacher = teachers[""]
     check_tokens(teachers, data, tokenizer, completions=True)

@@ -128,7 +128,7 @@ class TrainConfig(Section):
     attention: Literal["sdpa", "flash_attention_2", "eager"] | None = Field(
         None, description="of the student and of teacher.model; null: transformers' choice"
     )
-    lmbda: float = Field(1.0, ge=0, le=1, description="fraction of on-policy data")
+    lmbda: float = Field(1.0, ge=0, le=1, description="probability that a slice is on-policy")
     objective: Literal["divergence", "sampled"] = Field(
         "divergence", description="sampled: policy gradient on the sampled tokens only, see docs"
     )
@@ -276,7 +276,7 @@ def load_config(
             if not isinstance(section.get(name), dict):
                 section[name] = {}
             section = section[name]
-        is_pattern = value.startswith("*")  # to YAML a reference, of which an override can hold none
+        is_pattern = value.startswith("*")  # which YAML would take for an alias
         section[last] = value if is_pattern else _parse_yaml(key, value)
     try:
         return TrainConfig.model_validate(content)
@@ -289,16 +289,18 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: Any = super().compose_mapping_node(anchor)
-        seen = set[str]()
+        seen = set[tuple[str, str]]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.YAMLError(f"{key.value} is given twice, again in line {key.start_mark.line + 1}")
-            seen.add(key.value)
+            if (key.tag, key.value) in seen and key.value != "<<":
+                raise ConfigError(f"{key.value} is given twice, again in line {key.start_mark.line + 1}")
+            seen.add((key.tag, key.value))
         return node
 
 
 def _parse_yaml(source: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: no YAML: {' '.join(str(error).split())}") from error

@@ -148,10 +148,10 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, completio
         )
     except UnicodeDecodeError as error:
         raise unreadable(rows.source, rows.files, error) from error
-    reasons = Counter(tokenized["dropped"])
+    reasons = Counter(tokenized["dropped"][:])
     samples = tokenized.filter(lambda dropped: dropped is None, input_columns=["dropped"])
     dropped = {reason: n for reason, n in reasons.items() if reason is not None}
-    n_cut, length = sum(samples["truncated"]) if completions else 0, options["length"]
+    n_cut, length = sum(samples["truncated"][:]) if completions else 0, options["length"]
     limit = f"{length} tokens (rollouts.max_completion_length)"
     cut = f", {n_cut} completions cut at {limit}" if n_cut else ""
     return Data(samples.remove_columns("dropped"), rows.source, len(rows.table), dropped, cut)

@@ -104,24 +104,25 @@ def _csv_options(file: str) -> dict[str, Any]:
 def unreadable(source: str, files: list[str], error: BaseException) -> ConfigError:
     """Return an error that names the place in the files that cannot be read, if one is found."""
     problem = next(filter(None, map(_find_problem, files)), None)
-    if problem is None and len(files) > 1:
-        problem = (
-            _find_difference(files)
-            or f"{source}: all files must have the same columns and types: {_first_line(error)}"
-        )
+    if problem is None and len(files) > 1 and not isinstance(error, OSError):
+        told = _find_difference(files) or f"{source}: {_first_line(error)}"
+        problem = f"all files must have the same columns and types: {told}"
     return ConfigError(f"data.path: {problem or f'{source} cannot be read: {_first_line(error)}'}")
 
 
 def _find_difference(files: list[str]) -> str | None:
     """Return which files of one format differ in a column, None if none does."""
     first, *others = ((file, _load(file, [file]).features) for file in files)
+    absent: list[str] = []  # which some formats allow
     for file, features in others:
         for column in {**first[1], **features}:
             kinds = [_type_of(column, known) for known in (features, first[1])]
-            if kinds[0] != kinds[1] and "null" not in kinds:  # which fits any type
-                told = f"column {column} is {kinds[0]} in {file}, but {kinds[1]} in {first[0]}"
-                return f"all files must have the same columns and types: {told}"
-    return None
+            told = f"column {column} is {kinds[0]} in {file}, but {kinds[1]} in {first[0]}"
+            if "absent" in kinds:
+                absent.append(told)
+            elif kinds[0] != kinds[1] and "null" not in kinds:  # which fits any type
+                return told
+    return next(iter(absent), None)
 
 
 def _type_of(column: str, features: Features) -> str:

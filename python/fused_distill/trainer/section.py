@@ -53,7 +53,7 @@ class Section(BaseModel):
     @classmethod
     def _check_scheme(cls, value: list[str] | str | None) -> list[str] | str | None:
         urls = [value] if isinstance(value, str) else value or []
-        if not all(url.startswith(("http://", "https://")) for url in urls):
+        if not all(url.lower().startswith(("http://", "https://")) for url in urls):
             raise PydanticCustomError("url", "must begin with http:// or https://")
         return value
 
@@ -88,7 +88,9 @@ def problem(error: ErrorDetails, settings: type[Section]) -> str:
     }.get(error["type"], error["msg"].removeprefix("Value error, "))
     if error["type"] in ("missing", "value_error"):  # of a section's keys together, which the message names
         return f"{key}: {told}"
-    quoted = re.sub(r"[^\s/'\"@]*@", "", shortened(given))
+    quoted = shortened(given)
+    if keys[-1:] == ["url"]:  # without passwords
+        quoted = re.sub(r"[^\s/'\"@]*@", "", quoted)
     return f"{key}: {told}, got {quoted}"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..huggingface.adapters import adapted_tied_weights, rename_tied_weights
+from ..huggingface.adapters import adapted_tied_weights, check_mergeable, rename_tied_weights
 from ..huggingface.forward import run_at_head, run_inside_forward
 from ..huggingface.head_check import ordinary_tokens
 from ..huggingface.lm_head import LMHeadParams, checked_head, decoder_of, last_hidden_states, output_layer
@@ -123,6 +123,11 @@ def _add_adapters(model: PreTrainedModel, config: TrainConfig) -> PreTrainedMode
         adapted = cast(PreTrainedModel, peft.get_peft_model(model, adapters).eval())
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {error}") from error
+    if lora.merge or engine != "transformers":
+        try:
+            check_mergeable(adapted)
+        except ValueError as error:
+            raise ConfigError(f"lora.target_modules: {error}") from error
     if engine != "transformers" and (tied := adapted_tied_weights(adapted)):
         raise ConfigError(
             f"lora.target_modules: must not hold {tied[0]} with rollouts.engine {engine}: the LM head and "

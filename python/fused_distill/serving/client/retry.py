@@ -51,9 +51,8 @@ class RetryPolicy:
     attempts: int | None = None  # rounds over all servers, not counting 429 (full queue); None: no limit
     first_wait_seconds: float = 0.25  # after a round; doubles every time, with jitter, plus Retry-After
     longest_wait_seconds: float = 8.0
-    wrong_answers: int = (
-        20  # rounds with status 500, an unreadable response or a certificate that was refused
-    )
+    # Rounds with status 500, an unreadable response or a certificate that was refused.
+    wrong_answers: int = 20
 
     def __post_init__(self) -> None:
         if self.attempts is not None:
