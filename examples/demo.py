@@ -128,8 +128,9 @@ def prepare(source: Path, config: TrainConfig) -> None:
     rows = [row for row in texts if row[0] < n_training]
     rows += [texts[i * COMPLETIONS] for i in range(n_training, len(prompts))]
     lines = [json.dumps({"prompt": prompts[i], "completion": text}) + "\n" for i, text in rows]
-    Path(config.data.path).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.data.path).write_text("".join(lines))
+    data = Path(str(config.data.path))
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_text("".join(lines))
 
 
 def show_texts(config: TrainConfig, student: Path) -> None:

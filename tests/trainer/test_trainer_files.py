@@ -199,3 +199,35 @@ def test_a_file_has_no_configurations_and_splits(tmp_path: Path, key: str, value
         ConfigError, match=rf"^data.{key}: {value} is of a dataset, but data.path .* is a file"
     ):
         read_rows(config)
+
+
+def test_a_list_of_files_and_patterns_is_read_in_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("c.jsonl", "a1.jsonl", "a2.jsonl", "b.jsonl.gz")
+    for name in names:
+        text = json.dumps({"prompt": name}).encode()
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    paths = ["~/c.jsonl", f"{tmp_path}/a*.jsonl", f"{tmp_path}/b.jsonl.gz"]
+    rows = read_rows(DataConfig.model_validate({"path": paths}))
+    assert rows.table["prompt"][:] == list(names)
+    assert rows.locate(3) == f"{tmp_path}/b.jsonl.gz: row 0"
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["a.jsonl", "none.jsonl"], "there is no file none.jsonl"),
+        (["a.jsonl", "org/name"], "a list must hold files, got org/name"),
+        (["a.jsonl", "a.csv"], "the files of a.jsonl, a.csv must all have one of the formats"),
+    ],
+)
+def test_a_list_with_what_is_no_file_of_its_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "a.csv"):
+        Path(name).write_text(LINES)
+    with pytest.raises(ConfigError, match=f"^data.path: {message}"):
+        read_rows(DataConfig.model_validate({"path": paths}))

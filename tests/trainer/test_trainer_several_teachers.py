@@ -124,7 +124,7 @@ def test_a_local_and_a_stored_teacher_train_together(lab: Lab, other: Path, tmp_
 
 def test_the_column_of_the_teachers_names_can_be_chosen(lab: Lab, tmp_path: Path) -> None:
     config = settings(lab, tmp_path, "data.teacher_column=domain", math=f"model: {lab.teacher}")
-    data = Path(config.data.path)
+    data = Path(str(config.data.path))
     data.write_text(data.read_text().replace('"teacher"', '"domain"'))
     assert {s.teacher for s in Trainer(config).fill_buffer()[0]} == {"math"}
 
@@ -136,7 +136,7 @@ def test_an_unknown_teacher_in_the_data_is_named_before_models_load(
     config = settings(lab, tmp_path, math="model: /nowhere", code="model: /nowhere")
     row = {"prompt": "a", "completion": "b"}
     rows = [row | {"teacher": "math" if isinstance(name, str | None) else 1}, row | {"teacher": name}]
-    Path(config.data.path).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    Path(str(config.data.path)).write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(ConfigError) as error:
         Trainer(config)
     first = 1 if isinstance(name, str | None) else 0

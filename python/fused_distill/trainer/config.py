@@ -21,8 +21,8 @@ class DataConfig(Section):
     """Rows with `prompt` (text or messages), `messages` or ShareGPT's `conversations`. Off-policy data also
     needs `completion` (text or messages) or a conversation that ends with the assistant's message."""
 
-    path: str = Field(
-        description="JSONL, JSON, CSV or Parquet file (also .gz), a pattern of files, or a dataset's hub name"
+    path: Texts = Field(
+        description="JSONL, JSON, CSV or Parquet file (also .gz), a pattern, a list of these, or a hub name"
     )
     name: str | None = Field(None, description="dataset configuration name")
     split: str = Field("train", description="dataset split")

@@ -38,31 +38,50 @@ class Rows:
 
 
 def read_rows(config: DataConfig) -> Rows:
-    """Read the rows of `data.path`: a file, a pattern such as `chats-*.jsonl.gz`, a folder or a hub name.
+    """Read the rows of `data.path`: files, patterns such as `chats-*.jsonl.gz`, a folder or a hub name.
 
     Raises:
         ConfigError: there is no such file, or a file cannot be read (the message names file and line).
     """
-    path = config.path
-    is_file = glob.has_magic(path) or _format(path) is not None
-    if is_file and not Path(path).is_dir() and (config.name, config.split) != (None, "train"):
+    paths = [config.path] if isinstance(config.path, str) else config.path
+    found = [_find_files(path) for path in paths]
+    if None in found:
+        if isinstance(config.path, str):
+            return _read_dataset(config.path, config)
+        raise ConfigError(f"data.path: a list must hold files, got {paths[found.index(None)]}")
+    source = ", ".join(paths)
+    if (config.name, config.split) != (None, "train"):
         key = "split" if config.name is None else "name"
         raise ConfigError(
-            f"data.{key}: {getattr(config, key)} is of a dataset, but data.path {path} is a file"
+            f"data.{key}: {getattr(config, key)} is of a dataset, but data.path {source} is a file"
         )
+    files = [file for part in found for file in part or ()]
+    return Rows(_load(source, files), source, files)
+
+
+def _find_files(path: str) -> list[str] | None:
+    """Return the file of a path or the files of a pattern, None if it names a dataset.
+
+    Raises:
+        ConfigError: there is no such file, or it has none of the formats.
+    """
     if glob.has_magic(path) and not Path(path).exists():
         files = sorted(glob.glob(path, recursive=True))
         if not files:
             raise ConfigError(f"data.path: no file matches {path}")
-        return Rows(_load(path, files), path, files)
+        return files
     if _format(path) is not None:
         if not Path(path).is_file():
             raise ConfigError(f"data.path: there is no file {path}")
-        return Rows(_load(path, [path]), path, [path])
+        return [path]
     if Path(path).is_file():
         raise ConfigError(
             f"data.path: {path} must end with one of {', '.join(FORMATS)}, or with .gz after it"
         )
+    return None
+
+
+def _read_dataset(path: str, config: DataConfig) -> Rows:
     try:
         return Rows(load_dataset(path, config.name, split=config.split), f"{path} ({config.split})", [])
     except Exception as error:  # the readers of datasets raise many types

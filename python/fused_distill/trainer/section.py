@@ -45,8 +45,10 @@ class Section(BaseModel):
 
     @field_validator("student", "output", "path", "model", "stored", "tokenizer", check_fields=False)
     @classmethod
-    def _expand_home(cls, value: str | Path | None) -> str | Path | None:
+    def _expand_home(cls, value: list[str] | str | Path | None) -> list[str] | str | Path | None:
         """Replace ~ at the start of a path by the home folder; names on the hub stay as they are."""
+        if isinstance(value, list):
+            return [os.path.expanduser(path) for path in value]
         return None if value is None else type(value)(os.path.expanduser(value))
 
     @field_validator("url", check_fields=False)
