@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..parallel.dtensor import gather_dtensor
+
 _PREFIX = "base_model.model."  # of a PeftModel's parameters
 
 
@@ -54,7 +56,7 @@ def _merged(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Te
     for name, tensor in tensors.items():
         if name in adapters:
             continue
-        merged, layer_name = _whole(tensor), name.removesuffix(".base_layer.weight")
+        merged, layer_name = gather_dtensor(tensor).detach(), name.removesuffix(".base_layer.weight")
         if layer_name != name and layer_name in layers:
             layer = layers[layer_name]
             deltas = [_delta(layer, layer_name, adapter, tensors) for adapter in _applied_adapters(layer)]
@@ -137,14 +139,10 @@ def _delta(layer: Any, name: str, adapter: str, tensors: Mapping[str, Tensor]) -
     pattern = (
         f"{name}.lora_embedding_{{}}.{adapter}" if of_embedding else f"{name}.lora_{{}}.{adapter}.weight"
     )
-    a, b = (_whole(tensors[pattern.format(side)]).float() for side in "AB")
+    a, b = (gather_dtensor(tensors[pattern.format(side)]).float() for side in "AB")
     delta = layer.scaling[adapter] * (b @ a)
     return delta.T if of_embedding or getattr(layer, "fan_in_fan_out", False) else delta
 
 
 def _base_name(name: str) -> str:
     return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parallel.dtensor import gather_dtensor
+
 _ROWS, _COLUMNS = 8, 64  # sampled of each tensor
 _DIGITS = 32
 
@@ -95,8 +97,7 @@ def _tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
 def _fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digests: list[tuple[str, str]] = []
     for name, part in tensors:
-        whole: Any = getattr(part, "full_tensor", None)  # of FSDP2
-        tensor: Tensor = (whole() if whole else part).detach()
+        tensor = gather_dtensor(part).detach()
         numbers = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
         rows = numbers.reshape(-1, max(1, numbers.shape[-1]) if numbers.ndim else 1)
         index = torch.linspace(0, max(len(rows) - 1, 0), min(_ROWS, len(rows))).long()

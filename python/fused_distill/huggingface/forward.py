@@ -1,4 +1,4 @@
-"""Running a function in place of a module's forward, inside the forward of the model around it."""
+"""Running a model in eval mode, or with a function in place of a module's forward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Generator[None, None, None]:
+    """Put a model into eval mode, and restore each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:  # parents first
+            if module.training != training:
+                module.train(training)
 
 
 @contextmanager

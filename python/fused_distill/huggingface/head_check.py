@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .forward import replaced_forward
+from .forward import evaluated, replaced_forward
 from .head_weight import head_weight
 
 # Given to the model as logits: one for the scale, one for the softcap, and others that must agree with both.
@@ -157,16 +157,11 @@ def ordinary_tokens(model: Any) -> Tensor:
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Generator[None, None, None]:
     """Evaluate without gradients, and restore each module's mode and the state of random numbers."""
-    modes = [(module, module.training) for module in model.modules()]
     devices = [device] if device.type not in ("cpu", "meta") else []
-    with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    random_state = torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
+    with torch.no_grad(), random_state, evaluated(model):
         _seed(device)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        yield
 
 
 def _seed(device: torch.device) -> None:

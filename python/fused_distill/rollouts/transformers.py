@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..huggingface.forward import evaluated
 from .base import Completion, Sampling, checked_prompts
 from .sampling import RandomStreams, sample
 
@@ -48,7 +49,7 @@ class TransformersRollouts:
             sampling = replace(sampling, seed=int(torch.randint(1 << 62, ())))
         sequences = sorted(range(len(prompts) * sampling.n), key=lambda i: len(prompts[i // sampling.n]))
         completions: dict[int, Completion] = {}
-        with _evaluated(self.model), _own_generation_config(self.model):
+        with evaluated(self.model), _own_generation_config(self.model):
             for start in range(0, len(sequences), self.batch_size):
                 batch = sequences[start : start + self.batch_size]
                 rows = [prompts[i // sampling.n] for i in batch]
@@ -106,19 +107,6 @@ def end_tokens(model: Any) -> set[int]:
         if ends is not None:
             return {*ends} if isinstance(ends, list | tuple) else {int(ends)}
     return set()
-
-
-@contextmanager
-def _evaluated(model: Any) -> Generator[None, None, None]:
-    """Evaluate, and restore each module's mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:  # parents first
-            if module.training != training:
-                module.train(training)
 
 
 @contextmanager
